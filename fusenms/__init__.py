@@ -1,0 +1,54 @@
+"""fusenms: a detector's weights to one ONNX model with decoding and non-maximum suppression inside, proven exact."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fusenms.artifacts import FusedModel, RawModel
+    from fusenms.config import PostprocessConfig
+    from fusenms.errors import FusenmsError
+    from fusenms.heads import recognize
+    from fusenms.pipeline import fuse
+    from fusenms.runtime import Detections, Detector
+    from fusenms.sources import load
+    from fusenms.verification import Report, verify
+
+_HOMES = {
+    "Detections": "fusenms.runtime",
+    "Detector": "fusenms.runtime",
+    "FusedModel": "fusenms.artifacts",
+    "FusenmsError": "fusenms.errors",
+    "PostprocessConfig": "fusenms.config",
+    "RawModel": "fusenms.artifacts",
+    "Report": "fusenms.verification",
+    "fuse": "fusenms.pipeline",
+    "load": "fusenms.sources",
+    "recognize": "fusenms.heads",
+    "verify": "fusenms.verification",
+}
+
+__all__ = [
+    "Detections",
+    "Detector",
+    "FusedModel",
+    "FusenmsError",
+    "PostprocessConfig",
+    "RawModel",
+    "Report",
+    "fuse",
+    "load",
+    "recognize",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used, so that ``import fusenms`` stays fast."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fusenms' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

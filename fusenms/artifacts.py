@@ -1,0 +1,219 @@
+"""The values that travel down the line: `RawModel`, `FusedModel`; reading and writing their files."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusenms import contract
+from fusenms.config import PostprocessConfig
+from fusenms.errors import ConfigError, SourceError, VerificationError
+from fusenms.layout import Layout
+
+if TYPE_CHECKING:
+    import onnx
+
+    from fusenms.verification import Report
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """The picture input of a model: float32 ``[B, 3, height, width]``, RGB, 0 to 1.
+
+    ``height`` and ``width`` are the sizes it works at by default; with ``dynamic_size`` other
+    multiples of ``stride`` work too.
+    """
+
+    tensor: str
+    height: int
+    width: int
+    stride: int
+    dynamic_size: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RawModel:
+    """A detector as ONNX, up to its raw head, with dynamic batch.
+
+    ``layout`` is set where the source knows it (our own export, a module described by hand);
+    otherwise `fusenms.recognize` finds it. ``notes`` are lines for the user on how it came about.
+    """
+
+    model: onnx.ModelProto
+    image: ImageInput
+    names: tuple[str, ...]
+    task: str
+    source: str
+    layout: Layout | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FusedModel:
+    """A model with the outputs of the contract. ``report`` is the proof, once verified."""
+
+    model: onnx.ModelProto
+    image: ImageInput
+    names: tuple[str, ...]
+    task: str
+    source: str
+    layout: Layout
+    config: PostprocessConfig
+    backend: str
+    report: Report | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = ()
+
+    def proven(self, report: Report) -> FusedModel:
+        """Return this model with the report of its verification."""
+        return replace(self, report=report)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself: keys of `fusenms.contract` to text."""
+        from fusenms import __version__
+
+        return {
+            contract.KEY_VERSION: __version__,
+            contract.KEY_BACKEND: self.backend,
+            contract.KEY_SOURCE: self.source,
+            contract.KEY_LAYOUT: json.dumps(self.layout.to_dict()),
+            contract.KEY_CONFIG: json.dumps(self.config.to_dict()),
+            contract.KEY_IMAGE: json.dumps(self.image.to_dict()),
+            contract.KEY_DECODE: self.layout.decode_stage,
+            contract.KEY_VERIFICATION: self.report.summary if self.report else contract.UNVERIFIED,
+            contract.KEY_NAMES: str(dict(enumerate(self.names))),
+            contract.KEY_TASK: self.task,
+            contract.KEY_STRIDE: str(self.image.stride),
+            contract.KEY_IMGSZ: str([self.image.height, self.image.width]),
+        }
+
+    def save(self, path: str | os.PathLike[str], *, unverified: bool = False) -> Path:
+        """Write the model to ``path`` (whole or not at all) and return the path.
+
+        Raises:
+            VerificationError: the model has no passing report and ``unverified`` is false.
+            SourceError: the path cannot be written.
+        """
+        if self.report is not None and not self.report:
+            raise VerificationError(f"{path} was not written: the fused model differs from the reference\n{self.report}", self.report)
+        if self.report is None and not unverified:
+            raise ConfigError(f"{path} was not written: the model was not verified; call fusenms.verify first, or save with unverified=True")
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        kept = {item.key: item.value for item in model.metadata_props} | self.metadata
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, kept)
+        return write_atomically(Path(path), model.SerializeToString())
+
+
+def load_fused(path: str | os.PathLike[str]) -> FusedModel:
+    """Read a fused file that `FusedModel.save` wrote. Its report is not stored: `fusenms.verify` makes a new one.
+
+    Raises:
+        SourceError: the file cannot be read, or is not a fused model.
+    """
+    model = read_onnx(Path(path))
+    metadata = read_metadata(model)
+    if contract.KEY_BACKEND not in metadata:
+        raise SourceError(f"{path}: not a fused model (it has no {contract.KEY_BACKEND} metadata); make one with: python -m fusenms {path}")
+    try:
+        image = ImageInput(**json.loads(metadata[contract.KEY_IMAGE]))
+        return FusedModel(
+            model=model,
+            image=image,
+            names=parse_names(metadata[contract.KEY_NAMES]),
+            task=metadata[contract.KEY_TASK],
+            source=metadata[contract.KEY_SOURCE],
+            layout=Layout.from_dict(json.loads(metadata[contract.KEY_LAYOUT])),
+            config=PostprocessConfig.from_dict(json.loads(metadata[contract.KEY_CONFIG])),
+            backend=metadata[contract.KEY_BACKEND],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"{path}: its metadata is damaged ({error}); fuse the model again") from error
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Raises:
+        SourceError: it is missing, empty, damaged, or not ONNX.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if path.is_dir():
+        raise SourceError(f"{path}: is a directory; expected an .onnx file")
+    try:
+        model = onnx.load(path)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
+        raise SourceError(f"{path}: not a readable ONNX file ({error}); it is damaged, cut short, or of another kind") from error
+    if not model.graph.node or not model.opset_import:
+        raise SourceError(f"{path}: not a readable ONNX file (it has no nodes); it is damaged, cut short, or of another kind")
+    return model
+
+
+def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """Metadata of the file, key to text."""
+    return {item.key: item.value for item in model.metadata_props}
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Class names from their text in the metadata: a dictionary from index to name, or a list. Empty where unreadable."""
+    try:
+        names = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return ()
+    if isinstance(names, Mapping):
+        return tuple(str(names.get(i, f"class{i}")) for i in range(max((int(k) for k in names), default=-1) + 1))
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
+
+
+def check_writable(path: Path) -> None:
+    """Fail early where `write_atomically` would.
+
+    Raises:
+        SourceError: the path cannot be written.
+    """
+    if path.is_dir():
+        raise SourceError(f"{path}: is a directory; expected a file to write")
+    if not path.parent.is_dir():
+        raise SourceError(f"{path}: cannot be written, the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise SourceError(f"{path}: cannot be written (no permission in {path.parent}); choose another place with -o")
+
+
+def write_atomically(path: Path, data: bytes) -> Path:
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Raises:
+        SourceError: the path cannot be written; an existing file is left as it was.
+    """
+    check_writable(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,128 @@
+"""What a backend is: how it suppresses in the graph, how its graph is checked, how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx
+
+from fusenms import contract
+from fusenms.config import PostprocessConfig
+from fusenms.errors import BackendUnavailableError, SourceError
+from fusenms.graph import INT32, Graph, Tensor
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The candidates that enter suppression, best first.
+
+    ``boxes`` ``[B, k, 4]`` float32 xyxy; ``scores`` ``[B, k]`` float32 probabilities; ``labels`` ``[B, k]`` int32;
+    ``valid`` ``[B, k]`` bool: above the threshold. ``count`` is k where it is known, else None.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    valid: Tensor
+    count: int | None
+    num_classes: int
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""num_detections, boxes, scores, labels, as `fusenms.contract` has them."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to suppress.
+
+    Attributes:
+        name: what ``--backend`` says.
+        suffix: of the files it makes.
+        suppresses_by: the operator, for people.
+        suppress: emit suppression and selection of the chosen candidates; raises UnsupportedByBackendError.
+        to_standard: the same model for ONNX Runtime: plugins get a body of standard operators, for checking only.
+        runs_on_onnxruntime: whether the file itself runs there.
+    """
+
+    name: str
+    suffix: str
+    suppresses_by: str
+    suppress: Callable[[Graph, Chosen, PostprocessConfig], Outputs]
+    to_standard: Callable[[onnx.ModelProto], onnx.ModelProto]
+    runs_on_onnxruntime: bool
+
+
+def masked_outputs(g: Graph, valid: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor) -> Outputs:
+    """Count the valid rows ``[B, K]`` and blank the others: zeros, label -1."""
+    count = g.reduce("ReduceSum", g.cast(valid, INT32), 1, keepdims=True)
+    boxes = g.where(g.unsqueeze(valid, 2), boxes, g.floats(0.0))
+    scores = g.where(valid, scores, g.floats(0.0))
+    return count, boxes, scores, g.where(valid, labels, g.ints(contract.NO_LABEL))
+
+
+def one_class_each(g: Graph, chosen: Chosen, scores: Tensor) -> Tensor:
+    """Scores ``[B, k]`` (or ``[1, k]``) to ``[B, k, C]``: each candidate's at its own class, -1 elsewhere and where it is not valid."""
+    labels = g.unsqueeze(chosen.labels, 2)
+    own = g.op("Equal", labels, g.const(np.arange(chosen.num_classes)[None, None], np.int32))
+    own = g.op("And", own, g.unsqueeze(chosen.valid, 2))
+    return g.where(own, g.unsqueeze(scores, 2), g.floats(-1.0))
+
+
+class Runner(Protocol):
+    """Runs a fused model on tensors."""
+
+    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Images ``[B, 3, height, width]`` float32 to the contract's outputs by name."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OnnxRuntimeRunner:
+    """Runs a model in ONNX Runtime. Safe to call from several threads."""
+
+    def __init__(self, model: onnx.ModelProto, providers: tuple[str, ...] = ("CPUExecutionProvider",), threads: int | None = None) -> None:
+        """Open the model.
+
+        Raises:
+            BackendUnavailableError: ONNX Runtime, or a provider, is not installed.
+            SourceError: ONNX Runtime refuses the model.
+        """
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise BackendUnavailableError("ONNX Runtime is not installed; install it with: pip install 'fusenms[cpu]' or 'fusenms[gpu]'") from error
+        available = onnxruntime.get_available_providers()
+        if missing := [name for name in providers if name not in available]:
+            raise BackendUnavailableError(f"ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime raises its own kinds
+            raise SourceError(f"ONNX Runtime refuses the model: {first_line(error)}") from error
+        self.inputs = [entry.name for entry in self._session.get_inputs()]
+        self.outputs = [entry.name for entry in self._session.get_outputs()]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Inputs by name to outputs by name."""
+        return dict(zip(self.outputs, self._session.run(None, inputs), strict=True))
+
+    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Images ``[B, 3, height, width]`` float32 to outputs by name."""
+        return self.run({self.inputs[0]: images})
+
+    def close(self) -> None:
+        self.__dict__.pop("_session", None)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, for the end of a message."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

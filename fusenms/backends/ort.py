@@ -1,0 +1,52 @@
+"""Suppression by one standard ONNX `NonMaxSuppression` node, whatever the batch: ONNX Runtime and anything standard."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from fusenms.backends.base import Backend, Chosen, Outputs, masked_outputs, one_class_each
+from fusenms.config import PostprocessConfig
+from fusenms.graph import FLOAT, Graph, Tensor
+
+
+def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
+    """Emit suppression and selection.
+
+    The operator is given ranks as scores (the best candidate's is k, the last one's 1), so that its order is
+    the order of the candidates, whatever a float32 sigmoid does to near-equal scores. It lists its picks by image, then
+    class, then score; scattered back onto the candidates, the first K picked ones of each image are taken.
+    """
+    rank = _descending(g, chosen)
+    if config.class_agnostic or chosen.num_classes == 1:
+        scores = g.unsqueeze(g.where(chosen.valid, rank, g.floats(-1.0)), 1)
+    else:
+        scores = g.op("Transpose", one_class_each(g, chosen, rank), perm=[0, 2, 1])
+    most = g.const([config.max_detections], np.int64)
+    limits = (g.const([config.iou_threshold], np.float32), g.const([-0.5], np.float32))
+    picks = g.op("NonMaxSuppression", chosen.boxes, scores, most, *limits)  # rows of (image, class, candidate)
+    places = g.concat([g.slice(picks, 1, 0, 1), g.slice(picks, 1, 2, 3)], 1)
+    picked = g.op("ScatterND", g.op("Mul", rank, g.floats(0.0)), places, g.op("GatherND", rank, places))
+    if chosen.count is None or chosen.count < config.max_detections:  # fewer candidates than rows: add blank ones
+        lacking = config.max_detections - (chosen.count or 0)
+        picked = g.op("Pad", picked, g.const([0, 0, 0, lacking], np.int64), g.floats(0.0))
+    value, row = g.top_k(picked, most)
+    valid = g.op("Greater", value, g.floats(0.0))
+    row = g.where(valid, row, g.ints(0))
+    boxes = g.take_rows(chosen.boxes, row, 1, 4)
+    return masked_outputs(g, valid, boxes, *(g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, chosen.labels)))
+
+
+def _descending(g: Graph, chosen: Chosen) -> Tensor:
+    """``[B, k]`` float32: k, k - 1, …, 1 in each row (exact, since k is far below 2^24)."""
+    ones = g.cast(g.op("Equal", chosen.labels, chosen.labels), FLOAT)
+    if chosen.count is not None:
+        return g.op("Mul", ones, g.const(np.arange(chosen.count, 0, -1)[None], np.float32))
+    return g.op("CumSum", ones, g.const(1, np.int64), reverse=1)
+
+
+def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
+    return model
+
+
+ORT = Backend("ort", ".ort.onnx", "NonMaxSuppression", suppress, to_standard, runs_on_onnxruntime=True)

@@ -1,0 +1,58 @@
+"""The command line: one file per subcommand, each parses, calls the public function, prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fusenms import __version__
+from fusenms.cli import demo, detect, fuse, inspect, verify
+from fusenms.errors import FusenmsError
+
+COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, detect, demo)}
+USAGE = """fusenms WEIGHTS [--backend ort|trt] [-o FILE] [options]
+       fusenms {commands} ..."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="fusenms",
+        usage=USAGE.format(commands="|".join(name for name in COMMANDS if name != fuse.NAME)),
+        description="Fuse a detector's post-processing (decoding and non-maximum suppression) into its ONNX graph, and prove the result.",
+        epilog="Without a subcommand, the first argument is WEIGHTS:  fusenms yolov8n.pt --backend trt",
+    )
+    parser.add_argument("--version", action="version", version=f"fusenms {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns 0 (done), 1 (a FusenmsError, one message), 2 (usage; raised as SystemExit)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version"):
+        words.insert(0, fuse.NAME)
+    args = build_parser().parse_args(words)
+    try:
+        return int(COMMANDS[args.command].run(args))
+    except FusenmsError as error:
+        if args.verbose:
+            traceback.print_exc()
+        if args.json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"fusenms: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fusenms: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone
+        return 0

@@ -1,0 +1,57 @@
+"""`fusenms demo`: the whole line on our own tiny detector."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fusenms.artifacts import check_writable
+from fusenms.cli.detect import detect_and_draw
+from fusenms.cli.fuse import make
+from fusenms.cli.printing import Steps, megabytes, progress_bar
+from fusenms.config import PostprocessConfig
+from fusenms.errors import SourceError
+from fusenms.pipeline import prove
+from fusenms.runtime import Detector
+from fusenms.verification import verify
+
+NAME = "demo"
+HELP = "run the whole line on the embedded demo detector: fuse, verify, detect, draw"
+PICTURES = ("shapes0.jpg", "shapes1.jpg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=Path, default=Path("fusenms-demo"), metavar="DIR", help="where the results go (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    steps, source = Steps(args.json), shapes_folder()
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(f"{args.output}: cannot be made ({error.strerror}); choose another folder with -o") from error
+    target = args.output / "shapes.ort.onnx"
+    check_writable(target)
+    _, _, fused = make(source / "shapes.pt", "ort", PostprocessConfig(), steps)
+    with progress_bar("verify") as progress:
+        report = verify(fused, progress=progress)
+    prove(fused, report).save(target)
+    steps.line("verify", report.summary)
+    steps.line("wrote", f"{target} ({megabytes(target.stat().st_size)})")
+    with Detector(target) as detect:
+        images = detect_and_draw(detect, [source / name for name in PICTURES], args.output, args.json)
+    steps.finish(output=str(target), verification=report.to_dict(), images=images)
+    return 0
+
+
+def shapes_folder() -> Path:
+    """Where the demo detector lies: in the installed package, or in the source tree.
+
+    Raises:
+        SourceError: it is in neither.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_shapes", package.parent / "models" / "shapes"):
+        if (folder / "shapes.pt").is_file():
+            return folder
+    raise SourceError("the demo detector is missing from this installation; install fusenms again")

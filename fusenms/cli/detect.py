@@ -1,0 +1,75 @@
+"""`fusenms detect FUSED IMAGE...`: find objects, print them, draw them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusenms.cli.printing import Steps
+from fusenms.errors import InputError
+from fusenms.runtime import Detections, Detector
+from fusenms.runtime.drawing import draw, save_picture
+from fusenms.runtime.pictures import list_pictures, read_picture
+
+NAME = "detect"
+HELP = "run a fused model on pictures: a table of what was found, and annotated pictures"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="FUSED", help="a fused .onnx of backend ort")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="pictures, or folders of pictures")
+    parser.add_argument("-o", "--output", type=Path, default=Path("detections"), metavar="DIR", help="where annotated pictures go (default: %(default)s)")
+    parser.add_argument("--no-draw", action="store_true", help="write no pictures")
+
+
+def run(args: argparse.Namespace) -> int:
+    paths = [path for given in args.images for path in (list_pictures(given) if given.is_dir() else [given])]
+    steps = Steps(args.json)
+    with Detector(args.model) as detect:
+        steps.finish(images=detect_and_draw(detect, paths, None if args.no_draw else args.output, args.json))
+    return 0
+
+
+def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None, quiet: bool) -> list[dict[str, Any]]:
+    """Run on each picture, print its table unless quiet, write it annotated into the folder; return plain values.
+
+    Raises:
+        InputError: a picture is unreadable, or two would be written to the same place.
+    """
+    names = [path.name for path in paths]
+    if folder is not None and (twice := {name for name in names if names.count(name) > 1}):
+        raise InputError(f"found more than one picture named {', '.join(sorted(twice))}; they would overwrite each other in {folder}: use --no-draw or separate runs")
+    results = []
+    for path in paths:
+        picture = read_picture(path)
+        found = detect([picture])[0]
+        result: dict[str, Any] = {"image": str(path), "height": picture.shape[0], "width": picture.shape[1], "detections": found.to_dicts()}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            target = folder / path.name
+            if target.exists() and target.samefile(path):
+                raise InputError(f"{path}: would be overwritten by its annotated copy; choose another folder with -o")
+            result["annotated"] = str(save_picture(target, draw(picture, found)))
+        results.append(result)
+        if not quiet:
+            _print_table(result, found)
+    return results
+
+
+def _print_table(result: dict[str, Any], found: Detections) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    drawn = f" · drawn: {result['annotated']}" if "annotated" in result else ""
+    console.print(f"{result['image']} ({result['width']}x{result['height']}) · {len(found)} detections{drawn}", soft_wrap=True, markup=False)
+    if not len(found):
+        return
+    table = Table("name", "score", "x1", "y1", "x2", "y2")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for box, score, label in found:
+        table.add_row(found.name(label), f"{score:.3f}", *(f"{v:.1f}" for v in box))
+    console.print(table)

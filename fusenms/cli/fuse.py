@@ -1,0 +1,92 @@
+"""`fusenms WEIGHTS`: the main job."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import fields
+from pathlib import Path
+
+from fusenms.artifacts import FusedModel, RawModel, check_writable
+from fusenms.backends import BACKENDS, get_backend
+from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
+from fusenms.config import PostprocessConfig
+from fusenms.contract import NAME_PRESETS
+from fusenms.fusion import fuse_head
+from fusenms.heads import HEADS, recognize
+from fusenms.layout import Layout
+from fusenms.pipeline import prove
+from fusenms.sources import load
+from fusenms.verification import verify
+
+NAME = "fuse"
+HELP = "fuse the post-processing into a detector's weights, prove it, write the model (the default command)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = PostprocessConfig()
+    parser.add_argument("weights", metavar="WEIGHTS", help="a checkpoint (.pt) or a raw .onnx")
+    parser.add_argument("--backend", choices=list(BACKENDS), default="ort", help="how to suppress (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write (default: WEIGHTS.BACKEND.onnx in this folder)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these pictures too")
+    parser.add_argument("--unverified", action="store_true", help="skip the verification; the file says so")
+    model = parser.add_argument_group("model")
+    model.add_argument("--size", type=size_argument, metavar="N|HxW", help="input size in pixels (default: what the weights say, or 640)")
+    model.add_argument("--dynamic-size", action="store_true", help="leave height and width open")
+    model.add_argument("--opset", type=int, help="ONNX operator set of the export (default: 17)")
+    model.add_argument("--make-dynamic", action="store_true", help="open the frozen batch of an .onnx, where that is shown to be safe")
+    model.add_argument("--family", choices=[head.name for head in HEADS], help="detector family, where the file leaves more than one open")
+    post = parser.add_argument_group("post-processing")
+    post.add_argument("--score-threshold", type=float, default=defaults.score_threshold, help="keep scores above this (default: %(default)s)")
+    post.add_argument("--iou-threshold", type=float, default=defaults.iou_threshold, help="suppress boxes that overlap more than this (default: %(default)s)")
+    post.add_argument("--max-detections", type=int, default=defaults.max_detections, help="output rows per image (default: %(default)s)")
+    post.add_argument("--max-candidates", type=int, default=defaults.max_candidates, help="best candidates that enter suppression (default: %(default)s)")
+    post.add_argument("--class-agnostic", action="store_true", help="suppress across classes")
+    post.add_argument("--multi-label", action="store_true", help="every class above the threshold counts, not only the best of a box")
+    post.add_argument("--names", choices=list(NAME_PRESETS), default=defaults.names, help="output names (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    start, steps = time.monotonic(), Steps(args.json)
+    config = PostprocessConfig(**{field.name: getattr(args, field.name) for field in fields(PostprocessConfig)})
+    output = args.output or Path(Path(args.weights).stem + get_backend(args.backend).suffix)
+    check_writable(output)
+    raw, layout, fused = make(args.weights, args.backend, config, steps, args)
+    if not args.unverified:
+        images = None
+        if args.images is not None:
+            from fusenms.runtime.pictures import load_tensor
+
+            images = load_tensor(args.images, raw.image.height, raw.image.width)
+        with progress_bar("verify") as progress:
+            report = verify(fused, images=images, progress=progress)
+        steps.values["verification"] = report.to_dict()
+        fused = prove(fused, report)
+        steps.line("verify", report.summary)
+    fused.save(output, unverified=args.unverified)
+    seconds = time.monotonic() - start
+    note = " · UNVERIFIED, and marked as such" if args.unverified else ""
+    steps.line("wrote", f"{output} ({megabytes(output.stat().st_size)}) in {seconds:.1f} s{note}")
+    steps.finish(output=str(output), seconds=round(seconds, 3), verified=not args.unverified)
+    return 0
+
+
+def make(
+    weights: str | Path, backend: str, config: PostprocessConfig, steps: Steps, options: argparse.Namespace | None = None
+) -> tuple[RawModel, Layout, FusedModel]:
+    """Load, recognize and fuse, with a line for each."""
+    chosen = {name: getattr(options, name) for name in ("size", "dynamic_size", "opset", "make_dynamic")} if options else {}
+    raw = load(weights, **chosen)
+    layout = recognize(raw, options.family if options else None)
+    checkpoint = raw.layout is not None
+    safe = " · no code executed" if checkpoint else ""
+    steps.line("load", f"{raw.source} · {layout.family} {raw.task} · {layout.num_classes} classes{safe}")
+    for note in raw.notes:
+        steps.line("export" if checkpoint else "read", note)
+    fused = fuse_head(raw, layout, config, backend)
+    steps.line("fuse", f"{layout.decode_stage} decode · {get_backend(backend).suppresses_by} · {', '.join(config.output_names)}")
+    steps.values |= {
+        "source": raw.source, "family": layout.family, "task": raw.task, "classes": list(fused.names), "notes": list(raw.notes),
+        "backend": backend, "decode": layout.decode_stage, "layout": layout.to_dict(), "config": config.to_dict(),
+    }  # fmt: skip
+    return raw, layout, fused

@@ -1,0 +1,122 @@
+"""`fusenms inspect FILE`: what it is, its head (or why none fits), its metadata."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fusenms import contract
+from fusenms.artifacts import load_fused, read_metadata, read_onnx
+from fusenms.cli.printing import Steps
+from fusenms.errors import HeadError, SourceError
+from fusenms.heads import recognize
+from fusenms.sources import load
+
+NAME = "inspect"
+HELP = "say what a file is: its kind, its head (or why none fits), its metadata"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a checkpoint (.pt), a raw .onnx or a fused .onnx")
+
+
+def run(args: argparse.Namespace) -> int:
+    steps, path = Steps(args.json), Path(args.file)
+    if path.suffix.lower() == ".onnx" and path.is_file():
+        model = read_onnx(path)
+        metadata = read_metadata(model)
+        if contract.KEY_BACKEND in metadata:
+            _fused(path, steps)
+        else:
+            _raw_onnx(path, steps, model)
+        _metadata(metadata, steps)
+    else:
+        _checkpoint(path, steps)
+    steps.finish(file=str(path))
+    return 0
+
+
+def _fused(path: Path, steps: Steps) -> None:
+    fused = load_fused(path)
+    _tensors(fused.model, steps)
+    steps.line("kind", f"fused model · backend {fused.backend} · from {fused.source}")
+    steps.line("head", _layout_text(fused.layout.to_dict()))
+    config = fused.config.to_dict()
+    steps.line("settings", " · ".join(f"{key} {value}" for key, value in config.items()))
+    proof = read_metadata(fused.model).get(contract.KEY_VERIFICATION, contract.UNVERIFIED)
+    steps.line("verified", proof)
+    steps.values |= {"kind": "fused", "backend": fused.backend, "layout": fused.layout.to_dict(), "config": config, "verification": proof}
+
+
+def _raw_onnx(path: Path, steps: Steps, model: Any) -> None:
+    steps.line("kind", "raw ONNX")
+    steps.values["kind"] = "onnx"
+    _tensors(model, steps)
+    try:
+        raw = load(path)
+    except SourceError as error:
+        if "--make-dynamic" not in str(error):
+            _no_head(error, steps)
+            return
+        steps.line("batch", "frozen; --make-dynamic may open it")
+        try:
+            raw = load(path, make_dynamic=True)
+        except (SourceError, HeadError) as inner:
+            _no_head(inner, steps)
+            return
+        steps.line("opened", raw.notes[-1])
+    except HeadError as error:
+        _no_head(error, steps)
+        return
+    _head(raw, steps)
+
+
+def _checkpoint(path: Path, steps: Steps) -> None:
+    raw = load(path)
+    steps.line("kind", "checkpoint, loaded without running its code")
+    steps.values["kind"] = "checkpoint"
+    steps.line("input", raw.notes[0])
+    _head(raw, steps)
+    steps.line("classes", f"{len(raw.names)}: {', '.join(raw.names[:8])}{', …' if len(raw.names) > 8 else ''}")
+    steps.values["classes"] = list(raw.names)
+
+
+def _head(raw: Any, steps: Steps) -> None:
+    try:
+        layout = recognize(raw)
+    except (HeadError, SourceError) as error:
+        _no_head(error, steps)
+        return
+    steps.line("head", _layout_text(layout.to_dict()))
+    steps.values["layout"] = layout.to_dict()
+
+
+def _no_head(error: Exception, steps: Steps) -> None:
+    steps.line("head", f"none: {error}")
+    steps.values |= {"layout": None, "reason": str(error)}
+
+
+def _layout_text(layout: dict[str, Any]) -> str:
+    classes = layout["classes"]["stop"] - layout["classes"]["start"]
+    decode = {key: value for key, value in layout["decode"].items() if key != "kind"}
+    details = ", ".join(f"{key} {json.dumps(value)}" for key, value in decode.items())
+    objectness = " · objectness" if layout["objectness"] else ""
+    return f"{layout['family']} · {classes} classes{objectness} · scores: {layout['activation']} · boxes: {layout['decode']['kind']} ({details})"
+
+
+def _tensors(model: Any, steps: Steps) -> None:
+    for kind, entries in (("input", model.graph.input), ("output", model.graph.output)):
+        texts = []
+        for entry in entries:
+            dims = ", ".join(str(d.dim_value or d.dim_param or "?") for d in entry.type.tensor_type.shape.dim)
+            texts.append(f"{entry.name}[{dims}]")
+        steps.line(kind, ", ".join(texts))
+        steps.values[f"{kind}s"] = texts
+
+
+def _metadata(metadata: dict[str, str], steps: Steps) -> None:
+    for key, value in metadata.items():
+        steps.line("metadata", f"{key} = {value if len(value) <= 160 else value[:157] + '…'}")
+    steps.values["metadata"] = metadata

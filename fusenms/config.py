@@ -1,0 +1,82 @@
+"""The settings of the fused post-processing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fusenms.contract import NAME_PRESETS
+from fusenms.errors import ConfigError
+
+MAX_CANDIDATES_LIMIT = 3840
+"""The largest TopK that TensorRT builds (measured with TensorRT-RTX 1.7.1: 3840 builds, 3841 is refused)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostprocessConfig:
+    """Settings of the fused post-processing, checked on construction.
+
+    Attributes:
+        score_threshold: keep candidates with score > this (0 to 1).
+        iou_threshold: drop a candidate whose IoU with a better one is > this (0 to 1).
+        max_detections: output rows per image (K).
+        max_candidates: best candidates per image that enter suppression.
+        class_agnostic: suppress across classes, not only within one.
+        multi_label: every class of a box above the threshold is a candidate, not only its best one.
+        names: preset of output names, a key of `fusenms.contract.NAME_PRESETS`.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    score_threshold: float = 0.25
+    iou_threshold: float = 0.45
+    max_detections: int = 300
+    max_candidates: int = MAX_CANDIDATES_LIMIT
+    class_agnostic: bool = False
+    multi_label: bool = False
+    names: str = "fusenms"
+
+    def __post_init__(self) -> None:
+        for name in ("score_threshold", "iou_threshold"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value!r}; expected a number from 0 to 1")
+        for name in ("max_detections", "max_candidates"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+        for name in ("class_agnostic", "multi_label"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        if self.max_candidates < self.max_detections:
+            raise ConfigError(
+                f"max_candidates is {self.max_candidates}, less than max_detections {self.max_detections}; "
+                "every detection is one of the candidates: raise max_candidates or lower max_detections"
+            )
+        if self.names not in NAME_PRESETS:
+            raise ConfigError(f"names is {self.names!r}; expected one of {', '.join(NAME_PRESETS)}")
+
+    @property
+    def output_names(self) -> tuple[str, str, str, str]:
+        """Names of the outputs, in the order of the contract."""
+        return NAME_PRESETS[self.names]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PostprocessConfig:
+        """Build from plain values.
+
+        Raises:
+            ConfigError: an unknown name, or a value out of its range.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; expected {', '.join(known)}")
+        return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

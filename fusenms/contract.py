@@ -1,0 +1,57 @@
+"""The contract of every fused model: output names, dtypes and shapes, and the metadata keys. Each is spelled once, here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+NUM_DETECTIONS: Final = "num_detections"
+BOXES: Final = "boxes"
+SCORES: Final = "scores"
+LABELS: Final = "labels"
+NO_LABEL: Final = -1  # label of the rows past num_detections
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output: ``shape`` uses ``B`` (batch, dynamic) and ``K`` (``max_detections``)."""
+
+    name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[str | int, ...]
+
+
+OUTPUTS: Final = (
+    Output(NUM_DETECTIONS, np.dtype(np.int32), ("B", 1)),
+    Output(BOXES, np.dtype(np.float32), ("B", "K", 4)),
+    Output(SCORES, np.dtype(np.float32), ("B", "K")),
+    Output(LABELS, np.dtype(np.int32), ("B", "K")),
+)
+
+NAME_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
+    "fusenms": (NUM_DETECTIONS, BOXES, SCORES, LABELS),
+    "tensorrt": ("num_detections", "detection_boxes", "detection_scores", "detection_classes"),
+    "deepstream": ("num_dets", "det_boxes", "det_scores", "det_classes"),
+    "yolov7": ("num_dets", "det_boxes", "det_scores", "det_classes"),
+}
+"""What existing consumers parse, in the order of `OUTPUTS`."""
+
+# Metadata keys of our own.
+KEY_VERSION: Final = "fusenms.version"
+KEY_BACKEND: Final = "fusenms.backend"
+KEY_LAYOUT: Final = "fusenms.layout"
+KEY_CONFIG: Final = "fusenms.config"
+KEY_IMAGE: Final = "fusenms.image"
+KEY_DECODE: Final = "fusenms.decode"
+KEY_SOURCE: Final = "fusenms.source"
+KEY_VERIFICATION: Final = "fusenms.verification"
+# Metadata keys of Ultralytics, kept so that their tools still read the file.
+KEY_NAMES: Final = "names"
+KEY_STRIDE: Final = "stride"
+KEY_TASK: Final = "task"
+KEY_IMGSZ: Final = "imgsz"
+
+UNVERIFIED: Final = "unverified"
+"""Value of `KEY_VERIFICATION` in a file that was written without proof."""

@@ -1,0 +1,101 @@
+"""Box terms of chosen candidates to boxes, in the graph. What is not chosen is never decoded."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusenms.artifacts import ImageInput
+from fusenms.graph import FLOAT, INT32, Graph, Tensor
+from fusenms.layout import AnchorBoxes, BoxFormat, Decoded, Distances, Layout
+
+
+def decode_boxes(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor) -> Tensor:
+    """Emit the decoding of chosen candidates.
+
+    Args:
+        terms: the box channels of the candidates, ``[B, k, channels]`` float32.
+        index: their numbers, ``[B, k]`` int32.
+
+    Returns:
+        boxes ``[B, k, 4]`` float32, xyxy in pixels of the input, the high corner never below the low one.
+    """
+    decode = layout.decode
+    if isinstance(decode, Decoded):
+        return _ordered(g, _corners(g, terms) if decode.format is BoxFormat.CXCYWH else terms)
+    cell, stride, slot = _locate(g, decode, image, index)
+    if isinstance(decode, Distances):
+        spread = g.op("Softmax", g.reshape(terms, 0, 0, 4, decode.bins), axis=3)
+        distance = g.reshape(g.op("MatMul", spread, g.const(np.arange(decode.bins)[:, None], np.float32)), 0, 0, 4)
+        center = g.op("Add", cell, g.floats(0.5))
+        low = g.op("Sub", center, g.slice(distance, 2, 0, 2))
+        high = g.op("Add", center, g.slice(distance, 2, 2, 4))
+        return g.op("Mul", g.concat([low, high], 2), stride)
+    doubled = g.op("Mul", g.op("Sigmoid", terms), g.floats(2.0))
+    offset = g.op("Sub", g.slice(doubled, 2, 0, 2), g.floats(0.5))
+    center = g.op("Mul", g.op("Add", offset, cell), stride)
+    factor = g.slice(doubled, 2, 2, 4)
+    anchors = g.const(np.asarray(decode.anchors).reshape(-1, 2), np.float32)
+    size = g.op("Mul", g.op("Mul", factor, factor), g.op("Gather", anchors, slot, axis=0))
+    return _corners(g, g.concat([center, size], 2))
+
+
+def _corners(g: Graph, boxes: Tensor) -> Tensor:
+    """Center and size to corners."""
+    center, half = g.slice(boxes, 2, 0, 2), g.op("Mul", g.slice(boxes, 2, 2, 4), g.floats(0.5))
+    return g.concat([g.op("Sub", center, half), g.op("Add", center, half)], 2)
+
+
+def _ordered(g: Graph, boxes: Tensor) -> Tensor:
+    """Make a negative size zero, so that every runtime gives the box IoU 0."""
+    low = g.slice(boxes, 2, 0, 2)
+    return g.concat([low, g.op("Max", low, g.slice(boxes, 2, 2, 4))], 2)
+
+
+def _locate(g: Graph, decode: Distances | AnchorBoxes, image: ImageInput, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each candidate stands on the grid.
+
+    Candidates are numbered by level, anchor, row, column.
+
+    Returns:
+        cell ``[B, k, 2]`` float32 (column, row); stride ``[B, k, 1]`` float32; slot ``[B, k]`` int32 (level * anchors + anchor).
+    """
+    anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
+    columns, cells = _level_sizes(g, decode.strides, image)
+    level: Tensor | None = None
+    start: Tensor = g.ints(0)
+    starts = [start]
+    for i in range(1, len(decode.strides)):
+        count = g.op("Gather", cells, g.ints(i - 1), axis=0)
+        start = g.op("Add", start, g.op("Mul", count, g.ints(anchors)) if anchors > 1 else count)
+        starts.append(start)
+        reached = g.cast(g.op("Not", g.op("Less", index, start)), INT32)
+        level = reached if level is None else g.op("Add", level, reached)
+    if level is None:
+        level = g.op("Sub", index, index)
+    first = g.op("Gather", g.concat([g.reshape(s, 1) for s in starts], 0), level, axis=0)
+    local = g.op("Sub", index, first)
+    slot = level
+    if anchors > 1:
+        per_anchor = g.op("Gather", cells, level, axis=0)
+        anchor = g.op("Div", local, per_anchor)
+        local = g.op("Sub", local, g.op("Mul", anchor, per_anchor))
+        slot = g.op("Add", g.op("Mul", level, g.ints(anchors)), anchor)
+    width = g.op("Gather", columns, level, axis=0)
+    row = g.op("Div", local, width)
+    column = g.op("Sub", local, g.op("Mul", row, width))
+    cell = g.concat([g.unsqueeze(g.cast(x, FLOAT), 2) for x in (column, row)], 2)
+    stride = g.op("Gather", g.const(decode.strides, np.float32), level, axis=0)
+    return cell, g.unsqueeze(stride, 2), slot
+
+
+def _level_sizes(g: Graph, strides: tuple[int, ...], image: ImageInput) -> tuple[Tensor, Tensor]:
+    """Columns and cells of each level, ``[levels]`` int32: constants, or computed from the picture's open size."""
+    if not image.dynamic_size:
+        columns = [image.width // s for s in strides]
+        return g.const(columns, np.int32), g.const([image.height // s * c for s, c in zip(strides, columns, strict=True)], np.int32)
+    sides = g.cast(g.op("Shape", g.tensor(image.tensor)), INT32)
+    height, width = g.slice(sides, 0, 2, 3), g.slice(sides, 0, 3, 4)
+    columns, rows = (g.op("Div", side, g.const(strides, np.int32)) for side in (width, height))
+    return columns, g.op("Mul", columns, rows)
+
+

@@ -1,0 +1,67 @@
+"""Every error fusenms raises on purpose. All derive from :class:`FusenmsError`.
+
+A message says what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusenms.verification import Report
+
+
+class FusenmsError(Exception):
+    """Base of all errors that fusenms raises on purpose."""
+
+
+class ConfigError(FusenmsError, ValueError):
+    """A setting is out of its range, or two settings contradict each other."""
+
+
+class SourceError(FusenmsError):
+    """The weights cannot be read, are not a detector, or are not safe to load."""
+
+
+class HeadError(FusenmsError):
+    """The raw head of the model cannot be used."""
+
+
+class HeadNotRecognizedError(HeadError):
+    """No detector family fits the model; the message lists each family's reason."""
+
+
+class AmbiguousHeadError(HeadError):
+    """More than one detector family fits the model."""
+
+
+class AlreadyFusedError(HeadError):
+    """The model already ends in detections."""
+
+
+class FusionError(FusenmsError):
+    """The fused graph could not be built although head and settings are fine: a bug in fusenms."""
+
+
+class BackendError(FusenmsError):
+    """A backend cannot do what was asked."""
+
+
+class BackendUnavailableError(BackendError):
+    """The package that the backend runs on is not installed."""
+
+
+class UnsupportedByBackendError(BackendError):
+    """The backend cannot express the requested settings."""
+
+
+class VerificationError(FusenmsError):
+    """The fused model differs from the reference. ``report`` has every difference."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class InputError(FusenmsError, ValueError):
+    """An image or another input of a fused model is unusable."""

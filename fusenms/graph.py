@@ -1,0 +1,170 @@
+"""Editing ONNX graphs: a small builder over onnx-graphsurgeon, which nothing else imports.
+
+onnx-graphsurgeon drops metadata and producer; `Graph.to_model` carries them over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+Tensor = gs.Variable | gs.Constant
+INT32, INT64, FLOAT, BOOL = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
+TAIL = "fusenms"
+"""Prefix of every node and tensor that fusenms adds."""
+
+
+class Graph:
+    """A model being edited. Each operator method adds one node and returns its output."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        self._graph = gs.import_onnx(model)
+        self._tensors = self._graph.tensors()
+        self._count = 0
+
+    @property
+    def opset(self) -> int:
+        return int(self._graph.opset)
+
+    def tensor(self, name: str) -> gs.Variable:
+        """An existing tensor. Raises KeyError where there is none."""
+        return self._tensors[name]
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Rename an existing tensor."""
+        tensor = self._tensors.pop(name)
+        tensor.name = new_name
+        self._tensors[new_name] = tensor
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def set_outputs(self, outputs: Sequence[tuple[Tensor, str, np.dtype[Any], tuple[str | int, ...]]]) -> None:
+        """Make these the outputs: (tensor, name, dtype, shape)."""
+        self._graph.outputs = []
+        for tensor, name, dtype, shape in outputs:
+            tensor.name, tensor.dtype, tensor.shape = name, dtype, list(shape)
+            self._graph.outputs.append(tensor)
+
+    def to_model(self) -> onnx.ModelProto:
+        """Return the edited model: unused nodes removed, nodes in order, metadata and producer as before."""
+        self._graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        model = gs.export_onnx(self._graph, do_type_check=False)
+        model.ir_version = self._model.ir_version
+        model.producer_name, model.producer_version = self._model.producer_name, self._model.producer_version
+        model.metadata_props.extend(self._model.metadata_props)
+        return model
+
+    # Operators.
+
+    def add(self, op: str, inputs: Sequence[Tensor], outputs: int = 1, domain: str | None = None, **attrs: Any) -> list[gs.Variable]:
+        """Add any node and return its outputs. An input of None is an omitted optional one."""
+        self._count += 1
+        name = f"{TAIL}/{op}_{self._count}"
+        made = [gs.Variable(name if outputs == 1 else f"{name}_{i}") for i in range(outputs)]
+        self._graph.nodes.append(gs.Node(op=op, name=name, inputs=list(inputs), outputs=made, attrs=attrs, domain=domain))
+        return made
+
+    def import_domain(self, domain: str, version: int) -> None:
+        """Declare a custom operator domain."""
+        domains = list(self._graph.import_domains or [])
+        self._graph.import_domains = [*domains, onnx.helper.make_opsetid(domain, version)]
+
+    def const(self, values: Any, dtype: type[np.generic]) -> gs.Constant:
+        self._count += 1
+        return gs.Constant(f"{TAIL}/const_{self._count}", np.ascontiguousarray(np.asarray(values, dtype)))
+
+    def floats(self, *values: float) -> gs.Constant:
+        """A float32 scalar (one value) or vector."""
+        return self.const(values[0] if len(values) == 1 else values, np.float32)
+
+    def ints(self, *values: int) -> gs.Constant:
+        """An int32 scalar (one value) or vector."""
+        return self.const(values[0] if len(values) == 1 else values, np.int32)
+
+    def op(self, op: str, *inputs: Tensor, **attrs: Any) -> gs.Variable:
+        return self.add(op, inputs, **attrs)[0]
+
+    def cast(self, x: Tensor, to: int) -> gs.Variable:
+        return self.op("Cast", x, to=to)
+
+    def reshape(self, x: Tensor, *shape: int) -> gs.Variable:
+        """Reshape; 0 copies a dimension, one -1 is what is left."""
+        return self.op("Reshape", x, self.const(shape, np.int64))
+
+    def slice(self, x: Tensor, axis: int, start: int, stop: int) -> gs.Variable:
+        return self.op("Slice", x, *(self.const([value], np.int64) for value in (start, stop, axis)))
+
+    def reduce(self, op: str, x: Tensor, axis: int, keepdims: bool = False) -> gs.Variable:
+        """ReduceMax, ReduceMin or ReduceSum over one axis; the opset decides where the axis goes."""
+        since = 13 if op == "ReduceSum" else 18
+        if self.opset >= since:
+            return self.op(op, x, self.const([axis], np.int64), keepdims=int(keepdims))
+        return self.op(op, x, axes=[axis], keepdims=int(keepdims))
+
+    def concat(self, parts: Sequence[Tensor], axis: int) -> gs.Variable:
+        return self.op("Concat", *parts, axis=axis)
+
+    def where(self, condition: Tensor, x: Tensor, y: Tensor) -> gs.Variable:
+        return self.op("Where", condition, x, y)
+
+    def top_k(self, x: Tensor, k: Tensor) -> tuple[gs.Variable, gs.Variable]:
+        """The k largest of the last axis, in descending order, lower index first among equals: values, indices (int32)."""
+        values, indices = self.add("TopK", [x, k], 2, axis=-1, largest=1, sorted=1)
+        return values, self.cast(indices, INT32)
+
+    def take_rows(self, x: Tensor, index: Tensor, axis: int, width: int) -> gs.Variable:
+        """From ``x`` ``[B, width, N]`` (``axis`` 2) or ``[B, N, width]`` (``axis`` 1) take ``index`` ``[B, k]``: ``[B, k, width]``."""
+        if axis == 2:
+            wide = self.op("Expand", self.unsqueeze(index, 1), self.const([1, width, 1], np.int64))
+            return self.op("Transpose", self.op("GatherElements", x, wide, axis=2), perm=[0, 2, 1])
+        wide = self.op("Expand", self.unsqueeze(index, 2), self.const([1, 1, width], np.int64))
+        return self.op("GatherElements", x, wide, axis=1)
+
+    def unsqueeze(self, x: Tensor, axis: int) -> gs.Variable:
+        """Insert an axis; the opset decides where its number goes."""
+        if self.opset >= 13:
+            return self.op("Unsqueeze", x, self.const([axis], np.int64))
+        return self.op("Unsqueeze", x, axes=[axis])
+
+
+def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """A copy of the model that also gives these inner tensors (float32)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    present = {entry.name for entry in copy.graph.output}
+    copy.graph.output.extend(onnx.helper.make_tensor_value_info(name, FLOAT, None) for name in tensors if name not in present)
+    return copy
+
+
+def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
+    """The part of the model behind some of its tensors, which become its inputs.
+
+    Args:
+        tensors: name to shape of one image (without the batch dimension); float32.
+
+    Inputs of the model that this part still needs (for their shape) stay.
+    """
+    graph = gs.import_onnx(model)
+    known = graph.tensors()
+    for name, shape in tensors.items():
+        tensor = known[name]
+        tensor.inputs.clear()
+        tensor.dtype, tensor.shape = np.dtype(np.float32), ["batch", *shape]
+        graph.inputs.append(tensor)
+    graph.cleanup(remove_unused_graph_inputs=True).toposort()
+    cut = gs.export_onnx(graph, do_type_check=False)
+    cut.ir_version = model.ir_version
+    return cut
+
+
+def declared_shape(model: onnx.ModelProto, tensor: str) -> list[int | None]:
+    """Shape of an input or output of a model; None where it is open."""
+    entry = next(e for e in (*model.graph.input, *model.graph.output) if e.name == tensor)
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in entry.type.tensor_type.shape.dim]

@@ -1,0 +1,45 @@
+"""Detector families, one file each, and `recognize`: a raw model to the meaning of its head."""
+
+from __future__ import annotations
+
+from fusenms.artifacts import RawModel
+from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError
+from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.evidence import Evidence
+from fusenms.heads.yolov5 import YOLOV5
+from fusenms.heads.yolov8 import YOLOV8
+from fusenms.layout import Layout
+
+HEADS: tuple[HeadSpec, ...] = (YOLOV8, YOLOV5)
+
+__all__ = ["HEADS", "HeadSpec", "Mismatch", "recognize"]
+
+
+def recognize(raw: RawModel, family: str | None = None) -> Layout:
+    """Find what the head of a raw model means.
+
+    Args:
+        family: name of a family, to choose where the evidence leaves more than one open.
+
+    Raises:
+        HeadNotRecognizedError: no family fits; the message lists each one's reason.
+        AmbiguousHeadError: more than one fits.
+        ConfigError: no family of that name.
+    """
+    known = [head.name for head in HEADS]
+    if family is not None and family not in known:
+        raise ConfigError(f"family is {family!r}; expected one of {', '.join(known)}")
+    if raw.layout is not None:
+        if family not in (None, raw.layout.family):
+            raise ConfigError(f"{raw.source}: is a {raw.layout.family} by its own account, but family is {family!r}; leave the family out")
+        return raw.layout
+    evidence = Evidence(raw)
+    heads = [head for head in HEADS if family in (None, head.name)]
+    found = {head.name: head.match(evidence, family is None) for head in heads}
+    layouts = {name: result for name, result in found.items() if isinstance(result, Layout)}
+    if len(layouts) == 1:
+        return next(iter(layouts.values()))
+    if layouts:
+        raise AmbiguousHeadError(f"{raw.source}: fits {' and '.join(layouts)}; choose one with --family NAME (family=NAME)")
+    reasons = "".join(f"\n  {name}: {result.reason}" for name, result in found.items() if isinstance(result, Mismatch))
+    raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits:{reasons}")

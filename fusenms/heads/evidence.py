@@ -1,0 +1,115 @@
+"""What a raw ONNX model shows of its head: shapes, the parts its outputs are joined from, values on a test picture.
+
+Node and tensor names play no part. The model is run once in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from fusenms.artifacts import RawModel
+from fusenms.errors import SourceError
+
+LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
+"""Sets of strides that detectors use, the usual one first."""
+
+_PASSES_THROUGH = ("Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One output of the model on the test picture: values ``[1, …]``, and the values of the parts it is joined from."""
+
+    tensor: str
+    value: np.ndarray
+    parts: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a family may look at to recognize its head."""
+
+    raw: RawModel
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        """Each output with its parts.
+
+        Raises:
+            SourceError: the model does not run.
+        """
+        graph = self.raw.model.graph
+        producers = {output: node for node in graph.node for output in node.output}
+        outputs = [entry.name for entry in graph.output]
+        joined = {name: _joined_parts(producers, name) for name in outputs}
+        values = self._run(outputs, sorted({part for parts in joined.values() for part in parts} - set(outputs)))
+        return tuple(Sample(name, values[name], tuple(values[part] for part in joined[name])) for name in outputs)
+
+    def _run(self, outputs: list[str], inner: list[str]) -> dict[str, np.ndarray]:
+        import onnxruntime
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.raw.model)
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in inner)
+        image = self.raw.image
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            got = session.run([*outputs, *inner], {image.tensor: picture(image.height, image.width)})
+        except Exception as error:  # ONNX Runtime raises its own kinds
+            raise SourceError(f"{self.raw.source}: the model does not run in ONNX Runtime ({str(error).strip().splitlines()[0][:300]})") from error
+        return dict(zip([*outputs, *inner], map(np.asarray, got), strict=True))
+
+    def grid(self, anchors: int, count: int) -> np.ndarray | None:
+        """Cell centers ``[count, 2]`` (x, y in pixels) of a head with that many anchors per cell; None where no set of levels gives ``count``."""
+        for strides in LEVELS:
+            cells = [cell_centers(self.raw.image.height, self.raw.image.width, stride) for stride in strides]
+            if anchors * sum(map(len, cells)) == count:
+                return np.concatenate([np.tile(level, (anchors, 1)) for level in cells])
+        return None
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """The test picture ``[1, 3, height, width]``: smooth patches of color under noise, always the same."""
+    rng = np.random.default_rng(7)
+    coarse = rng.random((3, 8, 8))
+    patches = np.kron(coarse, np.ones((1, -(-height // 8), -(-width // 8))))[:, :height, :width]
+    return np.clip(patches + rng.normal(0, 0.08, patches.shape), 0, 1).astype(np.float32)[None]
+
+
+def cell_centers(height: int, width: int, stride: int) -> np.ndarray:
+    """Centers ``[cells, 2]`` (x, y in pixels) of one level, row by row."""
+    y, x = np.mgrid[: height // stride, : width // stride]
+    return (np.stack((x, y), -1).reshape(-1, 2) + 0.5) * stride
+
+
+def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
+    """Whether positions ``[N, 2]`` in pixels follow the cell centers ``[N, 2]``, as decoded box centers do."""
+    if not np.isfinite(values).all() or (values.std(0) < 1e-6).any():
+        return False
+    close = np.abs(values - grid).mean() < 0.12 * np.ptp(grid)
+    return close and all(np.corrcoef(values[:, i], grid[:, i])[0, 1] > 0.9 for i in (0, 1))
+
+
+def _joined_parts(producers: dict[str, onnx.NodeProto], name: str) -> tuple[str, ...]:
+    """Follow an output back to the Concat that joins channels: the nearest one whose inputs differ in how they are made.
+
+    Levels are joined too, each made alike; then the first stands for all.
+    """
+    while (node := producers.get(name)) is not None:
+        if node.op_type == "Concat":
+            makers = {producers[part].op_type if part in producers else "" for part in node.input}
+            if len(makers) > 1 or len(node.input) == 2:
+                return tuple(node.input)
+            name = node.input[0]
+        elif node.op_type in _PASSES_THROUGH:
+            name = node.input[0]
+        else:
+            break
+    return ()

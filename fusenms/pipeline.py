@@ -1,0 +1,67 @@
+"""`fuse`: the whole line in one call."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from fusenms.artifacts import FusedModel, RawModel
+from fusenms.backends import get_backend
+from fusenms.config import PostprocessConfig
+from fusenms.errors import VerificationError
+from fusenms.fusion import fuse_head
+from fusenms.heads import recognize
+from fusenms.sources import load
+from fusenms.verification import verify
+
+
+def fuse(
+    weights: str | os.PathLike[str] | RawModel,
+    *,
+    backend: str = "ort",
+    size: int | tuple[int, int] | None = None,
+    dynamic_size: bool = False,
+    opset: int | None = None,
+    make_dynamic: bool = False,
+    family: str | None = None,
+    images: np.ndarray | None = None,
+    unverified: bool = False,
+    **config: Any,
+) -> FusedModel:
+    """Load weights, recognize the head, fuse the post-processing and prove the result.
+
+    Args:
+        weights: a checkpoint (`.pt`), a raw `.onnx`, or a loaded `RawModel`.
+        backend: ``ort`` or ``trt``.
+        size, dynamic_size, opset, make_dynamic: as `fusenms.load` takes them.
+        family: name of the detector family, where the file leaves more than one open.
+        images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
+        unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
+        **config: fields of `PostprocessConfig`.
+
+    Returns:
+        the fused model with its report.
+
+    Raises:
+        FusenmsError: as each stage says; VerificationError where the result differs from the reference.
+    """
+    settings = PostprocessConfig.from_dict(config)
+    get_backend(backend)
+    raw = weights if isinstance(weights, RawModel) else load(
+        weights, size=size, dynamic_size=dynamic_size, opset=opset, make_dynamic=make_dynamic
+    )  # fmt: skip
+    fused = fuse_head(raw, recognize(raw, family), settings, backend)
+    return fused if unverified else prove(fused, verify(fused, images=images))
+
+
+def prove(fused: FusedModel, report: Any) -> FusedModel:
+    """The model with its report.
+
+    Raises:
+        VerificationError: the report has a difference.
+    """
+    if not report:
+        raise VerificationError(f"the fused model differs from the reference\n{report}", report)
+    return fused.proven(report)

@@ -1,0 +1,256 @@
+"""The semantics of fusenms in NumPy, float64: the truth that every fused graph is compared with.
+
+It shares no code with the graph's emitters. Per image:
+
+1. score of a candidate = its highest class probability (times objectness, where the head has one); with
+   `multi_label` each class is a candidate of its own. A class score that is NaN or +infinity never wins: the
+   candidate is left out.
+2. keep score > `score_threshold`.
+3. keep the `max_candidates` best; among equals the lower candidate number (then the lower class) wins.
+4. by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if
+   `class_agnostic`) is > `iou_threshold`. Degenerate boxes have IoU 0 with everything.
+5. keep the best `max_detections`.
+
+Rounding. A graph in float32 cannot decide as float64 does where a decision hangs on less than its rounding.
+`postprocess` takes the rows that were observed; where a decision's margin is positive but below rounding it
+follows what was observed, and counts that as a close call. A decision with a larger margin, or with a margin of
+exactly zero, is never taken from what was observed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusenms.boxes import cxcywh_to_xyxy, ordered, pairwise_iou
+from fusenms.config import PostprocessConfig
+from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
+
+Floats = NDArray[np.float64]
+
+SCORE_ROUNDING = 1e-5
+"""Relative. Only where scores are products (objectness times class); otherwise their order is exact."""
+SIGMOID_ROUNDING = 2e-7
+"""Absolute, for the same products: a float32 sigmoid is exact to a unit in the last place of 1, not of its value."""
+IOU_ROUNDING = 1e-5
+PIXEL_ROUNDING = 4 * 2.0**-23
+"""Of the largest coordinate: four units in the last place of float32."""
+BOX_TOLERANCE = 1e-3
+"""Pixels, plus `BOX_RELATIVE` of the largest coordinate: measured differences stay below a tenth of it."""
+BOX_RELATIVE = 2e-6
+SCORE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Detections of one image, best first: ``boxes`` ``[n, 4]`` xyxy in pixels of the input, ``scores`` ``[n]``, ``labels`` ``[n]``."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the reference finds in one image.
+
+    ``indices`` ``[n]`` are the candidates' numbers. ``close_calls`` counts the decisions that were below rounding and
+    were taken from the observed rows.
+    """
+
+    rows: Rows
+    indices: NDArray[np.int64]
+    close_calls: int
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All candidates of one image: boxes ``[N, 4]`` xyxy in pixels, class values ``[N, C]``.
+
+    ``keys`` order the candidates and meet ``threshold``: logits where those are exact, else probabilities.
+    A class value that never wins is NaN in ``keys``; ``rounding`` is the relative rounding of the keys.
+    """
+
+    boxes: Floats
+    keys: Floats
+    scores: Floats
+    labels_by: Floats
+    logits: bool
+    rounding: float
+
+
+def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size: tuple[int, int]) -> Candidates:
+    """Decode all candidates of one image of the head's tensors, ``[B, …]`` float32 by name. ``size`` is (height, width)."""
+    terms, raw = _channels(head, image, layout.boxes), _channels(head, image, layout.classes)
+    usable = ~np.isnan(raw) & (raw != np.inf)
+    values = np.where(usable, raw, -np.inf)
+    sigmoid = layout.activation is Activation.SIGMOID
+    probabilities = _sigmoid(values) if sigmoid else values
+    if layout.objectness is None:
+        keys, rounding = values, 0.0
+    else:
+        objectness = _channels(head, image, layout.objectness)
+        probabilities = probabilities * (_sigmoid(objectness) if sigmoid else objectness)
+        keys, rounding = probabilities, SCORE_ROUNDING
+        usable = usable & ~np.isnan(probabilities) & (probabilities != np.inf)
+    logits = sigmoid and layout.objectness is None
+    return Candidates(_boxes(terms, layout, size), np.where(usable, keys, np.nan), probabilities, values, logits, rounding)
+
+
+def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | None = None) -> Expected:
+    """Choose, suppress and select. With ``observed`` rows, close calls follow them."""
+    chosen = _choose(found, config, 0.0 if observed is None else found.rounding)
+    boxes, labels = found.boxes[chosen.anchor], chosen.label
+    alive, doubtful = np.ones(len(labels), bool), chosen.doubtful.copy()
+    picked: list[int] = []
+    close_calls = 0
+    iou_threshold = float(np.float32(config.iou_threshold))
+    first = 0
+    while len(picked) < config.max_detections:
+        while first < len(alive) and not alive[first]:
+            first += 1
+        if first == len(alive):
+            break
+        best = first
+        if observed is not None:
+            best, certain = _follow(observed, len(picked), found, chosen, boxes, alive, doubtful, first)
+            close_calls += not certain
+            if best < 0:
+                alive[first] = False
+                continue
+        alive[best] = False
+        picked.append(best)
+        rivals = np.flatnonzero(alive & (True if config.class_agnostic else labels == labels[best]))
+        if not len(rivals):
+            continue
+        iou = pairwise_iou(boxes[best][None], boxes[rivals])[0]
+        margin = np.abs(iou - iou_threshold)
+        close = (margin > 0) & (margin <= _iou_rounding(boxes[best], boxes[rivals])) & (observed is not None)
+        alive[rivals[(iou > iou_threshold) & ~close]] = False
+        doubtful[rivals[close & (iou > 0)]] = True
+    order = np.array(picked, np.int64)
+    rows = Rows(boxes[order], chosen.score[order], labels[order])
+    return Expected(rows, chosen.anchor[order], close_calls)
+
+
+def matches(rows: Rows, row: int, box: Floats, score: float, label: int) -> bool:
+    """Whether an observed row is this candidate, within rounding."""
+    tolerance = BOX_TOLERANCE + BOX_RELATIVE * np.abs(box).max()
+    return bool(
+        rows.labels[row] == label
+        and abs(rows.scores[row] - score) <= SCORE_TOLERANCE
+        and np.abs(rows.boxes[row] - box).max() <= tolerance
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    anchor: NDArray[np.int64]
+    label: NDArray[np.int64]
+    key: Floats
+    score: Floats
+    doubtful: NDArray[np.bool_]
+
+
+def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _Chosen:
+    """Steps 1 to 3: candidates best first. Those whose place hangs on rounding (relative) are doubtful."""
+    threshold = float(np.float32(config.score_threshold))
+    if found.logits:
+        with np.errstate(divide="ignore"):
+            threshold = float(np.log(threshold) - np.log1p(-threshold))
+    if config.multi_label:
+        anchor, label = (i.ravel() for i in np.indices(found.keys.shape))
+        usable = ~np.isnan(found.keys)
+    else:
+        anchor, label = np.arange(len(found.keys)), found.labels_by.argmax(1)
+        usable = ~np.isnan(found.keys).any(1)[:, None] & np.ones_like(found.keys, bool)
+    key, score = found.keys[anchor, label], found.scores[anchor, label]
+    near = (np.abs(key - threshold) <= _key_rounding(threshold, rounding)) & (rounding > 0)
+    with np.errstate(invalid="ignore"):
+        keep = usable[anchor, label] & ((key > threshold) | near)
+    anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]
+    order = np.argsort(-key, kind="stable")
+    if len(order) > config.max_candidates:
+        last = key[order[config.max_candidates - 1]]
+        edge = (np.abs(key - last) <= _key_rounding(last, rounding)) & (rounding > 0)
+        doubtful = doubtful | edge
+        order = order[(np.arange(len(order)) < config.max_candidates) | edge[order]]
+    return _Chosen(anchor[order], label[order], key[order], score[order], doubtful[order])
+
+
+def _key_rounding(key: float, rounding: float) -> float:
+    """How far a key in float32 may be off; 0 where keys are exact."""
+    return rounding * abs(key) + SIGMOID_ROUNDING if rounding else 0.0
+
+
+def _follow(
+    observed: Rows, row: int, found: Candidates, chosen: _Chosen, boxes: Floats,
+    alive: NDArray[np.bool_], doubtful: NDArray[np.bool_], first: int,
+) -> tuple[int, bool]:  # fmt: skip
+    """Which candidate comes next: (its place, whether that was certain); (-1, False) to leave the first one out."""
+    cluster = np.array([first])
+    if found.rounding:
+        reach = chosen.key[first] - _key_rounding(chosen.key[first], found.rounding)
+        cluster = first + np.flatnonzero(alive[first:] & (chosen.key[first:] >= reach))
+    if row < len(observed):
+        for place in cluster:
+            if matches(observed, row, boxes[place], chosen.score[place], chosen.label[place]):
+                return int(place), place == first and not doubtful[place]
+    return (-1, False) if doubtful[first] else (first, True)
+
+
+def _iou_rounding(box: Floats, rivals: Floats) -> Floats:
+    """How far the IoU of float32 boxes may be off: relative rounding, and coordinates over the shortest side."""
+    largest = np.maximum(np.abs(box).max(), np.abs(rivals).max(1))
+    shortest = np.minimum((box[2:] - box[:2]).min(), (rivals[:, 2:] - rivals[:, :2]).min(1))
+    return IOU_ROUNDING + 4 * PIXEL_ROUNDING * largest / np.maximum(shortest, 1e-6)
+
+
+def _channels(head: Mapping[str, np.ndarray], image: int, tap: Tap) -> Floats:
+    """Channels of a tap as ``[N, channels]`` float64."""
+    values = head[tap.tensor][image].astype(np.float64)
+    rows = values.T if tap.channel_axis == 1 else values
+    return rows[:, tap.start : tap.stop]
+
+
+def _sigmoid(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
+    decode = layout.decode
+    if isinstance(decode, Decoded):
+        return ordered(cxcywh_to_xyxy(terms) if decode.format is BoxFormat.CXCYWH else terms)
+    if isinstance(decode, Distances):
+        cells, strides, _ = _grid(decode.strides, size, 1)
+        spread = terms.reshape(len(terms), 4, decode.bins)
+        weight = np.exp(spread - spread.max(2, keepdims=True))
+        distance = (weight * np.arange(decode.bins)).sum(2) / weight.sum(2)
+        center = cells + 0.5
+        return np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None]
+    assert isinstance(decode, AnchorBoxes)
+    table = np.array(decode.anchors)
+    cells, strides, slots = _grid(decode.strides, size, table.shape[1])
+    t = _sigmoid(terms)
+    center = (2 * t[:, :2] - 0.5 + cells) * strides[:, None]
+    extent = (2 * t[:, 2:]) ** 2 * table.reshape(-1, 2)[slots]
+    return cxcywh_to_xyxy(np.concatenate((center, extent), 1))
+
+
+def _grid(strides: tuple[int, ...], size: tuple[int, int], anchors: int) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Cell (column, row), stride and slot (level * anchors + anchor) of every candidate, in their order."""
+    cells, steps, slots = [], [], []
+    for level, stride in enumerate(strides):
+        shape = (anchors, size[0] // stride, size[1] // stride)
+        anchor, row, column = (i.ravel() for i in np.indices(shape))
+        cells.append(np.stack((column, row), 1).astype(np.float64))
+        steps.append(np.full(len(anchor), float(stride)))
+        slots.append(level * anchors + anchor)
+    return np.concatenate(cells), np.concatenate(steps), np.concatenate(slots)

@@ -1,0 +1,6 @@
+"""Run fused models on pictures."""
+
+from fusenms.runtime.detections import Detections
+from fusenms.runtime.detector import Detector
+
+__all__ = ["Detections", "Detector"]

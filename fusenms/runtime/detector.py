@@ -1,0 +1,102 @@
+"""`Detector`: pictures in, detections out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusenms.artifacts import load_fused
+from fusenms.backends import get_backend
+from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.errors import InputError, UnsupportedByBackendError
+from fusenms.runtime.detections import Detections
+from fusenms.runtime.pictures import Placement, letterbox, read_picture, to_tensor
+
+
+class Detector:
+    """A fused model, open in ONNX Runtime. Safe to call from several threads at once.
+
+        with Detector("yolov8n.ort.onnx") as detect:
+            for found in detect(["a.jpg", "b.jpg"]):
+                print(found.boxes, found.scores, found.labels)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        batch_size: int = 8,
+        threads: int | None = None,
+    ) -> None:
+        """Open a fused file.
+
+        Args:
+            providers: ONNX Runtime execution providers, in order of preference.
+            batch_size: most pictures that are run at once.
+            threads: of one run; default: ONNX Runtime's choice.
+
+        Raises:
+            SourceError: the file cannot be read, or is not a fused model.
+            UnsupportedByBackendError: its backend does not run on ONNX Runtime.
+            BackendUnavailableError: ONNX Runtime, or a provider, is missing.
+            InputError: the batch size is not a positive number.
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
+        fused = load_fused(path)
+        if not get_backend(fused.backend).runs_on_onnxruntime:
+            raise UnsupportedByBackendError(
+                f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; "
+                "fuse the weights again with --backend ort, or build a TensorRT engine of this file (trtexec --onnx=FILE)"
+            )
+        self.class_names = fused.names
+        self._image, self._names, self._batch_size = fused.image, fused.config.output_names, batch_size
+        self._runner = OnnxRuntimeRunner(fused.model, tuple(providers), threads)
+
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model."""
+        self._runner.close()
+
+    def __call__(self, images: Any) -> list[Detections]:
+        """Find objects.
+
+        Args:
+            images: pictures, each a path, an array ``[height, width, 3]`` uint8 RGB or a PIL image; or one of these.
+
+        Returns:
+            one `Detections` a picture, in order.
+
+        Raises:
+            InputError: one of them is not a picture.
+        """
+        single = isinstance(images, (str, os.PathLike, np.ndarray)) or hasattr(images, "convert")
+        pictures: Iterable[Any] = [images] if single else images
+        found: list[Detections] = []
+        canvases: list[np.ndarray] = []
+        places: list[Placement] = []
+        for source in pictures:
+            canvas, place = letterbox(read_picture(source), self._image.height, self._image.width)
+            canvases.append(canvas)
+            places.append(place)
+            if len(canvases) == self._batch_size:
+                found += self._run(canvases, places)
+                canvases, places = [], []
+        return found + (self._run(canvases, places) if canvases else [])
+
+    def _run(self, canvases: list[np.ndarray], places: list[Placement]) -> list[Detections]:
+        outputs = self._runner.infer(to_tensor(canvases))
+        counts, boxes, scores, labels = (outputs[name] for name in self._names)
+        return [
+            Detections(place.to_picture(boxes[i, :n]), scores[i, :n].copy(), labels[i, :n].copy(), self.class_names)
+            for i, (place, n) in enumerate(zip(places, counts[:, 0].tolist(), strict=True))
+        ]

@@ -1,0 +1,55 @@
+"""Draw detections onto a picture."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+
+from fusenms.artifacts import write_atomically
+from fusenms.errors import InputError
+from fusenms.runtime.detections import Detections
+from fusenms.runtime.pictures import opencv
+
+
+def color_of(label: int) -> tuple[int, int, int]:
+    """A color (RGB, 0 to 255) for a class; neighbors in number are far apart in hue."""
+    red, green, blue = colorsys.hsv_to_rgb((0.06 + label * 0.618034) % 1.0, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw(picture: np.ndarray, detections: Detections) -> np.ndarray:
+    """A copy of a picture ``[height, width, 3]`` uint8 RGB with boxes, names and scores, the best on top."""
+    cv2 = opencv()
+    canvas = np.ascontiguousarray(picture)
+    canvas = canvas.copy()
+    unit = max(1, round(min(picture.shape[:2]) / 320))
+    scale = 0.45 * unit
+    for box, score, label in reversed(list(detections)):
+        color = color_of(label)
+        x1, y1, x2, y2 = (round(float(v)) for v in box)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2 * unit)
+        text = f"{detections.name(label)} {score:.2f}"
+        (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, unit)
+        top = max(0, y1 - height - base)
+        cv2.rectangle(canvas, (x1, top), (x1 + width, top + height + base), color, -1)
+        dark = sum(color) < 380
+        cv2.putText(canvas, text, (x1, top + height), cv2.FONT_HERSHEY_SIMPLEX, scale, (255,) * 3 if dark else (0,) * 3, unit, cv2.LINE_AA)
+    return canvas
+
+
+def save_picture(path: Path, picture: np.ndarray) -> Path:
+    """Write a picture ``[height, width, 3]`` uint8 RGB; the suffix says the format.
+
+    Raises:
+        InputError: the format is unknown.
+        SourceError: the path cannot be written.
+    """
+    cv2 = opencv()
+    try:
+        done, data = cv2.imencode(path.suffix or ".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    except cv2.error as error:
+        raise InputError(f"{path}: unknown picture format {path.suffix!r}; expected .jpg or .png") from error
+    assert done
+    return write_atomically(path, data.tobytes())

@@ -1,0 +1,203 @@
+"""Made-up head tensors for verification: random, dense, empty, tied, at the thresholds, crowded, unusable values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusenms.artifacts import ImageInput
+from fusenms.config import PostprocessConfig
+from fusenms.fusion import strict_threshold
+from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Distances, Layout
+
+LOW = -9.0  # logit of "nothing here"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What scenes are made for: a layout, its settings, the picture size, the number of candidates."""
+
+    layout: Layout
+    config: PostprocessConfig
+    image: ImageInput
+    count: int
+
+
+@dataclass
+class Scene:
+    """One image's head: class logits ``[N, C]``, objectness logits ``[N]``, box terms ``[N, channels]``."""
+
+    classes: np.ndarray
+    objectness: np.ndarray
+    boxes: np.ndarray
+
+
+def random(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Objects here and there."""
+    scene = empty(stage, rng)
+    _raise_some(stage, scene, rng, min(stage.count, 250), -3.0, 5.0)
+    return scene
+
+
+def dense(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Clusters of neighboring candidates with much overlap, of few classes."""
+    scene = empty(stage, rng)
+    middle = rng.integers(stage.count, size=24)
+    rows = np.unique((middle[:, None] + np.arange(-20, 20)[None]).clip(0, stage.count - 1))
+    label = (rows // 160) % min(3, stage.layout.num_classes)
+    scene.classes[rows, label] = rng.uniform(-1, 5, len(rows))
+    scene.objectness[rows] = rng.uniform(0, 4, len(rows))
+    return scene
+
+
+def empty(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Nothing above any usual threshold."""
+    classes = rng.normal(LOW, 0.5, (stage.count, stage.layout.num_classes))
+    return Scene(classes, rng.normal(LOW, 0.5, stage.count), _random_boxes(stage, rng))
+
+
+def ties(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Many equal scores, within a box's classes too, and equal boxes."""
+    scene = Scene(np.full((stage.count, stage.layout.num_classes), LOW), np.full(stage.count, 3.0), _even_boxes(stage))
+    rows = rng.choice(stage.count, min(stage.count, 400), replace=False)
+    scene.classes[rows] = rng.choice([LOW, 1.0, 2.0], (len(rows), stage.layout.num_classes), p=[0.9, 0.05, 0.05])
+    return scene
+
+
+def thresholds(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Scores at the threshold and one float to either side; pairs of boxes with IoU at the threshold, where it can be hit exactly."""
+    scene = empty(stage, rng)
+    scene.boxes = _even_boxes(stage)
+    at = strict_threshold(stage.config.score_threshold, Activation.SIGMOID)
+    scores = [at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf))]
+    rows = rng.choice(stage.count, min(stage.count, 60), replace=False)
+    scene.classes[rows, rng.integers(stage.layout.num_classes, size=len(rows))] = np.resize(np.clip(scores, -80, 80), len(rows))
+    scene.objectness[rows] = 40.0
+    _place_pairs(stage, scene)
+    return scene
+
+
+def crowded(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Every candidate above the threshold: more than `max_candidates` where there are that many."""
+    scene = empty(stage, rng)
+    _raise_some(stage, scene, rng, stage.count, 1.0, 6.0)
+    return scene
+
+
+def unusable(stage: Stage, rng: np.random.Generator) -> Scene:
+    """NaN and infinities among the class scores."""
+    scene = random(stage, rng)
+    for value in (np.nan, np.inf, -np.inf):
+        rows = rng.choice(stage.count, min(stage.count, 40), replace=False)
+        scene.classes[rows, rng.integers(stage.layout.num_classes, size=len(rows))] = value
+    return scene
+
+
+SCENES: dict[str, Callable[[Stage, np.random.Generator], Scene]] = {
+    scene.__name__: scene for scene in (random, dense, empty, ties, thresholds, crowded, unusable)
+}
+
+
+def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """The head's tensors for a batch with one scene an image.
+
+    Args:
+        shapes: of each head tensor, without the batch dimension.
+
+    Returns:
+        name to float32 ``[len(names), *shape]``.
+    """
+    layout = stage.layout
+    tensors = {name: np.zeros((len(names), *shape), np.float32) for name, shape in shapes.items()}
+    for i, name in enumerate(names):
+        scene = SCENES[name](stage, np.random.default_rng([seed, i, list(SCENES).index(name)]))
+        activate = layout.activation is Activation.NONE
+        parts = [(layout.boxes, scene.boxes), (layout.classes, _squash(scene.classes) if activate else scene.classes)]
+        if layout.objectness is not None:
+            objectness = _squash(scene.objectness) if activate else scene.objectness
+            parts.append((layout.objectness, objectness[:, None]))
+        for tap, values in parts:
+            target = tensors[tap.tensor][i]
+            rows = target.T if tap.channel_axis == 1 else target
+            rows[:, tap.start : tap.stop] = values
+    if layout.activation is Activation.NONE and layout.objectness is None:
+        _exact_threshold(stage, names, tensors)
+    return tensors
+
+
+def _exact_threshold(stage: Stage, names: tuple[str, ...], tensors: dict[str, np.ndarray]) -> None:
+    """Finished probabilities can be the threshold itself: put the float nearest to it in its place."""
+    tap, threshold = stage.layout.classes, np.float32(stage.config.score_threshold)
+    for i in (i for i, name in enumerate(names) if name == "thresholds"):
+        values = tensors[tap.tensor][i]
+        rows = (values.T if tap.channel_axis == 1 else values)[:, tap.start : tap.stop]
+        rows[np.abs(rows - threshold) <= 1e-7] = threshold
+
+
+def _squash(logits: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.where(logits == np.inf, np.inf, 1 / (1 + np.exp(-logits)))
+
+
+def _raise_some(stage: Stage, scene: Scene, rng: np.random.Generator, count: int, low: float, high: float) -> None:
+    rows = rng.choice(stage.count, count, replace=False)
+    scene.classes[rows, rng.integers(stage.layout.num_classes, size=count)] = rng.uniform(low, high, count)
+    scene.objectness[rows] = rng.uniform(0, 5, count)
+
+
+def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
+    layout, count = stage.layout, stage.count
+    if isinstance(layout.decode, Distances):
+        bins = layout.decode.bins
+        peak = rng.uniform(0, min(6, bins - 1), (count, 4, 1))
+        return (-((np.arange(bins) - peak) ** 2) + rng.normal(0, 0.3, (count, 4, bins))).reshape(count, -1)
+    if isinstance(layout.decode, AnchorBoxes):
+        return rng.normal(0, 1, (count, 4))
+    sides = np.array([stage.image.width, stage.image.height])
+    center, size = rng.uniform(0, 1, (count, 2)) * sides, np.exp(rng.uniform(np.log(6), np.log(0.4 * sides.min()), (count, 2)))
+    size[::97] *= -1  # some of negative size
+    return _as_format(stage, center - size / 2, center + size / 2)
+
+
+def _even_boxes(stage: Stage) -> np.ndarray:
+    """Boxes whose coordinates are exact in float32; for finished boxes many are the same."""
+    layout, count = stage.layout, stage.count
+    if isinstance(layout.decode, Distances):
+        terms = np.zeros((count, 4, layout.decode.bins))
+        terms[:, :, min(2, layout.decode.bins - 1)] = 1000.0  # all the weight on one bin
+        return terms.reshape(count, -1)
+    if isinstance(layout.decode, AnchorBoxes):
+        return np.zeros((count, 4))
+    corner = np.stack((np.arange(count) % 13 * 16.0, np.arange(count) % 7 * 16.0), 1)
+    return _as_format(stage, corner, corner + 32.0)
+
+
+def _as_format(stage: Stage, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    if getattr(stage.layout.decode, "format", None) is BoxFormat.CXCYWH:
+        return np.concatenate(((low + high) / 2, high - low), 1)
+    return np.concatenate((low, high), 1)
+
+
+def _place_pairs(stage: Stage, scene: Scene) -> None:
+    """Put pairs into the first candidates: the second box lies in the first and has `iou_threshold` of its area."""
+    width = 16 * float(np.float32(stage.config.iou_threshold))
+    if width != round(width) or not 0 < width < 16 or stage.count < 16:
+        return
+    decode, rows = stage.layout.decode, [(0, 1), (8, 9)]
+    if isinstance(decode, AnchorBoxes) or (isinstance(decode, Distances) and decode.bins < 16):
+        return
+    for big, small in rows:
+        if isinstance(decode, Distances):
+            left = int(width) // 2
+            for row, ends in ((big, (8, 2, 8, 2)), (small, (left, 2, int(width) - left, 2))):
+                terms = np.zeros((4, decode.bins))
+                terms[np.arange(4), ends] = 1000.0
+                scene.boxes[row] = terms.ravel()
+        else:
+            low = np.array([[64.0 * big, 0.0]] * 2)
+            scene.boxes[[big, small]] = _as_format(stage, low, low + [[128.0, 16.0], [8 * width, 16.0]])
+        scene.classes[[big, small]] = LOW
+        scene.classes[big, 0], scene.classes[small, 0] = 4.0, 3.0
+        scene.objectness[[big, small]] = 40.0

@@ -1,0 +1,243 @@
+"""Load a `.pt` checkpoint without running any code of it and without the package that wrote it.
+
+`torch.load(weights_only=True)` rebuilds the module tree, with our own classes (`modules.py`)
+standing in for the pickled ones. A name that is neither known here nor on torch's own list of
+plain data is refused. Afterwards the tree is checked: only known types, no hooks, no method
+replaced by data of the file.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusenms.errors import SourceError
+from fusenms.sources import modules
+
+_BLOCKS = {cls.__name__: cls for cls in (modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF)}
+_BLOCKS |= {cls.__name__: cls for cls in (modules.Concat, modules.DFL)}
+
+_TORCH = (nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.Identity, nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d)
+_TORCH += (nn.Upsample, nn.Sequential, nn.ModuleList)
+
+
+class Inert:
+    """Stands in for whatever is of no use here (training results, arguments, paths); keeps plain attributes."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+_INERT = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    "datetime.datetime",
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "ultralytics.utils.IterableSimpleNamespace",
+    "ultralytics.yolo.utils.IterableSimpleNamespace",
+)
+
+
+def _stand_ins() -> dict[str, Any]:
+    """Map every global that a checkpoint may name to what is used in its place."""
+    table: dict[str, Any] = {f"{cls.__module__}.{cls.__name__}": cls for cls in _TORCH}
+    for name, cls in _BLOCKS.items():
+        for home in ("", "conv.", "block.", "head."):
+            table[f"ultralytics.nn.modules.{home}{name}"] = cls
+        table[f"models.common.{name}"] = cls
+    for name in ("ultralytics.nn.modules.Detect", "ultralytics.nn.modules.head.Detect"):
+        table[name] = modules.AnchorFreeDetect
+    table["models.yolo.Detect"] = modules.AnchorDetect
+    for name in ("ultralytics.nn.tasks.DetectionModel", "models.yolo.Model", "models.yolo.DetectionModel"):
+        table[name] = modules.DetectionModel
+    ours = (*_BLOCKS.values(), modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
+    table |= {f"{cls.__module__}.{cls.__name__}": cls for cls in ours}
+    return table | dict.fromkeys(_INERT, Inert)
+
+
+STAND_INS = _stand_ins()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS += ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_OTHER_TASKS = {"Classif": "a classifier", "Segment": "a segmentation model", "Pose": "a pose model"}
+_OTHER_TASKS |= {"OBB": "an oriented-box model", "World": "an open-vocabulary model", "RTDETR": "an RT-DETR model"}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network rebuilt from a checkpoint: evaluation mode, float32, batch normalization folded.
+
+    Attributes:
+        module: takes images ``[B, 3, height, width]`` float32 (RGB, 0 to 1), returns the head's taps.
+        names: class names by index.
+        strides: stride of each level, in pixels.
+        size: side of the square picture it was trained on, in pixels, where the checkpoint says so.
+        task: ``detect``.
+    """
+
+    module: modules.DetectionModel
+    names: tuple[str, ...]
+    strides: tuple[int, ...]
+    size: int | None
+    task: str
+
+    @property
+    def head(self) -> modules.AnchorFreeDetect | modules.AnchorDetect:
+        return self.module.model[-1]  # type: ignore[return-value]
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Load an Ultralytics (YOLOv8, YOLOv5u) or original YOLOv5 checkpoint of the detection task.
+
+    Raises:
+        SourceError: the file is no checkpoint, is damaged, names code that is not known, holds another kind of
+            model, or has weights that are not finite.
+    """
+    content = _read(path)
+    if not isinstance(content, dict):
+        content = {"model": content}
+    model = content.get("ema") or content.get("model")
+    if model is None or isinstance(model, dict):
+        raise SourceError(
+            f"{path}: found a dictionary of {_keys(model or content)}, without a network; expected a full checkpoint "
+            "(keys `model` or `ema`), as Ultralytics and YOLOv5 save it: pass that file, not a state dict"
+        )
+    if not isinstance(model, modules.DetectionModel):
+        raise SourceError(f"{path}: found a {type(model).__name__}; expected a detection model")
+    _check_tree(path, model)
+    try:
+        return _finish(model)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise SourceError(f"{path}: the network in this checkpoint is incomplete ({error}); expected one of the detection task") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        unknown = _unknown_globals(path) if zipped else []
+        if unknown:
+            raise SourceError(_refusal(path, unknown))
+        with _only_stand_ins():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        if name := re.search(r"GLOBAL `?([\w.]+)`?", str(error)):
+            raise SourceError(_refusal(path, [name[1]])) from error
+        said = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
+        reason = said.splitlines()[0][:200] if said else type(error).__name__
+        raise SourceError(
+            f"{path}: not a readable PyTorch checkpoint ({reason}); the file is damaged, cut short, or of another kind: "
+            "download it again, or pass an .onnx file"
+        ) from error
+
+
+def _unknown_globals(path: Path) -> list[str]:
+    with _lock, _no_user_globals():
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    return sorted(set(found) - set(STAND_INS))
+
+
+def _refusal(path: Path, unknown: list[str]) -> str:
+    listed = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
+    for name in unknown:
+        for word, what in _OTHER_TASKS.items():
+            if word in name.rsplit(".", 1)[-1]:
+                return f"{path}: found {what} ({listed}); expected a YOLOv8, YOLOv5u or YOLOv5 detection checkpoint"
+    return (
+        f"{path}: refused, because it names code that fusenms does not know: {listed}. Nothing of it was run. "
+        "Expected a YOLOv8, YOLOv5u or YOLOv5 detection checkpoint; export other models to .onnx where you trust them and pass that"
+    )
+
+
+@contextmanager
+def _no_user_globals() -> Iterator[None]:
+    """Set aside what the host program has told torch to trust: it is not meant for this file."""
+    trusted = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(trusted)
+
+
+@contextmanager
+def _only_stand_ins() -> Iterator[None]:
+    with _lock, _no_user_globals(), torch.serialization.safe_globals([(cls, name) for name, cls in STAND_INS.items()]):
+        yield
+
+
+def _check_tree(path: Path, model: nn.Module) -> None:
+    """Refuse a tree in which data of the file took the place of code, or has parts that would be left out."""
+    allowed = {cls for cls in STAND_INS.values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
+    for name, module in model.named_modules():
+        where = f"{path}: layer {name or '(root)'} ({type(module).__name__})"
+        if type(module) not in allowed:
+            raise SourceError(f"{where} is of an unknown type")
+        if any(module.__dict__.get(hooks) for hooks in _HOOKS):
+            raise SourceError(f"{where} carries hooks; expected plain weights")
+        module.__dict__.pop("type", None)  # the class name, as text; it hides a method of nn.Module
+        replaced = sorted(key for key in module.__dict__ if callable(getattr(type(module), key, None)))
+        if replaced:
+            raise SourceError(f"{where} replaces its own {', '.join(replaced)}; expected plain weights")
+        extra = sorted(set(module._modules) - module.parts) if hasattr(module, "parts") else []
+        if extra:
+            raise SourceError(f"{where} has parts that fusenms does not know: {', '.join(extra)}. This variant is not supported; pass its .onnx")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SourceError(f"{path}: the weights of {name} are not finite (NaN or infinity); the training diverged or the file is damaged")
+
+
+def _finish(model: modules.DetectionModel) -> Checkpoint:
+    model = model.float().eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, modules.Conv):
+            module.fold()
+        elif isinstance(module, nn.Upsample):
+            module.recompute_scale_factor = None  # absent from old checkpoints
+    head = model.model[-1]
+    if not isinstance(head, (modules.AnchorFreeDetect, modules.AnchorDetect)):
+        raise ValueError(f"its last layer is a {type(head).__name__}, not a detection head")
+    if isinstance(head, modules.AnchorFreeDetect) and not torch.equal(head.dfl.conv.weight.flatten(), torch.arange(head.reg_max).float()):
+        raise ValueError("the bins of its box distribution are not 0, 1, 2, …")
+    strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride))
+    return Checkpoint(model, _names(model, int(head.nc)), strides, _size(model), str(getattr(model, "task", "detect")))
+
+
+def _names(model: nn.Module, count: int) -> tuple[str, ...]:
+    names = getattr(model, "names", None) or {}
+    table = dict(enumerate(names)) if isinstance(names, (list, tuple)) else dict(names)
+    return tuple(str(table.get(i, f"class{i}")) for i in range(count))
+
+
+def _size(model: nn.Module) -> int | None:
+    args = getattr(model, "args", None)
+    values = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+    size = values.get("imgsz")
+    size = size[0] if isinstance(size, (list, tuple)) and size else size
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _keys(content: dict[Any, Any]) -> str:
+    keys = [str(key) for key in content]
+    return f"{len(keys)} entries ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})"

@@ -1,0 +1,113 @@
+"""Export a loaded checkpoint to ONNX, cut at the head's taps, and check it against PyTorch."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import onnx
+import torch
+
+from fusenms.artifacts import ImageInput, RawModel
+from fusenms.errors import ConfigError, SourceError
+from fusenms.layout import Activation, AnchorBoxes, Distances, Layout, Tap
+from fusenms.sources.checkpoint import Checkpoint
+from fusenms.sources.modules import AnchorFreeDetect
+
+DEFAULT_OPSET = 17
+"""The newest opset that every supported TensorRT reads (8.5 reads 17 at most)."""
+OPSETS = range(13, 21)  # what PyTorch's TorchScript exporter writes
+DEFAULT_SIZE = 640
+PARITY_BATCHES = (1, 2, 3)
+PARITY_TOLERANCE = 1e-3  # absolute, on logits of magnitude ten; float32 rounding gives about 1e-4
+
+IMAGE, HEAD, HEAD_BOXES, HEAD_CLASSES = "images", "head", "head_boxes", "head_classes"
+
+
+def export(
+    checkpoint: Checkpoint, source: str, *, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None
+) -> RawModel:
+    """Export to ONNX with dynamic batch; compare ONNX Runtime with PyTorch at batch 1, 2, 3.
+
+    Args:
+        source: file name, for the records.
+        size: (height, width) in pixels; default: what the checkpoint was trained at, or 640.
+        dynamic_size: leave height and width open.
+        opset: ONNX operator set; default `DEFAULT_OPSET`.
+
+    Raises:
+        ConfigError: the size is no multiple of the stride, or the opset cannot be written.
+        SourceError: the network does not run, or the export differs from it.
+    """
+    opset = DEFAULT_OPSET if opset is None else opset
+    if opset not in OPSETS:
+        raise ConfigError(f"opset is {opset}; expected {OPSETS.start} to {OPSETS.stop - 1}")
+    stride = max(checkpoint.strides)
+    height, width = size or (checkpoint.size or DEFAULT_SIZE,) * 2
+    if height % stride or width % stride:
+        near = tuple(max(stride, round(side / stride) * stride) for side in (height, width))
+        raise ConfigError(f"size is {height}x{width}; expected multiples of the stride {stride}, as {near[0]}x{near[1]}")
+    layout = _layout(checkpoint)
+    try:
+        model = _to_onnx(checkpoint, layout, (height, width), dynamic_size, opset)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, torch.onnx.errors.OnnxExporterError) as error:
+        raise SourceError(f"{source}: the network could not be exported ({error})") from error
+    sizes = [(height, width)] + ([(height + stride, width + 2 * stride)] if dynamic_size else [])
+    worst = max(_difference(checkpoint, layout, model, batch, s) for batch in PARITY_BATCHES for s in sizes)
+    if not worst <= PARITY_TOLERANCE:
+        raise SourceError(f"{source}: the exported network differs from PyTorch by {worst:.2g} (at most {PARITY_TOLERANCE:g} is rounding)")
+    side = "height,width" if dynamic_size else f"{height},{width}"
+    note = f"{IMAGE}[batch,3,{side}] · opset {opset} · equal to PyTorch at batch 1, 2, 3 (max |Δ| {worst:.0e})"
+    image = ImageInput(IMAGE, height, width, stride, dynamic_size)
+    return RawModel(model, image, checkpoint.names, checkpoint.task, source, layout, (note,))
+
+
+def _layout(checkpoint: Checkpoint) -> Layout:
+    head, count = checkpoint.head, len(checkpoint.names)
+    if isinstance(head, AnchorFreeDetect):
+        boxes, classes = Tap(HEAD_BOXES, 1, 0, 4 * head.reg_max), Tap(HEAD_CLASSES, 1, 0, count)
+        return Layout("yolov8", boxes, classes, None, Activation.SIGMOID, Distances(checkpoint.strides, head.reg_max))
+    pixels = head.anchors.double() * torch.tensor(checkpoint.strides, dtype=torch.float64)[:, None, None]
+    anchors = tuple(tuple((round(w, 4), round(h, 4)) for w, h in level) for level in pixels.tolist())
+    boxes, objectness, classes = Tap(HEAD, 1, 0, 4), Tap(HEAD, 1, 4, 5), Tap(HEAD, 1, 5, 5 + count)
+    return Layout("yolov5", boxes, classes, objectness, Activation.SIGMOID, AnchorBoxes(checkpoint.strides, anchors))
+
+
+def _to_onnx(
+    checkpoint: Checkpoint, layout: Layout, size: tuple[int, int], dynamic_size: bool, opset: int
+) -> onnx.ModelProto:
+    axes: dict[str, dict[int, str]] = {IMAGE: {0: "batch"}} | {name: {0: "batch"} for name in layout.tensors}
+    if dynamic_size:
+        axes[IMAGE] |= {2: "height", 3: "width"}
+        for name in layout.tensors:
+            axes[name] |= {2: "candidates"}
+    stream = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the TorchScript exporter announces its own retirement; opset 17 has no other
+        torch.onnx.export(
+            checkpoint.module,
+            (torch.zeros(2, 3, *size),),
+            stream,
+            dynamo=False,
+            opset_version=opset,
+            input_names=[IMAGE],
+            output_names=list(layout.tensors),
+            dynamic_axes=axes,
+        )
+    return onnx.load_from_string(stream.getvalue())
+
+
+def _difference(checkpoint: Checkpoint, layout: Layout, model: onnx.ModelProto, batch: int, size: tuple[int, int]) -> float:
+    """Largest absolute difference between ONNX Runtime and PyTorch on a random batch."""
+    import onnxruntime
+
+    images = np.random.default_rng(batch).random((batch, 3, *size), dtype=np.float32)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    got = session.run(list(layout.tensors), {IMAGE: images})
+    with torch.no_grad():
+        expected = checkpoint.module(torch.from_numpy(images))
+    return max(
+        float(np.abs(a - b.numpy()).max()) if a.shape == tuple(b.shape) else float("inf")
+        for a, b in zip(got, expected, strict=True)
+    )

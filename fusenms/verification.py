@@ -1,0 +1,267 @@
+"""Prove a fused model: run it in ONNX Runtime at several batch sizes and compare every row with the reference.
+
+Two things are run. The *tail*, cut out of the model behind its head, on made-up head tensors
+(`scenes.py`): random, dense, empty, tied, at the thresholds, crowded, unusable. And the *whole* model on pictures,
+with the head's tensors as further outputs, so that the reference works on exactly what the tail saw.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusenms import contract
+from fusenms.artifacts import FusedModel, load_fused
+from fusenms.backends import get_backend
+from fusenms.backends.base import OnnxRuntimeRunner, first_line
+from fusenms.diagnosis import explain
+from fusenms.errors import FusenmsError, InputError, SourceError
+from fusenms.graph import cut_before, with_outputs
+from fusenms.heads.evidence import picture
+from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
+from fusenms.scenes import SCENES, Stage, heads
+
+BATCHES = (1, 2, 7)
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One image of one run: where it was, what was compared, what differed (empty: nothing)."""
+
+    batch: int
+    image: int
+    scene: str
+    detections: int
+    close_calls: int
+    worst_box: float
+    worst_score: float
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every comparison of a verification. True when nothing differed; prints as text."""
+
+    checks: tuple[Check, ...]
+    batches: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.checks) and self.mismatches == 0
+
+    @property
+    def detections(self) -> int:
+        return sum(check.detections for check in self.checks)
+
+    @property
+    def mismatches(self) -> int:
+        return sum(len(check.problems) for check in self.checks)
+
+    @property
+    def close_calls(self) -> int:
+        return sum(check.close_calls for check in self.checks)
+
+    @property
+    def worst_box(self) -> float:
+        """Largest difference of a matched box coordinate, in pixels."""
+        return max((check.worst_box for check in self.checks), default=0.0)
+
+    @property
+    def worst_score(self) -> float:
+        return max((check.worst_score for check in self.checks), default=0.0)
+
+    @property
+    def summary(self) -> str:
+        """One line: what was run, and the verdict."""
+        close = f" · {self.close_calls} close calls" if self.close_calls else ""
+        sizes = ", ".join(map(str, self.batches))
+        return (
+            f"batch {sizes} · {len(self.checks)} images · {self.detections} detections · {self.mismatches} mismatches · "
+            f"worst box error {self.worst_box:.2g} px{close}"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.summary]
+        for check in self.checks:
+            lines += [f"  batch {check.batch}, image {check.image} ({check.scene}): {problem}" for problem in check.problems]
+        return "\n".join(lines if len(lines) <= 41 else [*lines[:41], f"  … and {len(lines) - 41} more"])
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for ``--json``."""
+        problems = [
+            {"batch": c.batch, "image": c.image, "scene": c.scene, "problem": p} for c in self.checks for p in c.problems
+        ]
+        return {
+            "equal": bool(self),
+            "batches": list(self.batches),
+            "images": len(self.checks),
+            "detections": self.detections,
+            "mismatches": self.mismatches,
+            "close_calls": self.close_calls,
+            "worst_box_px": self.worst_box,
+            "worst_score": self.worst_score,
+            "problems": problems,
+        }
+
+
+def verify(
+    model: FusedModel | str | os.PathLike[str],
+    *,
+    images: np.ndarray | None = None,
+    batches: Sequence[int] = BATCHES,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare a fused model with the reference.
+
+    Args:
+        model: a fused model, or the path of its file.
+        images: pictures ``[n, 3, height, width]`` float32 (RGB, 0 to 1, at the model's size); default: a made-up one.
+        batches: batch sizes to run.
+        progress: told of each step.
+
+    Raises:
+        SourceError: the file cannot be read, or lacks the head's tensors.
+        InputError: the images do not fit the model.
+    """
+    fused = model if isinstance(model, FusedModel) else load_fused(model)
+    if not batches or any(not isinstance(b, int) or b < 1 for b in batches):
+        raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
+    return Report(tuple(_Verification(fused, progress).run(_pictures(fused, images), tuple(batches))), tuple(batches))
+
+
+def _pictures(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
+    size = (fused.image.height, fused.image.width)
+    if images is None:
+        return picture(*size)
+    if images.ndim != 4 or images.shape[1:] != (3, *size) or images.dtype != np.float32 or not len(images):
+        raise InputError(f"found images {images.dtype}{list(images.shape)}; expected float32 [n, 3, {size[0]}, {size[1]}], n at least 1")
+    return images
+
+
+class _Verification:
+    """One verification: the runners and the checks that pile up."""
+
+    def __init__(self, fused: FusedModel, progress: Progress | None) -> None:
+        self.fused, self.layout, self.config = fused, fused.layout, fused.config
+        self.progress = progress or (lambda *_: None)
+        self.checks: list[Check] = []
+
+    def run(self, pictures: np.ndarray, batches: tuple[int, ...]) -> list[Check]:
+        fused, backend = self.fused, get_backend(self.fused.backend)
+        produced = {name for node in fused.model.graph.node for name in node.output}
+        if lost := [name for name in self.layout.tensors if name not in produced]:
+            raise SourceError(f"the file lacks the head's tensors {', '.join(lost)} that its metadata names; it was changed after it was written: fuse the model again")
+        whole = OnnxRuntimeRunner(backend.to_standard(with_outputs(fused.model, self.layout.tensors)))
+        shapes = self._on_pictures(whole, pictures, batches)
+        whole.close()
+        if shapes:
+            self._on_scenes(shapes, batches)
+        if not any(check.detections or check.problems for check in self.checks) and self.config.score_threshold < 1:
+            self.checks.append(Check(0, 0, "all", 0, 0, 0.0, 0.0, ("no detection in any picture or scene: nothing was proven",)))
+        return self.checks
+
+    def _on_pictures(self, whole: OnnxRuntimeRunner, pictures: np.ndarray, batches: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Run pictures at each batch size, all of them at the largest; return the shapes of the head's tensors."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        starts = [(b, 0) for b in batches] + [(max(batches), i) for i in range(max(batches), len(pictures), max(batches))]
+        for step, (batch, start) in enumerate(starts):
+            self.progress("pictures", step, len(starts))
+            images = pictures[(start + np.arange(batch)) % len(pictures)]
+            outputs = self._infer(whole, {self.fused.image.tensor: images}, batch, "picture")
+            if outputs is None:
+                continue
+            head = {name: outputs[name] for name in self.layout.tensors}
+            shapes = {name: values.shape[1:] for name, values in head.items()}
+            self._compare(head, outputs, tuple(f"picture {(start + i) % len(pictures)}" for i in range(batch)))
+        return shapes
+
+    def _on_scenes(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> None:
+        """Run the tail on made-up heads: every scene at every batch size, a different one for each image."""
+        tap = self.layout.classes
+        stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][2 - tap.channel_axis])
+        backend = get_backend(self.fused.backend)
+        tail = OnnxRuntimeRunner(backend.to_standard(cut_before(self.fused.model, shapes)))
+        names = tuple(SCENES)
+        runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
+        for step, (batch, some) in enumerate(runs):
+            self.progress("scenes", step, len(runs))
+            batch_names = tuple(np.resize(np.array(some), batch).tolist())
+            head = heads(stage, batch_names, shapes, seed=batch)
+            inputs = dict(head)
+            if self.fused.image.tensor in tail.inputs:  # its shape says where the candidates stand
+                inputs[self.fused.image.tensor] = np.zeros((batch, 3, self.fused.image.height, self.fused.image.width), np.float32)
+            outputs = self._infer(tail, inputs, batch, ", ".join(some))
+            if outputs is not None:
+                self._compare(head, outputs, batch_names)
+        tail.close()
+
+    def _infer(self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, scene: str) -> dict[str, np.ndarray] | None:
+        """Run; a failure or a wrong shape is a problem of the whole batch."""
+        try:
+            outputs = runner.run(inputs)
+        except FusenmsError:
+            raise
+        except Exception as error:  # ONNX Runtime raises its own kinds
+            frozen = " (the batch is frozen)" if batch > 1 and any(c.batch == 1 and not c.problems for c in self.checks) else ""
+            self.checks.append(Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"does not run at batch {batch}{frozen}: {first_line(error)}",)))
+            return None
+        sizes = {"B": batch, "K": self.config.max_detections}
+        for name, spec in zip(self.config.output_names, contract.OUTPUTS, strict=True):
+            expected = tuple(sizes.get(str(d), d) for d in spec.shape)
+            got = outputs.get(name)
+            if got is None or got.shape != expected or got.dtype != spec.dtype:
+                found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
+                frozen = " (the batch is frozen)" if got is not None and got.shape[:1] != (batch,) else ""
+                self.checks.append(Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"output {name}: found {found}, expected {spec.dtype}{list(expected)}{frozen}",)))
+                return None
+        return outputs
+
+    def _compare(self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], scenes: tuple[str, ...]) -> None:
+        counts, boxes, scores, labels = (outputs[name] for name in self.config.output_names)
+        size = (self.fused.image.height, self.fused.image.width)
+        first: Rows | None = None
+        for i, scene in enumerate(scenes):
+            count = int(np.clip(counts[i, 0], 0, len(scores[i])))
+            observed = Rows(boxes[i, :count].astype(np.float64), scores[i, :count].astype(np.float64), labels[i, :count])
+            found = candidates(head, i, self.layout, size)
+            expected = postprocess(found, self.config, observed)
+            problems = _differences(observed, expected)
+            if counts[i, 0] != count:
+                problems.append(f"num_detections is {counts[i, 0]}, outside of 0 to {len(scores[i])}")
+            if np.any(boxes[i, count:]) or np.any(scores[i, count:]) or np.any(labels[i, count:] != contract.NO_LABEL):
+                problems.append(f"rows past num_detections ({count}) are not blank (zeros, label {contract.NO_LABEL})")
+            if problems:
+                cause = self._explain(observed, expected, found, first)
+                problems = [f"{problem}{cause}" if n == 0 else problem for n, problem in enumerate(problems)]
+            first = observed if first is None else first
+            matched = min(len(observed), len(expected.rows)) if not problems else 0
+            worst_box = float(np.abs(observed.boxes[:matched] - expected.rows.boxes[:matched]).max(initial=0))
+            worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
+            self.checks.append(Check(len(scenes), i, scene, len(observed), expected.close_calls, worst_box, worst_score, tuple(problems)))
+
+    def _explain(self, observed: Rows, expected: Expected, found: Candidates, first: Rows | None) -> str:
+        cause = explain(observed, expected.rows, found, self.config, first)
+        return f" [{cause}]" if cause else ""
+
+
+def _differences(observed: Rows, expected: Expected, most: int = 3) -> list[str]:
+    """Each row that differs, as text; the first few in full."""
+    rows, problems = expected.rows, []
+    for row in range(max(len(observed), len(rows))):
+        if row < min(len(observed), len(rows)) and matches(observed, row, rows.boxes[row], rows.scores[row], int(rows.labels[row])):
+            continue
+        problems.append(f"row {row}: expected {_row_text(rows, row)}, got {_row_text(observed, row)}")
+    if len(problems) > most:
+        problems = [*problems[:most], f"and {len(problems) - most} more rows differ ({len(observed)} detections, expected {len(rows)})"]
+    return problems
+
+
+def _row_text(rows: Rows, row: int) -> str:
+    if row >= len(rows):
+        return "no row"
+    box = ", ".join(f"{v:.2f}" for v in rows.boxes[row])
+    return f"label {rows.labels[row]} score {rows.scores[row]:.6f} box ({box})"
