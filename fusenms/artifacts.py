@@ -104,9 +104,13 @@ class FusedModel:
             SourceError: the path cannot be written.
         """
         if self.report is not None and not self.report:
-            raise VerificationError(f"{path} was not written: the fused model differs from the reference\n{self.report}", self.report)
+            raise VerificationError(
+                f"{path} was not written: the fused model differs from the reference\n{self.report}", self.report
+            )
         if self.report is None and not unverified:
-            raise ConfigError(f"{path} was not written: the model was not verified; call fusenms.verify first, or save with unverified=True")
+            raise ConfigError(
+                f"{path} was not written: the model was not verified; call fusenms.verify first, or save with unverified=True"
+            )
         import onnx
 
         model = onnx.ModelProto()
@@ -126,7 +130,9 @@ def load_fused(path: str | os.PathLike[str]) -> FusedModel:
     model = read_onnx(Path(path))
     metadata = read_metadata(model)
     if contract.KEY_BACKEND not in metadata:
-        raise SourceError(f"{path}: not a fused model (it has no {contract.KEY_BACKEND} metadata); make one with: python -m fusenms {path}")
+        raise SourceError(
+            f"{path}: not a fused model (it has no {contract.KEY_BACKEND} metadata); make one with: python -m fusenms {path}"
+        )
     try:
         image = ImageInput(**json.loads(metadata[contract.KEY_IMAGE]))
         return FusedModel(
@@ -159,9 +165,13 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        raise SourceError(f"{path}: not a readable ONNX file ({error}); it is damaged, cut short, or of another kind") from error
+        raise SourceError(
+            f"{path}: not a readable ONNX file ({error}); it is damaged, cut short, or of another kind"
+        ) from error
     if not model.graph.node or not model.opset_import:
-        raise SourceError(f"{path}: not a readable ONNX file (it has no nodes); it is damaged, cut short, or of another kind")
+        raise SourceError(
+            f"{path}: not a readable ONNX file (it has no nodes); it is damaged, cut short, or of another kind"
+        )
     return model
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
+Floats = NDArray[Any]
+"""Of any floating-point dtype."""
 
 
 def cxcywh_to_xyxy(boxes: Floats) -> Floats:

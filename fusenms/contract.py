@@ -22,6 +22,11 @@ class Output:
     dtype: np.dtype[np.generic]
     shape: tuple[str | int, ...]
 
+    def shape_for(self, batch: str | int, max_detections: int) -> tuple[str | int, ...]:
+        """The shape with ``B`` and ``K`` filled in; ``batch`` may be a symbol."""
+        sizes: dict[str | int, str | int] = {"B": batch, "K": max_detections}
+        return tuple(sizes.get(dim, dim) for dim in self.shape)
+
 
 OUTPUTS: Final = (
     Output(NUM_DETECTIONS, np.dtype(np.int32), ("B", 1)),

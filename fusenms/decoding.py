@@ -51,7 +51,9 @@ def _ordered(g: Graph, boxes: Tensor) -> Tensor:
     return g.concat([low, g.op("Max", low, g.slice(boxes, 2, 2, 4))], 2)
 
 
-def _locate(g: Graph, decode: Distances | AnchorBoxes, image: ImageInput, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _locate(
+    g: Graph, decode: Distances | AnchorBoxes, image: ImageInput, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Where each candidate stands on the grid.
 
     Candidates are numbered by level, anchor, row, column.
@@ -92,10 +94,10 @@ def _level_sizes(g: Graph, strides: tuple[int, ...], image: ImageInput) -> tuple
     """Columns and cells of each level, ``[levels]`` int32: constants, or computed from the picture's open size."""
     if not image.dynamic_size:
         columns = [image.width // s for s in strides]
-        return g.const(columns, np.int32), g.const([image.height // s * c for s, c in zip(strides, columns, strict=True)], np.int32)
+        return g.const(columns, np.int32), g.const(
+            [image.height // s * c for s, c in zip(strides, columns, strict=True)], np.int32
+        )
     sides = g.cast(g.op("Shape", g.tensor(image.tensor)), INT32)
     height, width = g.slice(sides, 0, 2, 3), g.slice(sides, 0, 3, 4)
     columns, rows = (g.op("Div", side, g.const(strides, np.int32)) for side in (width, height))
     return columns, g.op("Mul", columns, rows)
-
-

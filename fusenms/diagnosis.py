@@ -12,7 +12,9 @@ from fusenms.config import PostprocessConfig
 from fusenms.reference import SCORE_TOLERANCE, Candidates, Rows, matches, postprocess
 
 
-def explain(observed: Rows, expected: Rows, found: Candidates, config: PostprocessConfig, first_image: Rows | None) -> str:
+def explain(
+    observed: Rows, expected: Rows, found: Candidates, config: PostprocessConfig, first_image: Rows | None
+) -> str:
     """Say which mistake turns ``expected`` into ``observed``, or "" where none of the usual ones does.
 
     ``first_image``: the observed rows of the batch's first image, for images after it.
@@ -33,20 +35,30 @@ def _mistakes(
         yield "the rows are those of the first image of the batch: the batch is frozen", first_image
     if len(observed) == len(expected):
         yield "the rows are right but not sorted by score", _sorted_as(expected, observed)
-        shift = np.median(np.asarray(observed.boxes, np.float64) - expected.boxes, 0) if count else np.zeros(4)
-        yield f"the boxes are shifted by ({', '.join(f'{v:+.3g}' for v in shift)}) px", replace(expected, boxes=expected.boxes + shift)
+        moved = np.median(np.asarray(observed.boxes, np.float64) - expected.boxes, 0) if count else np.zeros(4)
+        shift = np.round(moved, 3) + 0.0
+        yield (
+            f"the boxes are shifted by ({', '.join(f'{v:+.3g}' for v in shift)}) px",
+            replace(expected, boxes=expected.boxes + shift),
+        )
         yield "the boxes are cx, cy, w, h taken as corners", _back(expected)
         yield "corners were taken as cx, cy, w, h", replace(expected, boxes=cxcywh_to_xyxy(expected.boxes))
         yield from _label_mistakes(observed, expected)
-    swapped = replace(config, score_threshold=config.iou_threshold, iou_threshold=config.score_threshold)
-    yield "score_threshold and iou_threshold are swapped", postprocess(found, swapped, observed).rows
     for name in ("score_threshold", "iou_threshold"):
         below = float(np.nextafter(np.float32(getattr(config, name)), np.float32(-np.inf)))
         if below >= 0:
-            loose = replace(config, **{name: below})
-            yield f"{name}: equal values are treated as above it (>= where > is expected)", postprocess(found, loose, observed).rows
+            loose = PostprocessConfig.from_dict(config.to_dict() | {name: below})
+            yield (
+                f"{name}: equal values are treated as above it (>= where > is expected)",
+                postprocess(found, loose, observed).rows,
+            )
+    swapped = replace(config, score_threshold=config.iou_threshold, iou_threshold=config.score_threshold)
+    yield "score_threshold and iou_threshold are swapped", postprocess(found, swapped, observed).rows
     agnostic = replace(config, class_agnostic=not config.class_agnostic)
-    yield f"class_agnostic is {agnostic.class_agnostic}, expected {config.class_agnostic}", postprocess(found, agnostic, observed).rows
+    yield (
+        f"class_agnostic is {agnostic.class_agnostic}, expected {config.class_agnostic}",
+        postprocess(found, agnostic, observed).rows,
+    )
     unsuppressed = replace(config, iou_threshold=1.0)
     yield "nothing was suppressed", postprocess(found, unsuppressed, observed).rows
 
@@ -65,7 +77,8 @@ def _label_mistakes(observed: Rows, expected: Rows) -> Iterator[tuple[str, Rows]
 
 def _equal(observed: Rows, rows: Rows) -> bool:
     return len(observed) == len(rows) and all(
-        matches(observed, i, np.asarray(rows.boxes[i], np.float64), float(rows.scores[i]), int(rows.labels[i])) for i in range(len(rows))
+        matches(observed, i, np.asarray(rows.boxes[i], np.float64), float(rows.scores[i]), int(rows.labels[i]))
+        for i in range(len(rows))
     )
 
 
@@ -75,7 +88,9 @@ def _sorted_as(expected: Rows, observed: Rows) -> Rows:
     order = []
     for row in range(len(observed)):
         near = (i for i in left if abs(expected.scores[i] - observed.scores[row]) <= SCORE_TOLERANCE)
-        hit = next((i for i in near if matches(observed, row, expected.boxes[i], expected.scores[i], expected.labels[i])), None)
+        hit = next(
+            (i for i in near if matches(observed, row, expected.boxes[i], expected.scores[i], expected.labels[i])), None
+        )
         if hit is None:
             return expected
         left.remove(hit)

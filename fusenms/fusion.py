@@ -30,13 +30,17 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     """
     emitter = get_backend(backend)
     g = Graph(raw.model)
-    layout = _rename_taps(g, layout, config, raw)
-    chosen = _choose(g, raw, layout, config, _count_candidates(raw, layout))
+    _check_taps(raw, layout)
+    total = _count_candidates(raw, layout)
+    layout = _rename_taps(g, layout, config)
+    chosen = _choose(g, raw, layout, config, total)
     outputs = emitter.suppress(g, chosen, config)
-    g.set_outputs([
-        (tensor, name, spec.dtype, tuple({"B": "batch", "K": config.max_detections}.get(str(d), d) for d in spec.shape))
-        for tensor, name, spec in zip(outputs, config.output_names, contract.OUTPUTS, strict=True)
-    ])
+    g.set_outputs(
+        [
+            (tensor, name, spec.dtype, spec.shape_for("batch", config.max_detections))
+            for tensor, name, spec in zip(outputs, config.output_names, contract.OUTPUTS, strict=True)
+        ]
+    )
     names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
     return FusedModel(g.to_model(), raw.image, names, raw.task, raw.source, layout, config, backend, None, raw.notes)
 
@@ -55,21 +59,28 @@ def strict_threshold(score_threshold: float, activation: Activation) -> np.float
     return near if float(near) <= value else np.nextafter(near, np.float32(-np.inf))
 
 
-def _rename_taps(g: Graph, layout: Layout, config: PostprocessConfig, raw: RawModel) -> Layout:
-    """Give the head's tensors names that the outputs do not claim; the layout follows."""
-    taken = {}
-    for tensor in layout.tensors:
-        if tensor not in g.names:
-            raise SourceError(f"{raw.source}: the layout names the tensor {tensor!r}, which is not in the model")
+def _check_taps(raw: RawModel, layout: Layout) -> None:
+    outputs = [entry.name for entry in raw.model.graph.output]
+    if lost := [name for name in layout.tensors if name not in outputs]:
+        raise SourceError(
+            f"{raw.source}: the layout names {', '.join(lost)}, which the model does not give; its outputs are {', '.join(outputs)}"
+        )
+
+
+def _rename_taps(g: Graph, layout: Layout, config: PostprocessConfig) -> Layout:
+    """Give inner tensors that have the names of outputs-to-be other names; the layout follows."""
+    renamed = {}
     for name in config.output_names:
         if name in g.names:
-            taken[name] = new = f"head_{name}"
-            assert new not in g.names, new
+            new = f"head_{name}"
+            while new in g.names:
+                new = f"{new}_"
             g.rename(name, new)
+            renamed[name] = new
     values = layout.to_dict()
     for tap in ("boxes", "classes", "objectness"):
         if values[tap]:
-            values[tap]["tensor"] = taken.get(values[tap]["tensor"], values[tap]["tensor"])
+            values[tap]["tensor"] = renamed.get(values[tap]["tensor"], values[tap]["tensor"])
     return Layout.from_dict(values)
 
 
@@ -108,7 +119,9 @@ def _choose(g: Graph, raw: RawModel, layout: Layout, config: PostprocessConfig, 
         anchor = index
         terms, class_scores = _take(g, layout, anchor, layout.boxes), _take(g, layout, anchor, layout.classes)
         labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
-        finite = g.cast(g.op("Less", class_scores, g.floats(np.inf)), INT32)  # a NaN may hide from the maximum: look at each
+        finite = g.cast(
+            g.op("Less", class_scores, g.floats(np.inf)), INT32
+        )  # a NaN may hide from the maximum: look at each
         valid = g.op("And", valid, g.op("Greater", g.reduce("ReduceMin", finite, 2), g.ints(0)))
     probabilities = g.op("Sigmoid", raw_scores) if activation is Activation.SIGMOID else raw_scores
     boxes = decode_boxes(g, layout, raw.image, terms, anchor)

@@ -6,14 +6,19 @@ onnx-graphsurgeon drops metadata and producer; `Graph.to_model` carries them ove
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-Tensor = gs.Variable | gs.Constant
-INT32, INT64, FLOAT, BOOL = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
+Tensor: TypeAlias = gs.Tensor
+INT32, INT64, FLOAT, BOOL = (
+    onnx.TensorProto.INT32,
+    onnx.TensorProto.INT64,
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.BOOL,
+)
 TAIL = "fusenms"
 """Prefix of every node and tensor that fusenms adds."""
 
@@ -63,12 +68,16 @@ class Graph:
 
     # Operators.
 
-    def add(self, op: str, inputs: Sequence[Tensor], outputs: int = 1, domain: str | None = None, **attrs: Any) -> list[gs.Variable]:
+    def add(
+        self, op: str, inputs: Sequence[Tensor], outputs: int = 1, domain: str | None = None, **attrs: Any
+    ) -> list[gs.Variable]:
         """Add any node and return its outputs. An input of None is an omitted optional one."""
         self._count += 1
         name = f"{TAIL}/{op}_{self._count}"
         made = [gs.Variable(name if outputs == 1 else f"{name}_{i}") for i in range(outputs)]
-        self._graph.nodes.append(gs.Node(op=op, name=name, inputs=list(inputs), outputs=made, attrs=attrs, domain=domain))
+        self._graph.nodes.append(
+            gs.Node(op=op, name=name, inputs=list(inputs), outputs=made, attrs=attrs, domain=domain)
+        )
         return made
 
     def import_domain(self, domain: str, version: int) -> None:
@@ -139,7 +148,9 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     present = {entry.name for entry in copy.graph.output}
-    copy.graph.output.extend(onnx.helper.make_tensor_value_info(name, FLOAT, None) for name in tensors if name not in present)
+    copy.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, FLOAT, None) for name in tensors if name not in present
+    )
     return copy
 
 

@@ -128,7 +128,11 @@ class Layout:
         return next(tap.channel_axis for tap in self.taps if tap.tensor == tensor)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, which `from_dict` reads."""
         values = asdict(self)
+        values["activation"] = self.activation.value
+        if isinstance(self.decode, Decoded):
+            values["decode"]["format"] = self.decode.format.value
         values["decode"]["kind"] = self.decode.kind
         return values
 
@@ -156,7 +160,9 @@ class Layout:
                 decode=kind(**decode),
             )
         except (KeyError, TypeError, ValueError, StopIteration, AssertionError) as error:
-            raise SourceError(f"the layout stored in the file is unreadable ({error!r}); export the model again") from error
+            raise SourceError(
+                f"the layout stored in the file is unreadable ({error!r}); export the model again"
+            ) from error
 
 
 def _tuples(value: Any) -> Any:

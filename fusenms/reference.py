@@ -100,14 +100,17 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
         keys, rounding = probabilities, SCORE_ROUNDING
         usable = usable & ~np.isnan(probabilities) & (probabilities != np.inf)
     logits = sigmoid and layout.objectness is None
-    return Candidates(_boxes(terms, layout, size), np.where(usable, keys, np.nan), probabilities, values, logits, rounding)
+    return Candidates(
+        _boxes(terms, layout, size), np.where(usable, keys, np.nan), probabilities, values, logits, rounding
+    )
 
 
 def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | None = None) -> Expected:
     """Choose, suppress and select. With ``observed`` rows, close calls follow them."""
     chosen = _choose(found, config, 0.0 if observed is None else found.rounding)
     boxes, labels = found.boxes[chosen.anchor], chosen.label
-    alive, doubtful = np.ones(len(labels), bool), chosen.doubtful.copy()
+    alive: NDArray[np.bool_] = np.ones(len(labels), bool)
+    doubtful: NDArray[np.bool_] = chosen.doubtful.copy()
     picked: list[int] = []
     close_calls = 0
     iou_threshold = float(np.float32(config.iou_threshold))
@@ -169,9 +172,10 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
         usable = ~np.isnan(found.keys)
     else:
         anchor, label = np.arange(len(found.keys)), found.labels_by.argmax(1)
-        usable = ~np.isnan(found.keys).any(1)[:, None] & np.ones_like(found.keys, bool)
+        usable = np.broadcast_to(~np.isnan(found.keys).any(axis=1, keepdims=True), found.keys.shape)
     key, score = found.keys[anchor, label], found.scores[anchor, label]
-    near = (np.abs(key - threshold) <= _key_rounding(threshold, rounding)) & (rounding > 0)
+    near: NDArray[np.bool_] = np.asarray(np.abs(key - threshold) <= _key_rounding(threshold, rounding))
+    near = near if rounding else np.zeros_like(near)
     with np.errstate(invalid="ignore"):
         keep = usable[anchor, label] & ((key > threshold) | near)
     anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]

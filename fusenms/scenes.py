@@ -73,7 +73,9 @@ def thresholds(stage: Stage, rng: np.random.Generator) -> Scene:
     at = strict_threshold(stage.config.score_threshold, Activation.SIGMOID)
     scores = [at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf))]
     rows = rng.choice(stage.count, min(stage.count, 60), replace=False)
-    scene.classes[rows, rng.integers(stage.layout.num_classes, size=len(rows))] = np.resize(np.clip(scores, -80, 80), len(rows))
+    scene.classes[rows, rng.integers(stage.layout.num_classes, size=len(rows))] = np.resize(
+        np.clip(scores, -80, 80), len(rows)
+    )
     scene.objectness[rows] = 40.0
     _place_pairs(stage, scene)
     return scene
@@ -156,7 +158,10 @@ def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
     if isinstance(layout.decode, AnchorBoxes):
         return rng.normal(0, 1, (count, 4))
     sides = np.array([stage.image.width, stage.image.height])
-    center, size = rng.uniform(0, 1, (count, 2)) * sides, np.exp(rng.uniform(np.log(6), np.log(0.4 * sides.min()), (count, 2)))
+    center, size = (
+        rng.uniform(0, 1, (count, 2)) * sides,
+        np.exp(rng.uniform(np.log(6), np.log(0.4 * sides.min()), (count, 2))),
+    )
     size[::97] *= -1  # some of negative size
     return _as_format(stage, center - size / 2, center + size / 2)
 
@@ -197,7 +202,7 @@ def _place_pairs(stage: Stage, scene: Scene) -> None:
                 scene.boxes[row] = terms.ravel()
         else:
             low = np.array([[64.0 * big, 0.0]] * 2)
-            scene.boxes[[big, small]] = _as_format(stage, low, low + [[128.0, 16.0], [8 * width, 16.0]])
+            scene.boxes[[big, small]] = _as_format(stage, low, low + np.array([[128.0, 16.0], [8 * width, 16.0]]))
         scene.classes[[big, small]] = LOW
         scene.classes[big, 0], scene.classes[small, 0] = 4.0, 3.0
         scene.objectness[[big, small]] = 40.0

@@ -87,13 +87,17 @@ class Report:
     def __str__(self) -> str:
         lines = [self.summary]
         for check in self.checks:
-            lines += [f"  batch {check.batch}, image {check.image} ({check.scene}): {problem}" for problem in check.problems]
+            lines += [
+                f"  batch {check.batch}, image {check.image} ({check.scene}): {problem}" for problem in check.problems
+            ]
         return "\n".join(lines if len(lines) <= 41 else [*lines[:41], f"  … and {len(lines) - 41} more"])
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for ``--json``."""
         problems = [
-            {"batch": c.batch, "image": c.image, "scene": c.scene, "problem": p} for c in self.checks for p in c.problems
+            {"batch": c.batch, "image": c.image, "scene": c.scene, "problem": p}
+            for c in self.checks
+            for p in c.problems
         ]
         return {
             "equal": bool(self),
@@ -138,7 +142,9 @@ def _pictures(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
     if images is None:
         return picture(*size)
     if images.ndim != 4 or images.shape[1:] != (3, *size) or images.dtype != np.float32 or not len(images):
-        raise InputError(f"found images {images.dtype}{list(images.shape)}; expected float32 [n, 3, {size[0]}, {size[1]}], n at least 1")
+        raise InputError(
+            f"found images {images.dtype}{list(images.shape)}; expected float32 [n, 3, {size[0]}, {size[1]}], n at least 1"
+        )
     return images
 
 
@@ -154,20 +160,29 @@ class _Verification:
         fused, backend = self.fused, get_backend(self.fused.backend)
         produced = {name for node in fused.model.graph.node for name in node.output}
         if lost := [name for name in self.layout.tensors if name not in produced]:
-            raise SourceError(f"the file lacks the head's tensors {', '.join(lost)} that its metadata names; it was changed after it was written: fuse the model again")
+            raise SourceError(
+                f"the file lacks the head's tensors {', '.join(lost)} that its metadata names; "
+                "it was changed after it was written: fuse the model again"
+            )
         whole = OnnxRuntimeRunner(backend.to_standard(with_outputs(fused.model, self.layout.tensors)))
         shapes = self._on_pictures(whole, pictures, batches)
         whole.close()
         if shapes:
             self._on_scenes(shapes, batches)
         if not any(check.detections or check.problems for check in self.checks) and self.config.score_threshold < 1:
-            self.checks.append(Check(0, 0, "all", 0, 0, 0.0, 0.0, ("no detection in any picture or scene: nothing was proven",)))
+            self.checks.append(
+                Check(0, 0, "all", 0, 0, 0.0, 0.0, ("no detection in any picture or scene: nothing was proven",))
+            )
         return self.checks
 
-    def _on_pictures(self, whole: OnnxRuntimeRunner, pictures: np.ndarray, batches: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def _on_pictures(
+        self, whole: OnnxRuntimeRunner, pictures: np.ndarray, batches: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
         """Run pictures at each batch size, all of them at the largest; return the shapes of the head's tensors."""
         shapes: dict[str, tuple[int, ...]] = {}
-        starts = [(b, 0) for b in batches] + [(max(batches), i) for i in range(max(batches), len(pictures), max(batches))]
+        starts = [(b, 0) for b in batches] + [
+            (max(batches), i) for i in range(max(batches), len(pictures), max(batches))
+        ]
         for step, (batch, start) in enumerate(starts):
             self.progress("pictures", step, len(starts))
             images = pictures[(start + np.arange(batch)) % len(pictures)]
@@ -193,30 +208,50 @@ class _Verification:
             head = heads(stage, batch_names, shapes, seed=batch)
             inputs = dict(head)
             if self.fused.image.tensor in tail.inputs:  # its shape says where the candidates stand
-                inputs[self.fused.image.tensor] = np.zeros((batch, 3, self.fused.image.height, self.fused.image.width), np.float32)
+                inputs[self.fused.image.tensor] = np.zeros(
+                    (batch, 3, self.fused.image.height, self.fused.image.width), np.float32
+                )
             outputs = self._infer(tail, inputs, batch, ", ".join(some))
             if outputs is not None:
                 self._compare(head, outputs, batch_names)
         tail.close()
 
-    def _infer(self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, scene: str) -> dict[str, np.ndarray] | None:
+    def _infer(
+        self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, scene: str
+    ) -> dict[str, np.ndarray] | None:
         """Run; a failure or a wrong shape is a problem of the whole batch."""
         try:
             outputs = runner.run(inputs)
         except FusenmsError:
             raise
         except Exception as error:  # ONNX Runtime raises its own kinds
-            frozen = " (the batch is frozen)" if batch > 1 and any(c.batch == 1 and not c.problems for c in self.checks) else ""
-            self.checks.append(Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"does not run at batch {batch}{frozen}: {first_line(error)}",)))
+            frozen = (
+                " (the batch is frozen)"
+                if batch > 1 and any(c.batch == 1 and not c.problems for c in self.checks)
+                else ""
+            )
+            self.checks.append(
+                Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"does not run at batch {batch}{frozen}: {first_line(error)}",))
+            )
             return None
-        sizes = {"B": batch, "K": self.config.max_detections}
         for name, spec in zip(self.config.output_names, contract.OUTPUTS, strict=True):
-            expected = tuple(sizes.get(str(d), d) for d in spec.shape)
+            expected = spec.shape_for(batch, self.config.max_detections)
             got = outputs.get(name)
             if got is None or got.shape != expected or got.dtype != spec.dtype:
                 found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
                 frozen = " (the batch is frozen)" if got is not None and got.shape[:1] != (batch,) else ""
-                self.checks.append(Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"output {name}: found {found}, expected {spec.dtype}{list(expected)}{frozen}",)))
+                self.checks.append(
+                    Check(
+                        batch,
+                        0,
+                        scene,
+                        0,
+                        0,
+                        0.0,
+                        0.0,
+                        (f"output {name}: found {found}, expected {spec.dtype}{list(expected)}{frozen}",),
+                    )
+                )
                 return None
         return outputs
 
@@ -226,7 +261,9 @@ class _Verification:
         first: Rows | None = None
         for i, scene in enumerate(scenes):
             count = int(np.clip(counts[i, 0], 0, len(scores[i])))
-            observed = Rows(boxes[i, :count].astype(np.float64), scores[i, :count].astype(np.float64), labels[i, :count])
+            observed = Rows(
+                boxes[i, :count].astype(np.float64), scores[i, :count].astype(np.float64), labels[i, :count]
+            )
             found = candidates(head, i, self.layout, size)
             expected = postprocess(found, self.config, observed)
             problems = _differences(observed, expected)
@@ -241,7 +278,11 @@ class _Verification:
             matched = min(len(observed), len(expected.rows)) if not problems else 0
             worst_box = float(np.abs(observed.boxes[:matched] - expected.rows.boxes[:matched]).max(initial=0))
             worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
-            self.checks.append(Check(len(scenes), i, scene, len(observed), expected.close_calls, worst_box, worst_score, tuple(problems)))
+            self.checks.append(
+                Check(
+                    len(scenes), i, scene, len(observed), expected.close_calls, worst_box, worst_score, tuple(problems)
+                )
+            )
 
     def _explain(self, observed: Rows, expected: Expected, found: Candidates, first: Rows | None) -> str:
         cause = explain(observed, expected.rows, found, self.config, first)
@@ -252,11 +293,16 @@ def _differences(observed: Rows, expected: Expected, most: int = 3) -> list[str]
     """Each row that differs, as text; the first few in full."""
     rows, problems = expected.rows, []
     for row in range(max(len(observed), len(rows))):
-        if row < min(len(observed), len(rows)) and matches(observed, row, rows.boxes[row], rows.scores[row], int(rows.labels[row])):
+        if row < min(len(observed), len(rows)) and matches(
+            observed, row, rows.boxes[row], rows.scores[row], int(rows.labels[row])
+        ):
             continue
         problems.append(f"row {row}: expected {_row_text(rows, row)}, got {_row_text(observed, row)}")
     if len(problems) > most:
-        problems = [*problems[:most], f"and {len(problems) - most} more rows differ ({len(observed)} detections, expected {len(rows)})"]
+        problems = [
+            *problems[:most],
+            f"and {len(problems) - most} more rows differ ({len(observed)} detections, expected {len(rows)})",
+        ]
     return problems
 
 

@@ -85,7 +85,9 @@ class Runner(Protocol):
 class OnnxRuntimeRunner:
     """Runs a model in ONNX Runtime. Safe to call from several threads."""
 
-    def __init__(self, model: onnx.ModelProto, providers: tuple[str, ...] = ("CPUExecutionProvider",), threads: int | None = None) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, providers: tuple[str, ...] = ("CPUExecutionProvider",), threads: int | None = None
+    ) -> None:
         """Open the model.
 
         Raises:
@@ -95,7 +97,9 @@ class OnnxRuntimeRunner:
         try:
             import onnxruntime
         except ModuleNotFoundError as error:
-            raise BackendUnavailableError("ONNX Runtime is not installed; install it with: pip install 'fusenms[cpu]' or 'fusenms[gpu]'") from error
+            raise BackendUnavailableError(
+                "ONNX Runtime is not installed; install it with: pip install 'fusenms[cpu]' or 'fusenms[gpu]'"
+            ) from error
         available = onnxruntime.get_available_providers()
         if missing := [name for name in providers if name not in available]:
             raise BackendUnavailableError(f"ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")

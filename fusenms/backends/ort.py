@@ -34,7 +34,9 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     valid = g.op("Greater", value, g.floats(0.0))
     row = g.where(valid, row, g.ints(0))
     boxes = g.take_rows(chosen.boxes, row, 1, 4)
-    return masked_outputs(g, valid, boxes, *(g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, chosen.labels)))
+    return masked_outputs(
+        g, valid, boxes, *(g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, chosen.labels))
+    )
 
 
 def _descending(g: Graph, chosen: Chosen) -> Tensor:
@@ -46,6 +48,7 @@ def _descending(g: Graph, chosen: Chosen) -> Tensor:
 
 
 def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model itself."""
     return model
 
 

@@ -41,7 +41,11 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
         found = "an open number of" if chosen.count is None else str(chosen.count)
         raise UnsupportedByBackendError(
             f"backend trt: found {found} candidates; TensorRT's TopK takes a fixed number, at most {MAX_CANDIDATES_LIMIT}: "
-            + ("leave --dynamic-size out" if chosen.count is None else f"lower --max-candidates to {MAX_CANDIDATES_LIMIT}")
+            + (
+                "leave --dynamic-size out"
+                if chosen.count is None
+                else f"lower --max-candidates to {MAX_CANDIDATES_LIMIT}"
+            )
         )
     g.import_domain(DOMAIN, 1)
     ranks = g.const(1 - np.arange(chosen.count)[None] / RANKS, np.float32)
@@ -68,6 +72,7 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     return masked_outputs(g, valid, boxes, g.op("GatherElements", chosen.scores, row, axis=1), labels)
 
 
+BODY_OPSET = 12
 # Only operators that read the same in every opset from 12 on: the function runs at the opset of its model.
 _BODY = """
 <domain: "TRT", opset_import: ["" : OPSET]>
@@ -170,7 +175,8 @@ def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with a body for the plugin, so that ONNX Runtime can run it."""
     standard = onnx.ModelProto()
     standard.CopyFrom(model)
-    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+    entry = next(entry for entry in standard.opset_import if entry.domain in ("", "ai.onnx"))
+    entry.version = opset = max(entry.version, BODY_OPSET)
     standard.functions.append(plugin_body(opset))
     standard.ir_version = max(standard.ir_version, 8)
     return standard

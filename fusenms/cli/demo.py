@@ -21,7 +21,14 @@ PICTURES = ("shapes0.jpg", "shapes1.jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", type=Path, default=Path("fusenms-demo"), metavar="DIR", help="where the results go (default: %(default)s)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("fusenms-demo"),
+        metavar="DIR",
+        help="where the results go (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError(f"{args.output}: cannot be made ({error.strerror}); choose another folder with -o") from error
     target = args.output / "shapes.ort.onnx"
     check_writable(target)
-    _, _, fused = make(source / "shapes.pt", "ort", PostprocessConfig(), steps)
+    _, fused = make(source / "shapes.pt", "ort", PostprocessConfig(), steps)
     with progress_bar("verify") as progress:
         report = verify(fused, progress=progress)
     prove(fused, report).save(target)

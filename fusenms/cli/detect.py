@@ -20,7 +20,14 @@ HELP = "run a fused model on pictures: a table of what was found, and annotated 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="FUSED", help="a fused .onnx of backend ort")
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="pictures, or folders of pictures")
-    parser.add_argument("-o", "--output", type=Path, default=Path("detections"), metavar="DIR", help="where annotated pictures go (default: %(default)s)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("detections"),
+        metavar="DIR",
+        help="where annotated pictures go (default: %(default)s)",
+    )
     parser.add_argument("--no-draw", action="store_true", help="write no pictures")
 
 
@@ -40,12 +47,20 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
     """
     names = [path.name for path in paths]
     if folder is not None and (twice := {name for name in names if names.count(name) > 1}):
-        raise InputError(f"found more than one picture named {', '.join(sorted(twice))}; they would overwrite each other in {folder}: use --no-draw or separate runs")
+        raise InputError(
+            f"found more than one picture named {', '.join(sorted(twice))}; "
+            f"they would overwrite each other in {folder}: use --no-draw or separate runs"
+        )
     results = []
     for path in paths:
         picture = read_picture(path)
         found = detect([picture])[0]
-        result: dict[str, Any] = {"image": str(path), "height": picture.shape[0], "width": picture.shape[1], "detections": found.to_dicts()}
+        result: dict[str, Any] = {
+            "image": str(path),
+            "height": picture.shape[0],
+            "width": picture.shape[1],
+            "detections": found.to_dicts(),
+        }
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             target = folder / path.name
@@ -64,7 +79,11 @@ def _print_table(result: dict[str, Any], found: Detections) -> None:
 
     console = Console(highlight=False)
     drawn = f" · drawn: {result['annotated']}" if "annotated" in result else ""
-    console.print(f"{result['image']} ({result['width']}x{result['height']}) · {len(found)} detections{drawn}", soft_wrap=True, markup=False)
+    console.print(
+        f"{result['image']} ({result['width']}x{result['height']}) · {len(found)} detections{drawn}",
+        soft_wrap=True,
+        markup=False,
+    )
     if not len(found):
         return
     table = Table("name", "score", "x1", "y1", "x2", "y2")

@@ -14,7 +14,6 @@ from fusenms.config import PostprocessConfig
 from fusenms.contract import NAME_PRESETS
 from fusenms.fusion import fuse_head
 from fusenms.heads import HEADS, recognize
-from fusenms.layout import Layout
 from fusenms.pipeline import prove
 from fusenms.sources import load
 from fusenms.verification import verify
@@ -26,24 +25,67 @@ HELP = "fuse the post-processing into a detector's weights, prove it, write the 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = PostprocessConfig()
     parser.add_argument("weights", metavar="WEIGHTS", help="a checkpoint (.pt) or a raw .onnx")
-    parser.add_argument("--backend", choices=list(BACKENDS), default="ort", help="how to suppress (default: %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write (default: WEIGHTS.BACKEND.onnx in this folder)")
+    parser.add_argument(
+        "--backend", choices=list(BACKENDS), default="ort", help="how to suppress (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write (default: WEIGHTS.BACKEND.onnx in this folder)",
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these pictures too")
     parser.add_argument("--unverified", action="store_true", help="skip the verification; the file says so")
     model = parser.add_argument_group("model")
-    model.add_argument("--size", type=size_argument, metavar="N|HxW", help="input size in pixels (default: what the weights say, or 640)")
+    model.add_argument(
+        "--size",
+        type=size_argument,
+        metavar="N|HxW",
+        help="input size in pixels (default: what the weights say, or 640)",
+    )
     model.add_argument("--dynamic-size", action="store_true", help="leave height and width open")
     model.add_argument("--opset", type=int, help="ONNX operator set of the export (default: 17)")
-    model.add_argument("--make-dynamic", action="store_true", help="open the frozen batch of an .onnx, where that is shown to be safe")
-    model.add_argument("--family", choices=[head.name for head in HEADS], help="detector family, where the file leaves more than one open")
+    model.add_argument(
+        "--make-dynamic", action="store_true", help="open the frozen batch of an .onnx, where that is shown to be safe"
+    )
+    model.add_argument(
+        "--family",
+        choices=[head.name for head in HEADS],
+        help="detector family, where the file leaves more than one open",
+    )
     post = parser.add_argument_group("post-processing")
-    post.add_argument("--score-threshold", type=float, default=defaults.score_threshold, help="keep scores above this (default: %(default)s)")
-    post.add_argument("--iou-threshold", type=float, default=defaults.iou_threshold, help="suppress boxes that overlap more than this (default: %(default)s)")
-    post.add_argument("--max-detections", type=int, default=defaults.max_detections, help="output rows per image (default: %(default)s)")
-    post.add_argument("--max-candidates", type=int, default=defaults.max_candidates, help="best candidates that enter suppression (default: %(default)s)")
+    post.add_argument(
+        "--score-threshold",
+        type=float,
+        default=defaults.score_threshold,
+        help="keep scores above this (default: %(default)s)",
+    )
+    post.add_argument(
+        "--iou-threshold",
+        type=float,
+        default=defaults.iou_threshold,
+        help="suppress boxes that overlap more than this (default: %(default)s)",
+    )
+    post.add_argument(
+        "--max-detections",
+        type=int,
+        default=defaults.max_detections,
+        help="output rows per image (default: %(default)s)",
+    )
+    post.add_argument(
+        "--max-candidates",
+        type=int,
+        default=defaults.max_candidates,
+        help="best candidates that enter suppression (default: %(default)s)",
+    )
     post.add_argument("--class-agnostic", action="store_true", help="suppress across classes")
-    post.add_argument("--multi-label", action="store_true", help="every class above the threshold counts, not only the best of a box")
-    post.add_argument("--names", choices=list(NAME_PRESETS), default=defaults.names, help="output names (default: %(default)s)")
+    post.add_argument(
+        "--multi-label", action="store_true", help="every class above the threshold counts, not only the best of a box"
+    )
+    post.add_argument(
+        "--names", choices=list(NAME_PRESETS), default=defaults.names, help="output names (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     config = PostprocessConfig(**{field.name: getattr(args, field.name) for field in fields(PostprocessConfig)})
     output = args.output or Path(Path(args.weights).stem + get_backend(args.backend).suffix)
     check_writable(output)
-    raw, layout, fused = make(args.weights, args.backend, config, steps, args)
+    raw, fused = make(args.weights, args.backend, config, steps, args)
     if not args.unverified:
         images = None
         if args.images is not None:
@@ -72,10 +114,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make(
-    weights: str | Path, backend: str, config: PostprocessConfig, steps: Steps, options: argparse.Namespace | None = None
-) -> tuple[RawModel, Layout, FusedModel]:
+    weights: str | Path,
+    backend: str,
+    config: PostprocessConfig,
+    steps: Steps,
+    options: argparse.Namespace | None = None,
+) -> tuple[RawModel, FusedModel]:
     """Load, recognize and fuse, with a line for each."""
-    chosen = {name: getattr(options, name) for name in ("size", "dynamic_size", "opset", "make_dynamic")} if options else {}
+    chosen = (
+        {name: getattr(options, name) for name in ("size", "dynamic_size", "opset", "make_dynamic")} if options else {}
+    )
     raw = load(weights, **chosen)
     layout = recognize(raw, options.family if options else None)
     checkpoint = raw.layout is not None
@@ -84,9 +132,12 @@ def make(
     for note in raw.notes:
         steps.line("export" if checkpoint else "read", note)
     fused = fuse_head(raw, layout, config, backend)
-    steps.line("fuse", f"{layout.decode_stage} decode · {get_backend(backend).suppresses_by} · {', '.join(config.output_names)}")
+    steps.line(
+        "fuse",
+        f"{layout.decode_stage} decode · {get_backend(backend).suppresses_by} · {', '.join(config.output_names)}",
+    )
     steps.values |= {
         "source": raw.source, "family": layout.family, "task": raw.task, "classes": list(fused.names), "notes": list(raw.notes),
         "backend": backend, "decode": layout.decode_stage, "layout": layout.to_dict(), "config": config.to_dict(),
     }  # fmt: skip
-    return raw, layout, fused
+    return raw, fused

@@ -47,7 +47,13 @@ def _fused(path: Path, steps: Steps) -> None:
     steps.line("settings", " · ".join(f"{key} {value}" for key, value in config.items()))
     proof = read_metadata(fused.model).get(contract.KEY_VERIFICATION, contract.UNVERIFIED)
     steps.line("verified", proof)
-    steps.values |= {"kind": "fused", "backend": fused.backend, "layout": fused.layout.to_dict(), "config": config, "verification": proof}
+    steps.values |= {
+        "kind": "fused",
+        "backend": fused.backend,
+        "layout": fused.layout.to_dict(),
+        "config": config,
+        "verification": proof,
+    }
 
 
 def _raw_onnx(path: Path, steps: Steps, model: Any) -> None:
@@ -103,7 +109,8 @@ def _layout_text(layout: dict[str, Any]) -> str:
     decode = {key: value for key, value in layout["decode"].items() if key != "kind"}
     details = ", ".join(f"{key} {json.dumps(value)}" for key, value in decode.items())
     objectness = " · objectness" if layout["objectness"] else ""
-    return f"{layout['family']} · {classes} classes{objectness} · scores: {layout['activation']} · boxes: {layout['decode']['kind']} ({details})"
+    boxes = f"{layout['decode']['kind']} ({details})"
+    return f"{layout['family']} · {classes} classes{objectness} · scores: {layout['activation']} · boxes: {boxes}"
 
 
 def _tensors(model: Any, steps: Steps) -> None:

@@ -16,7 +16,9 @@ HELP = "compare a fused file with the float64 reference, at several batch sizes"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a fused .onnx")
     parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these pictures too")
-    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), metavar="B", help="batch sizes (default: 1 2 7)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=list(BATCHES), metavar="B", help="batch sizes (default: 1 2 7)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,7 +31,9 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
         raise ConfigError(f"family is {family!r}; expected one of {', '.join(known)}")
     if raw.layout is not None:
         if family not in (None, raw.layout.family):
-            raise ConfigError(f"{raw.source}: is a {raw.layout.family} by its own account, but family is {family!r}; leave the family out")
+            raise ConfigError(
+                f"{raw.source}: is a {raw.layout.family} by its own account, but family is {family!r}; leave the family out"
+            )
         return raw.layout
     evidence = Evidence(raw)
     heads = [head for head in HEADS if family in (None, head.name)]
@@ -40,6 +42,8 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
     if len(layouts) == 1:
         return next(iter(layouts.values()))
     if layouts:
-        raise AmbiguousHeadError(f"{raw.source}: fits {' and '.join(layouts)}; choose one with --family NAME (family=NAME)")
+        raise AmbiguousHeadError(
+            f"{raw.source}: fits {' and '.join(layouts)}; choose one with --family NAME (family=NAME)"
+        )
     reasons = "".join(f"\n  {name}: {result.reason}" for name, result in found.items() if isinstance(result, Mismatch))
     raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits:{reasons}")

@@ -18,7 +18,17 @@ from fusenms.errors import SourceError
 LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
 """Sets of strides that detectors use, the usual one first."""
 
-_PASSES_THROUGH = ("Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear")
+_PASSES_THROUGH = (
+    "Identity",
+    "Cast",
+    "Transpose",
+    "Reshape",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "QuantizeLinear",
+    "DequantizeLinear",
+)
 
 
 @dataclass(frozen=True)
@@ -60,14 +70,21 @@ class Evidence:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         try:
-            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
             got = session.run([*outputs, *inner], {image.tensor: picture(image.height, image.width)})
         except Exception as error:  # ONNX Runtime raises its own kinds
-            raise SourceError(f"{self.raw.source}: the model does not run in ONNX Runtime ({str(error).strip().splitlines()[0][:300]})") from error
+            raise SourceError(
+                f"{self.raw.source}: the model does not run in ONNX Runtime ({str(error).strip().splitlines()[0][:300]})"
+            ) from error
         return dict(zip([*outputs, *inner], map(np.asarray, got), strict=True))
 
     def grid(self, anchors: int, count: int) -> np.ndarray | None:
-        """Cell centers ``[count, 2]`` (x, y in pixels) of a head with that many anchors per cell; None where no set of levels gives ``count``."""
+        """Cell centers ``[count, 2]`` (x, y in pixels) of a head with that many anchors per cell.
+
+        None where no set of levels gives ``count``.
+        """
         for strides in LEVELS:
             cells = [cell_centers(self.raw.image.height, self.raw.image.width, stride) for stride in strides]
             if anchors * sum(map(len, cells)) == count:

@@ -27,14 +27,21 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
         rows, names = sample.value[0], evidence.raw.names
         classes = rows.shape[1] - 5
         if names and len(names) != classes:
-            return Mismatch(f"found {classes} channels after box and objectness, but {len(names)} class names in the metadata")
+            return Mismatch(
+                f"found {classes} channels after box and objectness, but {len(names)} class names in the metadata"
+            )
         if not ((rows[:, 4:] >= 0) & (rows[:, 4:] <= 1)).all():
-            return Mismatch(f"found scores from {rows[:, 4:].min():.3g} to {rows[:, 4:].max():.3g}; expected probabilities")
+            return Mismatch(
+                f"found scores from {rows[:, 4:].min():.3g} to {rows[:, 4:].max():.3g}; expected probabilities"
+            )
         if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
             return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
         boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 5 + classes)))
         return Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH))
-    return Mismatch(f"found outputs of shape {shapes}; expected [batch, candidates, 5 + classes] with three candidates per cell of levels with strides such as 8, 16, 32")
+    return Mismatch(
+        f"found outputs of shape {shapes}; expected [batch, candidates, 5 + classes] with three candidates "
+        "per cell of levels with strides such as 8, 16, 32"
+    )
 
 
 YOLOV5 = HeadSpec(NAME, match)

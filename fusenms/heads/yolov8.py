@@ -28,7 +28,9 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
         grid = evidence.grid(1, shape[3 - axis])
         if grid is not None and shape[axis] > 4:
             return _match_channels(evidence, certain, axis, grid)
-    return Mismatch(f"found an output of shape {list(shape)}; expected one candidate per cell of levels with strides such as 8, 16, 32")
+    return Mismatch(
+        f"found an output of shape {list(shape)}; expected one candidate per cell of levels with strides such as 8, 16, 32"
+    )
 
 
 def _match_channels(evidence: Evidence, certain: bool, axis: int, grid: np.ndarray) -> Layout | Mismatch:
@@ -38,15 +40,25 @@ def _match_channels(evidence: Evidence, certain: bool, axis: int, grid: np.ndarr
     if names and len(names) != classes:
         return Mismatch(f"found {classes} channels after the box, but {len(names)} class names in the metadata")
     if not ((rows[:, 4:] >= 0) & (rows[:, 4:] <= 1)).all():
-        return Mismatch(f"found class scores from {rows[:, 4:].min():.3g} to {rows[:, 4:].max():.3g}; expected probabilities")
+        return Mismatch(
+            f"found class scores from {rows[:, 4:].min():.3g} to {rows[:, 4:].max():.3g}; expected probabilities"
+        )
     if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
         return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
     if certain and not names:
-        widths = tuple(part.shape[axis if part.ndim == 3 else 1] for part in sample.parts if part.ndim > 1)
+        widths = tuple(_width(part, len(rows)) for part in sample.parts if part.ndim > 1)
         if sorted(widths) != sorted((4, classes)) and classes > 1:
-            return Mismatch(f"nothing shows whether channel 5 is objectness (no class names in the metadata; the output is joined from {list(widths) or 'unknown'} channels); if it is a class, say --family {NAME}")
+            return Mismatch(
+                f"nothing shows whether channel 5 is objectness (no class names in the metadata; the output is joined "
+                f"from {list(widths) or 'unknown'} channels); if it is a class, say --family {NAME}"
+            )
     boxes, scores = Tap(sample.tensor, axis, 0, 4), Tap(sample.tensor, axis, 4, 4 + classes)
     return Layout(NAME, boxes, scores, None, Activation.NONE, Decoded(BoxFormat.CXCYWH))
+
+
+def _width(part: np.ndarray, count: int) -> int:
+    """Channels of a part ``[1, C, N]``, ``[1, N, C]`` or, for one level, ``[1, C, height, width]``."""
+    return int(part.shape[2] if part.ndim == 3 and part.shape[1] == count else part.shape[1])
 
 
 YOLOV8 = HeadSpec(NAME, match)

@@ -43,6 +43,11 @@ class Detections:
     def to_dicts(self) -> list[dict[str, Any]]:
         """One plain dictionary a row, for JSON."""
         return [
-            {"label": label, "name": self.name(label), "score": round(score, 6), "box": [round(float(v), 3) for v in box]}
+            {
+                "label": label,
+                "name": self.name(label),
+                "score": round(score, 6),
+                "box": [round(float(v), 3) for v in box],
+            }
             for box, score, label in self
         ]

@@ -19,9 +19,9 @@ from fusenms.runtime.pictures import Placement, letterbox, read_picture, to_tens
 class Detector:
     """A fused model, open in ONNX Runtime. Safe to call from several threads at once.
 
-        with Detector("yolov8n.ort.onnx") as detect:
-            for found in detect(["a.jpg", "b.jpg"]):
-                print(found.boxes, found.scores, found.labels)
+    with Detector("yolov8n.ort.onnx") as detect:
+        for found in detect(["a.jpg", "b.jpg"]):
+            print(found.boxes, found.scores, found.labels)
     """
 
     def __init__(

@@ -22,8 +22,7 @@ def color_of(label: int) -> tuple[int, int, int]:
 def draw(picture: np.ndarray, detections: Detections) -> np.ndarray:
     """A copy of a picture ``[height, width, 3]`` uint8 RGB with boxes, names and scores, the best on top."""
     cv2 = opencv()
-    canvas = np.ascontiguousarray(picture)
-    canvas = canvas.copy()
+    canvas = np.array(picture, order="C")
     unit = max(1, round(min(picture.shape[:2]) / 320))
     scale = 0.45 * unit
     for box, score, label in reversed(list(detections)):
@@ -32,10 +31,19 @@ def draw(picture: np.ndarray, detections: Detections) -> np.ndarray:
         cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2 * unit)
         text = f"{detections.name(label)} {score:.2f}"
         (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, unit)
-        top = max(0, y1 - height - base)
-        cv2.rectangle(canvas, (x1, top), (x1 + width, top + height + base), color, -1)
+        left, top = max(0, min(x1, picture.shape[1] - width)), max(0, y1 - height - base)
+        cv2.rectangle(canvas, (left, top), (left + width, top + height + base), color, -1)
         dark = sum(color) < 380
-        cv2.putText(canvas, text, (x1, top + height), cv2.FONT_HERSHEY_SIMPLEX, scale, (255,) * 3 if dark else (0,) * 3, unit, cv2.LINE_AA)
+        cv2.putText(
+            canvas,
+            text,
+            (left, top + height),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            scale,
+            (255,) * 3 if dark else (0,) * 3,
+            unit,
+            cv2.LINE_AA,
+        )
     return canvas
 
 

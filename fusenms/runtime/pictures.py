@@ -24,7 +24,9 @@ def opencv() -> Any:
     try:
         import cv2
     except ModuleNotFoundError as error:
-        raise BackendUnavailableError("reading pictures needs OpenCV; install it with: pip install 'fusenms[images]'") from error
+        raise BackendUnavailableError(
+            "reading pictures needs OpenCV; install it with: pip install 'fusenms[images]'"
+        ) from error
     return cv2
 
 
@@ -81,17 +83,22 @@ def list_pictures(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture lies in the model's input: scaled by ``gain``, moved by ``left`` and ``top`` pixels."""
+    """Where a picture of ``height`` x ``width`` lies in the model's input: its corner and its size there, in whole pixels.
+
+    Each axis has its own scale, since the size is rounded.
+    """
 
     height: int
     width: int
-    gain: float
     left: int
     top: int
+    inner_height: int
+    inner_width: int
 
     def to_picture(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes ``[n, 4]`` xyxy in pixels of the input to pixels of the picture, clipped to it; float32."""
-        moved = (boxes - np.array([self.left, self.top] * 2)) / self.gain
+        gain = np.array([self.inner_width / self.width, self.inner_height / self.height] * 2)
+        moved = (boxes - np.array([self.left, self.top] * 2)) / gain
         return np.clip(moved, 0, [self.width, self.height] * 2).astype(np.float32)
 
 
@@ -105,10 +112,14 @@ def letterbox(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray,
     gain = min(height / picture.shape[0], width / picture.shape[1])
     inner = (max(1, round(picture.shape[1] * gain)), max(1, round(picture.shape[0] * gain)))
     left, top = (round((side - part) / 2 - 0.1) for side, part in zip((width, height), inner, strict=True))
-    scaled = picture if inner == (picture.shape[1], picture.shape[0]) else cv2.resize(picture, inner, interpolation=cv2.INTER_LINEAR)
+    scaled = (
+        picture
+        if inner == (picture.shape[1], picture.shape[0])
+        else cv2.resize(picture, inner, interpolation=cv2.INTER_LINEAR)
+    )
     canvas = np.full((height, width, 3), GREY, np.uint8)
     canvas[top : top + inner[1], left : left + inner[0]] = scaled
-    return canvas, Placement(picture.shape[0], picture.shape[1], gain, left, top)
+    return canvas, Placement(picture.shape[0], picture.shape[1], left, top, inner[1], inner[0])
 
 
 def to_tensor(canvases: list[np.ndarray]) -> np.ndarray:

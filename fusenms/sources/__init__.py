@@ -53,9 +53,13 @@ def load(
             from fusenms.sources.checkpoint import load_checkpoint
             from fusenms.sources.export import export
         except ModuleNotFoundError as error:
-            raise BackendUnavailableError(f"{path}: a checkpoint needs PyTorch ({error}); install it with: pip install 'fusenms[export]'") from error
+            raise BackendUnavailableError(
+                f"{path}: a checkpoint needs PyTorch ({error}); install it with: pip install 'fusenms[export]'"
+            ) from error
         return export(load_checkpoint(path), path.name, size=sides, dynamic_size=dynamic_size, opset=opset)
-    raise SourceError(f"{path}: unknown kind of file ({path.suffix or 'no suffix'}); expected a checkpoint (.pt) or an .onnx file")
+    raise SourceError(
+        f"{path}: unknown kind of file ({path.suffix or 'no suffix'}); expected a checkpoint (.pt) or an .onnx file"
+    )
 
 
 def _sides(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

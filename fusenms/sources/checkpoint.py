@@ -23,11 +23,15 @@ from torch import nn
 from fusenms.errors import SourceError
 from fusenms.sources import modules
 
-_BLOCKS = {cls.__name__: cls for cls in (modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF)}
-_BLOCKS |= {cls.__name__: cls for cls in (modules.Concat, modules.DFL)}
+_BLOCKS: dict[str, type[nn.Module]] = {
+    cls.__name__: cls
+    for cls in (modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL)
+}
 
-_TORCH = (nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.Identity, nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d)
-_TORCH += (nn.Upsample, nn.Sequential, nn.ModuleList)
+_TORCH: tuple[type[nn.Module], ...] = (
+    *(nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.Identity, nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d),
+    *(nn.Upsample, nn.Sequential, nn.ModuleList),
+)
 
 
 class Inert:
@@ -74,10 +78,18 @@ def _stand_ins() -> dict[str, Any]:
 
 
 STAND_INS = _stand_ins()
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HOOKS += ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-_OTHER_TASKS = {"Classif": "a classifier", "Segment": "a segmentation model", "Pose": "a pose model"}
-_OTHER_TASKS |= {"OBB": "an oriented-box model", "World": "an open-vocabulary model", "RTDETR": "an RT-DETR model"}
+_HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+_OTHER_TASKS = {
+    "Classif": "a classifier",
+    "Segment": "a segmentation model",
+    "Pose": "a pose model",
+    "OBB": "an oriented-box model",
+    "World": "an open-vocabulary model",
+    "RTDETR": "an RT-DETR model",
+}
 _lock = threading.Lock()
 
 
@@ -126,21 +138,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         return _finish(model)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise SourceError(f"{path}: the network in this checkpoint is incomplete ({error}); expected one of the detection task") from error
+        raise SourceError(
+            f"{path}: the network in this checkpoint is incomplete ({error}); expected one of the detection task"
+        ) from error
 
 
 def _read(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    try:
         unknown = _unknown_globals(path) if zipped else []
         if unknown:
             raise SourceError(_refusal(path, unknown))
         with _only_stand_ins():
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError, AssertionError) as error:
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+    ) as error:
         if name := re.search(r"GLOBAL `?([\w.]+)`?", str(error)):
             raise SourceError(_refusal(path, [name[1]])) from error
         said = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
@@ -202,10 +228,14 @@ def _check_tree(path: Path, model: nn.Module) -> None:
             raise SourceError(f"{where} replaces its own {', '.join(replaced)}; expected plain weights")
         extra = sorted(set(module._modules) - module.parts) if hasattr(module, "parts") else []
         if extra:
-            raise SourceError(f"{where} has parts that fusenms does not know: {', '.join(extra)}. This variant is not supported; pass its .onnx")
+            raise SourceError(
+                f"{where} has parts that fusenms does not know: {', '.join(extra)}. This variant is not supported; pass its .onnx"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SourceError(f"{path}: the weights of {name} are not finite (NaN or infinity); the training diverged or the file is damaged")
+            raise SourceError(
+                f"{path}: the weights of {name} are not finite (NaN or infinity); the training diverged or the file is damaged"
+            )
 
 
 def _finish(model: modules.DetectionModel) -> Checkpoint:
@@ -218,9 +248,11 @@ def _finish(model: modules.DetectionModel) -> Checkpoint:
     head = model.model[-1]
     if not isinstance(head, (modules.AnchorFreeDetect, modules.AnchorDetect)):
         raise ValueError(f"its last layer is a {type(head).__name__}, not a detection head")
-    if isinstance(head, modules.AnchorFreeDetect) and not torch.equal(head.dfl.conv.weight.flatten(), torch.arange(head.reg_max).float()):
+    if isinstance(head, modules.AnchorFreeDetect) and not torch.equal(
+        head.dfl.conv.weight.flatten(), torch.arange(head.reg_max).float()
+    ):
         raise ValueError("the bins of its box distribution are not 0, 1, 2, …")
-    strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride))
+    strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride).tolist())
     return Checkpoint(model, _names(model, int(head.nc)), strides, _size(model), str(getattr(model, "task", "detect")))
 
 

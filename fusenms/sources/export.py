@@ -47,16 +47,27 @@ def export(
     height, width = size or (checkpoint.size or DEFAULT_SIZE,) * 2
     if height % stride or width % stride:
         near = tuple(max(stride, round(side / stride) * stride) for side in (height, width))
-        raise ConfigError(f"size is {height}x{width}; expected multiples of the stride {stride}, as {near[0]}x{near[1]}")
+        raise ConfigError(
+            f"size is {height}x{width}; expected multiples of the stride {stride}, as {near[0]}x{near[1]}"
+        )
     layout = _layout(checkpoint)
     try:
         model = _to_onnx(checkpoint, layout, (height, width), dynamic_size, opset)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, torch.onnx.errors.OnnxExporterError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        torch.onnx.errors.OnnxExporterError,
+    ) as error:
         raise SourceError(f"{source}: the network could not be exported ({error})") from error
     sizes = [(height, width)] + ([(height + stride, width + 2 * stride)] if dynamic_size else [])
     worst = max(_difference(checkpoint, layout, model, batch, s) for batch in PARITY_BATCHES for s in sizes)
     if not worst <= PARITY_TOLERANCE:
-        raise SourceError(f"{source}: the exported network differs from PyTorch by {worst:.2g} (at most {PARITY_TOLERANCE:g} is rounding)")
+        raise SourceError(
+            f"{source}: the exported network differs from PyTorch by {worst:.2g} (at most {PARITY_TOLERANCE:g} is rounding)"
+        )
     side = "height,width" if dynamic_size else f"{height},{width}"
     note = f"{IMAGE}[batch,3,{side}] · opset {opset} · equal to PyTorch at batch 1, 2, 3 (max |Δ| {worst:.0e})"
     image = ImageInput(IMAGE, height, width, stride, dynamic_size)
@@ -88,17 +99,27 @@ def _to_onnx(
         torch.onnx.export(
             checkpoint.module,
             (torch.zeros(2, 3, *size),),
-            stream,
+            stream,  # type: ignore[arg-type]  # the TorchScript exporter writes to streams
             dynamo=False,
             opset_version=opset,
             input_names=[IMAGE],
             output_names=list(layout.tensors),
             dynamic_axes=axes,
         )
-    return onnx.load_from_string(stream.getvalue())
+    model = onnx.load_from_string(stream.getvalue())
+    with torch.no_grad():
+        taps = checkpoint.module(torch.zeros(1, 3, *size))
+    for entry, tap in zip(model.graph.output, taps, strict=True):  # the exporter leaves all of these open
+        dims = entry.type.tensor_type.shape.dim
+        dims[1].dim_value = tap.shape[1]
+        if not dynamic_size:
+            dims[2].dim_value = tap.shape[2]
+    return model
 
 
-def _difference(checkpoint: Checkpoint, layout: Layout, model: onnx.ModelProto, batch: int, size: tuple[int, int]) -> float:
+def _difference(
+    checkpoint: Checkpoint, layout: Layout, model: onnx.ModelProto, batch: int, size: tuple[int, int]
+) -> float:
     """Largest absolute difference between ONNX Runtime and PyTorch on a random batch."""
     import onnxruntime
 

@@ -13,7 +13,7 @@ done once, in the fused graph, for the chosen candidates only.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +185,7 @@ class AnchorDetect(nn.Module):
 
     parts: ClassVar[frozenset[str]] = frozenset({"m"})
 
+    m: nn.ModuleList
     nc: int
     na: int
     no: int
@@ -204,12 +205,14 @@ class DetectionModel(nn.Module):
     """A list of modules, each fed from the layers that its `f` names (-1: the previous one)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"model"})
+    model: nn.Sequential
+    stride: Tensor  # of checkpoints whose head has none
 
     def __init__(self, layers: list[nn.Module], sources: list[int | list[int]]) -> None:
         super().__init__()
         used: set[int] = set()
         for i, (layer, source) in enumerate(zip(layers, sources, strict=True)):
-            layer.i, layer.f = i, source
+            layer.__dict__.update(i=i, f=source)
             used.update(f % i for f in ([source] if isinstance(source, int) else source) if f != -1)
         self.model = nn.Sequential(*layers)
         self.save = sorted(used)
@@ -218,8 +221,9 @@ class DetectionModel(nn.Module):
         """Run on images ``[B, 3, height, width]`` (RGB, 0 to 1) and return the head's taps."""
         kept: list[Tensor | None] = []
         for layer in self.model:
-            if layer.f != -1:
-                x = kept[layer.f] if isinstance(layer.f, int) else [x if f == -1 else kept[f] for f in layer.f]  # type: ignore[assignment]
+            source: Any = layer.f
+            if source != -1:
+                x = kept[source] if isinstance(source, int) else [x if f == -1 else kept[f] for f in source]  # type: ignore[assignment]
             x = layer(x)
             kept.append(x if layer.i in self.save else None)
         return x  # type: ignore[return-value]

@@ -16,7 +16,7 @@ from fusenms.errors import AlreadyFusedError, ConfigError, SourceError
 NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "TRTBatchedNMS")
 DEFAULT_SIZE = 640
 DEFAULT_STRIDE = 32
-MIN_OPSET = 12
+MIN_OPSET = 11
 ROUNDING = 1e-4  # relative to the largest value of an output
 
 
@@ -38,7 +38,10 @@ def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, m
     _refuse_fused(path, model, metadata)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if opset < MIN_OPSET:
-        raise SourceError(f"{path}: opset {opset}; expected at least {MIN_OPSET}. Export again with a newer opset, or convert it with onnx.version_converter")
+        raise SourceError(
+            f"{path}: opset {opset}; expected at least {MIN_OPSET}. "
+            "Export again with a newer opset, or convert it with onnx.version_converter"
+        )
     entry = _picture_input(path, model)
     dims = entry.type.tensor_type.shape.dim
     frozen = [dim.dim_value or None for dim in dims]
@@ -80,10 +83,14 @@ def _picture_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
     inputs = [entry for entry in model.graph.input if entry.name not in constants]
     found = ", ".join(f"{entry.name} {_shape_text(entry)}" for entry in inputs) or "none"
     if len(inputs) != 1:
-        raise SourceError(f"{path}: found {len(inputs)} inputs ({found}); expected one batch of pictures [batch, 3, height, width]")
+        raise SourceError(
+            f"{path}: found {len(inputs)} inputs ({found}); expected one batch of pictures [batch, 3, height, width]"
+        )
     tensor = inputs[0].type.tensor_type
     if tensor.elem_type != onnx.TensorProto.FLOAT:
-        raise SourceError(f"{path}: input {found} is {onnx.TensorProto.DataType.Name(tensor.elem_type)}; expected FLOAT (float32)")
+        raise SourceError(
+            f"{path}: input {found} is {onnx.TensorProto.DataType.Name(tensor.elem_type)}; expected FLOAT (float32)"
+        )
     dims = tensor.shape.dim
     if len(dims) != 4 or (dims[1].dim_value or 3) != 3:
         raise SourceError(f"{path}: input {found}; expected a batch of pictures [batch, 3, height, width]")
@@ -105,9 +112,15 @@ def _image(
     stride = int(float(metadata.get(contract.KEY_STRIDE, DEFAULT_STRIDE)))
     if fixed[0] and fixed[1]:
         if size is not None and size != fixed:
-            raise ConfigError(f"{path}: takes {fixed[0]}x{fixed[1]} pictures, but size is {size[0]}x{size[1]}; leave the size out, or export the model at that size")
+            raise ConfigError(
+                f"{path}: takes {fixed[0]}x{fixed[1]} pictures, but size is {size[0]}x{size[1]}; "
+                "leave the size out, or export the model at that size"
+            )
         if dynamic_size:
-            raise ConfigError(f"{path}: height and width are frozen at {fixed[0]}x{fixed[1]}; leave --dynamic-size out, or export the model with dynamic height and width")
+            raise ConfigError(
+                f"{path}: height and width are frozen at {fixed[0]}x{fixed[1]}; "
+                "leave --dynamic-size out, or export the model with dynamic height and width"
+            )
         return ImageInput(tensor, fixed[0], fixed[1], stride)
     height, width = size or _metadata_size(metadata) or (DEFAULT_SIZE, DEFAULT_SIZE)
     if height % stride or width % stride:
@@ -150,7 +163,9 @@ def _open_batch(path: Path, model: onnx.ModelProto, image: ImageInput, frozen: i
     return opened, _show_independence(path, model, opened, image, frozen)
 
 
-def _show_independence(path: Path, model: onnx.ModelProto, opened: onnx.ModelProto, image: ImageInput, frozen: int) -> str:
+def _show_independence(
+    path: Path, model: onnx.ModelProto, opened: onnx.ModelProto, image: ImageInput, frozen: int
+) -> str:
     """Run both models; each image's rows must be those of the original, whatever stands beside it in the batch."""
     rng = np.random.default_rng(0)
     pictures = rng.random((3 * frozen, 3, image.height, image.width), dtype=np.float32)
@@ -161,15 +176,21 @@ def _show_independence(path: Path, model: onnx.ModelProto, opened: onnx.ModelPro
         copies = _run(opened, image, np.repeat(pictures[:1], 3, 0)) if frozen == 1 else _run(opened, image, pictures)
         together = _run(opened, image, pictures)
     except Exception as error:  # ONNX Runtime raises its own kinds
-        raise SourceError(f"{path}: the batch cannot be opened, the graph does not run at batch {len(pictures)} ({_first_line(error)}). {cure}") from error
+        raise SourceError(
+            f"{path}: the batch cannot be opened, the graph does not run at batch {len(pictures)} ({_first_line(error)}). {cure}"
+        ) from error
     same = alone if frozen > 1 else [np.repeat(a[:1], 3, 0) for a in alone]
     if _worst(copies, same) > ROUNDING:
-        raise SourceError(f"{path}: the batch cannot be opened, images of one batch change each other's results. {cure}")
+        raise SourceError(
+            f"{path}: the batch cannot be opened, images of one batch change each other's results. {cure}"
+        )
     drift = _worst(together, alone)
     if drift <= ROUNDING:
         return f"batch opened (was {frozen}) · 3 images equal to running them alone"
     if not any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node):
-        raise SourceError(f"{path}: the batch cannot be opened, images of one batch change each other's results. {cure}")
+        raise SourceError(
+            f"{path}: the batch cannot be opened, images of one batch change each other's results. {cure}"
+        )
     return (
         f"batch opened (was {frozen}) · equal for copies of an image; different images share the ranges of the dynamic "
         f"quantization, which moves their raw outputs by up to {drift:.1%} of full scale"
