@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pictures import NAMES, picture
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenms.sources.modules import SPPF, AnchorFreeDetect, C2f, Concat, Conv, DetectionModel
+from pictures import NAMES, picture
 
 STRIDES = (8, 16, 32)
 SIZE = 256
@@ -101,7 +101,9 @@ def assign(logits: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, centers
     return owner, target
 
 
-def loss_of(taps: tuple[Tensor, Tensor], truths: list[tuple[Tensor, Tensor]], centers: Tensor, strides: Tensor) -> Tensor:
+def loss_of(
+    taps: tuple[Tensor, Tensor], truths: list[tuple[Tensor, Tensor]], centers: Tensor, strides: Tensor
+) -> Tensor:
     """Return the loss of one batch; ``taps`` are the head's distances ``[B, 4 * bins, N]`` and logits ``[B, C, N]``."""
     bins = torch.arange(BINS, dtype=torch.float32)
     total, weight = torch.zeros(()), torch.zeros(())
