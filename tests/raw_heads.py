@@ -1,0 +1,114 @@
+"""Tiny raw models, one per layout: every head tensor comes from one convolution of the picture per level.
+
+A test sets exact boxes and scores by cutting the fused model before the head (`tail_of`) and feeding head tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from fusenms import PostprocessConfig, RawModel
+from fusenms.artifacts import FusedModel, ImageInput
+from fusenms.backends import get_backend
+from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.fusion import fuse_head
+from fusenms.graph import cut_before
+from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
+
+SIZE = 64
+STRIDES = (8, 16, 32)
+CELLS = sum((SIZE // s) ** 2 for s in STRIDES)
+ANCHORS = (((10.0, 13.0), (16.0, 30.0)), ((30.0, 20.0), (24.0, 40.0)), ((50.0, 50.0), (20.0, 60.0)))
+
+
+def distances(classes: int = 5) -> Layout:
+    """YOLOv8 at its earliest tap."""
+    boxes, scores = Tap("dist", 1, 0, 64), Tap("logits", 1, 0, classes)
+    return Layout("yolov8", boxes, scores, None, Activation.SIGMOID, Distances(STRIDES, 16))
+
+
+def anchor_boxes(classes: int = 5) -> Layout:
+    """YOLOv5 at its earliest tap."""
+    taps = (Tap("head", 1, 0, 4), Tap("head", 1, 5, 5 + classes), Tap("head", 1, 4, 5))
+    return Layout("yolov5", *taps, Activation.SIGMOID, AnchorBoxes(STRIDES, ANCHORS))
+
+
+def decoded(classes: int = 5) -> Layout:
+    """YOLOv8 as others export it."""
+    boxes, scores = Tap("output0", 1, 0, 4), Tap("output0", 1, 4, 4 + classes)
+    return Layout("yolov8", boxes, scores, None, Activation.NONE, Decoded(BoxFormat.CXCYWH))
+
+
+def decoded_objectness(classes: int = 5) -> Layout:
+    """YOLOv5 as others export it."""
+    taps = (Tap("output0", 2, 0, 4), Tap("output0", 2, 5, 5 + classes), Tap("output0", 2, 4, 5))
+    return Layout("yolov5", *taps, Activation.NONE, Decoded(BoxFormat.CXCYWH))
+
+
+def corners_rows(classes: int = 5) -> Layout:
+    """Boxes and scores apart, corners, candidates first."""
+    boxes, scores = Tap("boxes", 2, 0, 4), Tap("scores", 2, 0, classes)
+    return Layout("two-outputs", boxes, scores, None, Activation.NONE, Decoded(BoxFormat.XYXY))
+
+
+LAYOUTS: dict[str, Callable[..., Layout]] = {
+    f.__name__: f for f in (distances, anchor_boxes, decoded, decoded_objectness, corners_rows)
+}
+
+
+def candidates_of(layout: Layout) -> int:
+    return CELLS * (len(ANCHORS[0]) if isinstance(layout.decode, AnchorBoxes) else 1)
+
+
+def shapes_of(layout: Layout) -> dict[str, tuple[int, int]]:
+    """Shape of each head tensor, without the batch."""
+    count, shapes = candidates_of(layout), {}
+    for tensor in layout.tensors:
+        width = max(tap.stop for tap in layout.taps if tap.tensor == tensor)
+        shapes[tensor] = (width, count) if layout.channel_axis(tensor) == 1 else (count, width)
+    return shapes
+
+
+def raw_model(layout: Layout, opset: int = 17) -> RawModel:
+    """A raw model with this head."""
+    rng = np.random.default_rng(1)
+    nodes, weights = [], []
+    for tensor in layout.tensors:
+        width = max(tap.stop for tap in layout.taps if tap.tensor == tensor)
+        anchors = len(ANCHORS[0]) if isinstance(layout.decode, AnchorBoxes) else 1
+        levels = []
+        for stride in STRIDES:
+            kernel = rng.normal(0, 3 / stride, (width * anchors, 3, stride, stride)).astype(np.float32)
+            weights.append(numpy_helper.from_array(kernel, f"{tensor}_w{stride}"))
+            conv, flat = f"{tensor}_conv{stride}", f"{tensor}_flat{stride}"
+            nodes.append(helper.make_node("Conv", ["images", f"{tensor}_w{stride}"], [conv], strides=[stride] * 2))
+            nodes.append(helper.make_node("Reshape", [conv, f"{tensor}_shape"], [flat]))
+            levels.append(flat)
+        weights.append(numpy_helper.from_array(np.array([0, width, -1], np.int64), f"{tensor}_shape"))
+        rows = tensor if layout.channel_axis(tensor) == 1 else f"{tensor}_joined"
+        nodes.append(helper.make_node("Concat", levels, [rows], axis=2))
+        if rows != tensor:
+            nodes.append(helper.make_node("Transpose", [rows], [tensor], perm=[0, 2, 1]))
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+        for name, shape in shapes_of(layout).items()
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])
+    graph = helper.make_graph(nodes, "raw", [images], outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.checker.check_model(model)
+    return RawModel(model, ImageInput("images", SIZE, SIZE, 32), (), "detect", "tiny.onnx", layout)
+
+
+def fused_model(layout: Layout, backend: str = "ort", opset: int = 17, **config: object) -> FusedModel:
+    return fuse_head(raw_model(layout, opset), layout, PostprocessConfig.from_dict(dict(config)), backend)
+
+
+def tail_of(fused: FusedModel) -> OnnxRuntimeRunner:
+    """The part behind the head, open in ONNX Runtime: head tensors in, outputs of the contract out."""
+    shapes = dict(zip(fused.layout.tensors, shapes_of(fused.layout).values(), strict=True))
+    return OnnxRuntimeRunner(get_backend(fused.backend).to_standard(cut_before(fused.model, shapes)))

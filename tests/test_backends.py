@@ -1,0 +1,126 @@
+"""Conformance: every backend x layout x settings x batch size equals the reference, row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from raw_heads import LAYOUTS, candidates_of, fused_model, shapes_of, tail_of
+
+from fusenms.backends import BACKENDS, get_backend
+from fusenms.errors import ConfigError, UnsupportedByBackendError
+from fusenms.verification import verify
+
+SETTINGS = {
+    "default": {},
+    "agnostic": {"class_agnostic": True},
+    "multi_label": {"multi_label": True},
+    "halves": {"score_threshold": 0.5, "iou_threshold": 0.5},
+    "everything": {"score_threshold": 0.0, "iou_threshold": 1.0},
+    "nothing": {"score_threshold": 1.0, "iou_threshold": 0.0},
+    "few_rows": {"max_detections": 3, "max_candidates": 20},
+    "tiny_threshold": {"score_threshold": 0.001},
+    "preset": {"names": "deepstream"},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_reference(backend, layout, settings):
+    report = verify(fused_model(LAYOUTS[layout](), backend, **SETTINGS[settings]))
+    assert report, report
+    assert report.detections or settings == "nothing"
+
+
+@pytest.mark.parametrize("classes", [1, 2, 80])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_reference_for_any_number_of_classes(backend, classes):
+    assert verify(fused_model(LAYOUTS["distances"](classes), backend))
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_reference_at_every_opset(backend, opset):
+    assert verify(fused_model(LAYOUTS["anchor_boxes"](), backend, opset=opset))
+
+
+def head(layout, batch):
+    return {name: np.full((batch, *shape), -20, np.float32) for name, shape in shapes_of(layout).items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_are_blank_when_nothing_is_found(backend):
+    layout = LAYOUTS["distances"]()
+    outputs = tail_of(fused_model(layout, backend)).run(head(layout, 2))
+    assert outputs["num_detections"].tolist() == [[0], [0]]
+    assert not outputs["boxes"].any()
+    assert not outputs["scores"].any()
+    assert (outputs["labels"] == -1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes_and_shapes_are_the_contract(backend):
+    layout = LAYOUTS["decoded"]()
+    outputs = tail_of(fused_model(layout, backend, max_detections=11)).run(head(layout, 3))
+    assert {name: (str(value.dtype), value.shape) for name, value in outputs.items()} == {
+        "num_detections": ("int32", (3, 1)),
+        "boxes": ("float32", (3, 11, 4)),
+        "scores": ("float32", (3, 11)),
+        "labels": ("int32", (3, 11)),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_k_keeps_the_best(backend):
+    layout = LAYOUTS["distances"](1)
+    tensors = head(layout, 1)
+    logits = np.linspace(-1, 3, candidates_of(layout), dtype=np.float32)
+    tensors["logits"][0, 0] = logits
+    tensors["dist"][0].reshape(4, 16, -1)[:, 0] = 100.0  # boxes of size 0 overlap nothing
+    outputs = tail_of(fused_model(layout, backend, max_detections=5)).run(tensors)
+    np.testing.assert_allclose(outputs["scores"][0], 1 / (1 + np.exp(-logits[::-1][:5])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_image_is_as_if_alone(backend, layout):
+    fused = fused_model(LAYOUTS[layout](), backend, score_threshold=0.01)
+    rng = np.random.default_rng(3)
+    tail = tail_of(fused)
+    spread = 0.3 if layout.startswith(("decoded", "corners")) else 3.0
+    tensors = {
+        name: rng.normal(0, spread, (16, *shape)).astype(np.float32) for name, shape in
+        zip(fused.layout.tensors, shapes_of(fused.layout).values(), strict=True)
+    }  # fmt: skip
+    alone = [tail.run({name: value[i : i + 1] for name, value in tensors.items()}) for i in range(16)]
+    for batch in (1, 2, 7, 16):
+        together = tail.run({name: value[:batch] for name, value in tensors.items()})
+        for i in range(batch):
+            for name, value in together.items():
+                np.testing.assert_array_equal(value[i], alone[i][name][0], err_msg=f"{name} of image {i} in {batch}")
+    assert sum(int(a["num_detections"][0, 0]) for a in alone) > 16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_suppression_node_and_no_loop(backend):
+    nodes = [node.op_type for node in fused_model(LAYOUTS["distances"](), backend).model.graph.node]
+    assert nodes.count(get_backend(backend).suppresses_by) == 1
+    assert not {"Loop", "Scan", "If"} & set(nodes)
+
+
+def test_error_when_trt_has_too_many_candidates():
+    layout = LAYOUTS["distances"](80)
+    with pytest.raises(UnsupportedByBackendError, match="lower --max-candidates to 3840"):
+        fused_model(layout, "trt", multi_label=True, max_candidates=5000)
+    assert verify(fused_model(layout, "ort", multi_label=True, max_candidates=5000))
+
+
+def test_plugin_body_is_not_in_the_file():
+    fused = fused_model(LAYOUTS["distances"](), "trt")
+    assert not fused.model.functions
+    assert [entry.domain for entry in fused.model.opset_import] == ["", "TRT"]
+
+
+def test_error_when_backend_is_unknown():
+    with pytest.raises(ConfigError, match="backend is 'tensorflow'; expected one of ort, trt"):
+        get_backend("tensorflow")

@@ -1,0 +1,260 @@
+"""The command line as a user meets it: what it prints, what it writes, and one clear message for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import SHAPES
+from test_checkpoint import Bomb, archive, tiny
+
+from fusenms import fuse
+from fusenms.cli import main
+
+WEIGHTS = str(SHAPES / "shapes.pt")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fused_file(tmp_path_factory) -> Path:
+    return fuse(WEIGHTS, size=128).save(tmp_path_factory.mktemp("f") / "shapes.ort.onnx")
+
+
+def test_main_job_says_each_step_and_writes(tmp_path, capsys):
+    assert main([WEIGHTS, "--size", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["load", "export", "fuse", "verify", "wrote"]
+    assert "no code executed" in lines[0]
+    assert "0 mismatches" in lines[3]
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes.ort.onnx"]
+    onnx.checker.check_model(onnx.load("shapes.ort.onnx"))
+
+
+def test_metadata_explains_the_file():
+    main([WEIGHTS, "--size", "64", "--backend", "trt", "-o", "t.onnx", "--score-threshold", "0.3"])
+    stored = {item.key: item.value for item in onnx.load("t.onnx").metadata_props}
+    assert stored["names"] == "{0: 'circle', 1: 'square', 2: 'triangle'}"
+    assert (stored["task"], stored["stride"], stored["imgsz"]) == ("detect", "32", "[64, 64]")
+    assert (stored["fusenms.backend"], stored["fusenms.decode"], stored["fusenms.source"]) == (
+        "trt",
+        "late",
+        "shapes.pt",
+    )
+    assert json.loads(stored["fusenms.config"])["score_threshold"] == 0.3
+    assert "0 mismatches" in stored["fusenms.verification"]
+
+
+def test_json_is_one_object(capsys):
+    assert main([WEIGHTS, "--size", "64", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["verification"]["equal"] is True
+    assert (values["family"], values["output"]) == ("yolov8", "shapes.ort.onnx")
+
+
+def test_every_setting_reaches_the_file(capsys):
+    flags = "--score-threshold 0.1 --iou-threshold 0.6 --max-detections 50 --max-candidates 500 --class-agnostic --multi-label"
+    assert main([WEIGHTS, "--size", "96x64", *flags.split(), "--names", "yolov7", "--opset", "18", "-o", "x.onnx"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "x.onnx", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["config"] == {
+        "score_threshold": 0.1, "iou_threshold": 0.6, "max_detections": 50, "max_candidates": 500,
+        "class_agnostic": True, "multi_label": True, "names": "yolov7",
+    }  # fmt: skip
+    assert values["inputs"] == ["images[batch, 3, 96, 64]"]
+    assert values["outputs"][0] == "num_dets[batch, 1]"
+
+
+def test_images_are_verified_on(capsys):
+    found = []
+    for flags in ([], ["--images", str(SHAPES)]):
+        assert main([WEIGHTS, *flags, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["verification"]["detections"])
+    assert found[1] != found[0]
+
+
+def test_unverified_is_said_and_stamped(capsys):
+    assert main([WEIGHTS, "--size", "64", "--unverified"]) == 0
+    assert "UNVERIFIED" in capsys.readouterr().out
+    assert main(["inspect", "shapes.ort.onnx"]) == 0
+    assert "verified  unverified" in capsys.readouterr().out
+
+
+def test_verify_repeats_the_proof(fused_file, capsys):
+    assert main(["verify", str(fused_file), "--batch", "1", "3"]) == 0
+    assert capsys.readouterr().out.startswith("verify    batch 1, 3 · ")
+
+
+def test_verify_fails_on_a_changed_file(fused_file, capsys):
+    model = onnx.load(fused_file)
+    node = next(n for n in model.graph.node if n.op_type == "NonMaxSuppression")
+    limit = next(i for i in model.graph.initializer if i.name == node.input[3])
+    limit.CopyFrom(onnx.numpy_helper.from_array(np.array([0.9], np.float32), limit.name))
+    onnx.save(model, "changed.onnx")
+    assert main(["verify", "changed.onnx"]) == 1
+    assert "expected" in capsys.readouterr().out
+
+
+def test_detect_prints_and_draws(fused_file, capsys):
+    assert main(["detect", str(fused_file), str(SHAPES), "-o", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "shapes0.jpg (640x480)" in printed
+    assert "circle" in printed
+    assert sorted(os.listdir("out")) == ["shapes0.jpg", "shapes1.jpg"]
+
+
+def test_detect_json_has_boxes_in_pixels_of_the_picture(fused_file, capsys):
+    assert main(["detect", str(fused_file), str(SHAPES / "shapes0.jpg"), "--json", "--no-draw"]) == 0
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    assert (image["width"], image["height"]) == (640, 480)
+    assert max(row["box"][2] for row in image["detections"]) > 256
+
+
+def test_detect_does_not_overwrite_its_input(fused_file, tmp_path):
+    (tmp_path / "a.jpg").write_bytes((SHAPES / "shapes0.jpg").read_bytes())
+    assert main(["detect", str(fused_file), "a.jpg", "-o", "."]) == 1
+
+
+def test_inspect_checkpoint(capsys):
+    assert main(["inspect", WEIGHTS]) == 0
+    printed = capsys.readouterr().out
+    assert "yolov8 · 3 classes · scores: sigmoid · boxes: distances" in printed
+    assert "circle, square, triangle" in printed
+
+
+def test_inspect_says_why_no_head_fits(tmp_path, capsys):
+    from foreign import write
+
+    write(torch.nn.AvgPool2d(2), tmp_path / "m.onnx")
+    assert main(["inspect", "m.onnx"]) == 0
+    printed = capsys.readouterr().out
+    assert "head      none:" in printed
+    assert "yolov5: found outputs of shape" in printed
+
+
+def test_demo_runs_the_whole_line(capsys):
+    assert main(["demo", "-o", "demo"]) == 0
+    assert sorted(os.listdir("demo")) == ["shapes.ort.onnx", "shapes0.jpg", "shapes1.jpg"]
+    assert "0 mismatches" in capsys.readouterr().out
+
+
+def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Name to (arguments, what the message must say)."""
+    raw = (SHAPES / "shapes.pt").read_bytes()
+    (folder / "empty.pt").touch()
+    (folder / "cut.pt").write_bytes(raw[:50_000])
+    (folder / "text.pt").write_text("hello")
+    (folder / "text.onnx").write_text("hello")
+    (folder / "empty.onnx").touch()
+    (folder / "model.h5").write_text("x")
+    (folder / "folder").mkdir()
+    (folder / "picture.jpg").write_text("no picture")
+    nan = tiny()
+    nan["model"].model[0].conv.weight.data.fill_(float("nan"))
+    torch.save(nan, folder / "nan.pt")
+    torch.save({"model": Bomb(folder / "mark")}, folder / "bomb.pt")
+    classifier = pickle.dumps({"model": 0}, 2).replace(b"K\x00", b"cultralytics.nn.tasks\nClassificationModel\n)\x81")
+    archive(classifier, {}, folder / "classifier.pt")
+    fuse(WEIGHTS, size=64).save(folder / "fused.onnx")
+    return {
+        "missing": (["nowhere.pt"], "nowhere.pt: no such file"),
+        "directory": (["folder"], "folder: is a directory"),
+        "zero bytes": (["empty.pt"], "is empty (0 bytes)"),
+        "zero bytes onnx": (["empty.onnx"], "is empty (0 bytes)"),
+        "cut short": (["cut.pt"], "not a readable PyTorch checkpoint"),
+        "text": (["text.pt"], "not a readable PyTorch checkpoint"),
+        "text onnx": (["text.onnx"], "not a readable ONNX file"),
+        "unknown kind": (["model.h5"], "unknown kind of file (.h5)"),
+        "classifier": (["classifier.pt"], "found a classifier"),
+        "code": (["bomb.pt"], "names code that fusenms does not know: posix.system"),
+        "nan": (["nan.pt"], "are not finite"),
+        "fused": (["fused.onnx"], "is a fused model already"),
+        "score threshold": (
+            [WEIGHTS, "--score-threshold", "1.5"],
+            "score_threshold is 1.5; expected a number from 0 to 1",
+        ),
+        "iou threshold": ([WEIGHTS, "--iou-threshold", "-1"], "iou_threshold is -1.0"),
+        "max detections": ([WEIGHTS, "--max-detections", "0"], "max_detections is 0"),
+        "size": ([WEIGHTS, "--size", "100"], "expected multiples of the stride 32"),
+        "no folder": ([WEIGHTS, "-o", "no/where.onnx"], "the folder no does not exist"),
+        "output is a directory": ([WEIGHTS, "-o", "folder"], "is a directory; expected a file to write"),
+        "no pictures": ([WEIGHTS, "--images", "folder"], "has no pictures"),
+        "bad picture": (["detect", "fused.onnx", "picture.jpg"], "picture.jpg: not a readable picture"),
+        "missing picture": (["detect", "fused.onnx", "gone.jpg"], "gone.jpg: cannot be read"),
+        "raw weights to detect": (["detect", "text.onnx", "picture.jpg"], "not a readable ONNX file"),
+        "inspect missing": (["inspect", "nowhere.onnx"], "nowhere.onnx: no such file"),
+        "verify missing": (["verify", "nowhere.onnx"], "nowhere.onnx: cannot be read"),
+        "verify a checkpoint": (["verify", WEIGHTS], "not a readable ONNX file"),
+    }
+
+
+def test_bad_input_gets_one_message_and_loses_nothing(tmp_path, capsys):
+    cases = bad_files(tmp_path)
+    (tmp_path / "shapes.ort.onnx").write_text("as it was")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    wrong = []
+    for name, (arguments, message) in cases.items():
+        code = main(arguments)
+        printed = capsys.readouterr()
+        if (
+            code != 1
+            or message not in printed.err
+            or "Traceback" in printed.err
+            or not printed.err.startswith("fusenms: ")
+        ):
+            wrong.append(f"{name}: exit {code}: {printed.err}")
+    assert not wrong, "\n".join(wrong)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_error_when_folder_is_read_only(tmp_path, capsys):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert main([WEIGHTS, "-o", "locked/x.onnx"]) == 1
+    assert "no permission" in capsys.readouterr().err
+
+
+def test_existing_output_is_left_when_writing_fails(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "shapes.ort.onnx").write_text("as it was")
+    monkeypatch.setattr(Path, "replace", full)
+    assert main([WEIGHTS, "--size", "64"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("shapes.ort.onnx", "as it was")]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--backend", "x", WEIGHTS], [WEIGHTS, "--size", "big"], ["detect"], [WEIGHTS, "--nonsense"]]
+)
+def test_usage_error_is_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_error_as_json(capsys):
+    assert main(["nowhere.pt", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "SourceError"
+
+
+def test_module_runs():
+    done = subprocess.run([sys.executable, "-m", "fusenms", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fusenms ")

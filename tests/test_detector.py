@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import SHAPES
+
+from fusenms import Detections, Detector, FusedModel, fuse
+from fusenms.errors import BackendUnavailableError, InputError, SourceError, UnsupportedByBackendError
+from fusenms.runtime.drawing import draw
+from fusenms.runtime.pictures import letterbox, read_picture
+
+PICTURE = SHAPES / "shapes0.jpg"
+
+
+@pytest.fixture(scope="module")
+def fused() -> FusedModel:
+    return fuse(SHAPES / "shapes.pt")
+
+
+@pytest.fixture(scope="module")
+def path(fused, tmp_path_factory) -> Path:
+    return fused.save(tmp_path_factory.mktemp("model") / "shapes.ort.onnx")
+
+
+@pytest.fixture(scope="module")
+def detect(path):
+    with Detector(path) as detector:
+        yield detector
+
+
+def test_nothing_found_is_empty_arrays(detect):
+    found = detect(np.zeros((40, 60, 3), np.uint8))[0]
+    assert (found.boxes.shape, found.scores.shape, found.labels.shape) == ((0, 4), (0,), (0,))
+    assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int32)
+
+
+def test_path_array_and_pil_image_give_the_same(detect):
+    from PIL import Image
+
+    array = read_picture(PICTURE)
+    a, b, c = detect([PICTURE, array, Image.fromarray(array)])
+    assert len(a) > 5
+    for other in (b, c):
+        np.testing.assert_array_equal(a.boxes, other.boxes)
+        np.testing.assert_array_equal(a.labels, other.labels)
+
+
+def test_boxes_are_where_the_shapes_are(detect):
+    """Pictures drawn here, with known boxes: most are found, at their place, in the picture's own pixels."""
+    import sys
+
+    sys.path.insert(0, str(SHAPES))
+    from fusenms.boxes import pairwise_iou
+    from pictures import picture
+
+    rng, hits, total = np.random.default_rng(5), 0, 0
+    for _ in range(8):
+        image, boxes, labels = picture(rng, 300, 420)
+        found = detect(image)[0]
+        iou = pairwise_iou(boxes.astype(float), found.boxes.astype(float))
+        total += len(boxes)
+        hits += int(((iou > 0.5) & (labels[:, None] == found.labels[None])).any(1).sum())
+    assert hits / total > 0.6, (hits, total)
+
+
+def test_batches_give_what_single_pictures_give(path):
+    images = [read_picture(SHAPES / f"shapes{i % 2}.jpg")[: 200 + 20 * i] for i in range(7)]
+    with Detector(path, batch_size=3) as threes, Detector(path, batch_size=1) as ones:
+        for a, b in zip(threes(images), ones(images), strict=True):
+            np.testing.assert_array_equal(a.labels, b.labels)
+            np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-3)
+
+
+def test_threads_get_their_own_results(detect):
+    images = [read_picture(SHAPES / f"shapes{i}.jpg") for i in range(2)]
+    expected = [detect(image)[0].boxes for image in images]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            if not np.array_equal(detect(images[i])[0].boxes, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_names_preset_is_read_from_the_file(tmp_path):
+    file = fuse(SHAPES / "shapes.pt", names="tensorrt").save(tmp_path / "f.onnx")
+    with Detector(file) as detect:
+        assert len(detect(PICTURE)[0]) > 5
+
+
+def test_gray_picture_is_taken(detect):
+    gray = cv2.imread(str(PICTURE), cv2.IMREAD_GRAYSCALE)
+    assert isinstance(detect(gray)[0], Detections)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4, 4), np.uint8), r"uint8\[4, 4, 4\]; expected uint8 \[height, width, 3\]"),
+        (np.zeros((4, 4, 3), np.float32), r"float32\[4, 4, 3\]; expected uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "expected uint8"),
+        ([3], "found int; expected a path"),
+        (["nowhere.jpg"], "nowhere.jpg: cannot be read"),
+        ([__file__], "not a readable picture"),
+        ([Path(__file__).parent], "is a directory"),
+    ],
+)
+def test_error_when_not_a_picture(detect, image, message):
+    with pytest.raises(InputError, match=message):
+        detect(image)
+
+
+def test_error_when_backend_does_not_run_here(tmp_path, shapes_raw):
+    file = fuse(shapes_raw, backend="trt").save(tmp_path / "f.onnx")
+    with pytest.raises(UnsupportedByBackendError, match="fuse the weights again with --backend ort"):
+        Detector(file)
+
+
+def test_error_when_provider_is_missing(path):
+    with pytest.raises(BackendUnavailableError, match="ONNX Runtime has no NoSuchProvider; it has"):
+        Detector(path, providers=["NoSuchProvider"])
+
+
+def test_error_when_file_is_missing():
+    with pytest.raises(SourceError, match=r"nowhere\.onnx: cannot be read"):
+        Detector("nowhere.onnx")
+
+
+@pytest.mark.parametrize("shape", [(480, 640), (641, 333), (1, 500), (37, 37), (302, 500)])
+def test_letterbox_maps_boxes_back(shape):
+    image = np.random.default_rng(0).integers(0, 255, (*shape, 3), np.uint8)
+    canvas, place = letterbox(image, 320, 320)
+    assert canvas.shape == (320, 320, 3)
+    corners = [place.left, place.top, place.left + place.inner_width, place.top + place.inner_height]
+    np.testing.assert_allclose(place.to_picture(np.array([corners], float)), [[0, 0, shape[1], shape[0]]], atol=1e-4)
+
+
+def test_drawing_leaves_the_picture_alone(detect):
+    image = read_picture(PICTURE)
+    before = image.copy()
+    drawn = draw(image, detect(image)[0])
+    np.testing.assert_array_equal(image, before)
+    assert (drawn != image).any()
+
+
+def detections_of_golden(values):
+    return values["detections"] if isinstance(values, dict) else values
+
+
+def check_golden(detector: Detector, rows, picture: Path) -> list[str]:
+    """Every difference from the golden rows (box 0.5 px, score 2e-3, same label), as text."""
+    found, left, problems = detector(picture)[0], list(range(len(rows))), []
+    for box, score, label in found:
+        near = [i for i in left if rows[i]["label"] == label and np.abs(box - rows[i]["box"]).max() <= 0.5]
+        if near and abs(rows[near[0]]["score"] - score) <= 2e-3:
+            left.remove(near[0])
+        else:
+            problems.append(f"{picture.name}: not in the golden: label {label} score {score:.4f} box {box}")
+    return problems + [f"{picture.name}: missing {rows[i]}" for i in left]
+
+
+def test_equals_ultralytics_on_every_photo(zoo, tmp_path):
+    golden = json.loads((zoo / "golden" / "yolov8n.json").read_text())["images"]
+    assert len(golden) == 38
+    problems, total = [], 0
+    with Detector(fuse(zoo / "derived" / "yolov8n.pt").save(tmp_path / "f.onnx")) as detector:
+        for name, values in golden.items():
+            file = next(p for p in (zoo / name, zoo / "photos" / name, zoo / "coco" / "images" / name) if p.exists())
+            rows = detections_of_golden(values)
+            total += len(rows)
+            problems += check_golden(detector, rows, file)
+    assert not problems, "\n".join(problems)
+    assert total > 300
+
+
+@pytest.mark.parametrize("size", [256, 640])
+@pytest.mark.parametrize("name", ["yolov8-p", "yolov5u-p"])
+def test_equals_ultralytics_on_shapes(zoo, tmp_path, name, size):
+    golden = json.loads((zoo / "shapes" / "golden" / f"{name}.json").read_text())["images"]
+    problems, total = [], 0
+    with Detector(fuse(zoo / "shapes" / f"{name}.pt", size=size).save(tmp_path / "f.onnx")) as detector:
+        for file, values in golden.items():
+            if values["imgsz"] == size:
+                total += len(values["detections"])
+                problems += check_golden(detector, values["detections"], zoo / "shapes" / "images" / file)
+    assert not problems, "\n".join(problems)
+    assert total > 50
+
+
+def test_real_checkpoint_at_every_batch_size_is_as_alone(zoo, tmp_path):
+    """Photos through the real network: each image's rows do not depend on what stands beside it."""
+    from fusenms.backends.base import OnnxRuntimeRunner
+    from fusenms.runtime.pictures import load_tensor
+
+    images = np.resize(load_tensor(zoo / "coco" / "images", 640, 640)[:16], (16, 3, 640, 640))
+    runner = OnnxRuntimeRunner(fuse(zoo / "derived" / "yolov8n.pt", unverified=True).model)
+    alone = [runner.infer(images[i : i + 1]) for i in range(16)]
+    for batch in (2, 7, 16):
+        together = runner.infer(images[:batch])
+        for i in range(batch):
+            np.testing.assert_array_equal(together["num_detections"][i], alone[i]["num_detections"][0])
+            np.testing.assert_array_equal(together["labels"][i], alone[i]["labels"][0])
+            np.testing.assert_allclose(together["boxes"][i], alone[i]["boxes"][0], atol=1e-2)
+            np.testing.assert_allclose(together["scores"][i], alone[i]["scores"][0], atol=1e-4)

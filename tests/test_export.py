@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import SHAPES
+
+from fusenms import fuse, load, verify
+from fusenms.errors import ConfigError, SourceError
+from fusenms.sources import export as export_module
+
+
+def dims(model):
+    return [
+        [d.dim_param or d.dim_value for d in e.type.tensor_type.shape.dim]
+        for e in (*model.graph.input, *model.graph.output)
+    ]
+
+
+def test_batch_is_dynamic_and_opset_is_17_by_default(shapes_raw):
+    assert dims(shapes_raw.model) == [["batch", 3, 64, 64], ["batch", 64, 84], ["batch", 3, 84]]
+    assert [entry.version for entry in shapes_raw.model.opset_import] == [17]
+    assert "equal to PyTorch at batch 1, 2, 3" in shapes_raw.notes[0]
+
+
+@pytest.mark.parametrize("opset", [13, 20])
+def test_opset_is_what_was_asked(opset):
+    assert [e.version for e in load(SHAPES / "shapes.pt", size=64, opset=opset).model.opset_import] == [opset]
+
+
+def test_size_is_what_the_checkpoint_was_trained_at_by_default():
+    assert dims(load(SHAPES / "shapes.pt").model)[0] == ["batch", 3, 256, 256]
+
+
+def test_height_and_width_may_differ():
+    fused = fuse(SHAPES / "shapes.pt", size=(64, 96))
+    assert fused.report
+    assert dims(fused.model)[0] == ["batch", 3, 64, 96]
+
+
+def test_dynamic_size_equals_reference_at_several_sizes():
+    fused = fuse(SHAPES / "shapes.pt", size=(64, 96), dynamic_size=True)
+    assert fused.report
+    assert dims(fused.model)[0] == ["batch", 3, "height", "width"]
+    for height, width in ((32, 32), (96, 64), (128, 160)):
+        image = fused.image.__class__("images", height, width, 32, True)
+        resized = fused.__class__(**{**fused.__dict__, "image": image, "report": None})
+        report = verify(resized, images=np.random.default_rng(0).random((2, 3, height, width), np.float32))
+        assert report, report
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 100}, "size is 100x100; expected multiples of the stride 32, as 96x96"),
+        ({"size": 0}, "size is 0; expected one side"),
+        ({"opset": 99}, "opset is 99; expected 13 to 20"),
+    ],
+)
+def test_error_when_setting_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load(SHAPES / "shapes.pt", **settings)
+
+
+def test_error_when_export_differs_from_pytorch(monkeypatch):
+    monkeypatch.setattr(export_module, "_difference", lambda *_: 0.5)
+    with pytest.raises(SourceError, match=r"differs from PyTorch by 0\.5"):
+        load(SHAPES / "shapes.pt", size=64)
+
+
+def test_parity_sees_a_wrong_weight(monkeypatch):
+    from onnx import numpy_helper
+
+    real = export_module._to_onnx
+
+    def spoiled(*args):
+        model = real(*args)
+        weight = next(i for i in model.graph.initializer if len(i.dims) == 4)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+        return model
+
+    monkeypatch.setattr(export_module, "_to_onnx", spoiled)
+    with pytest.raises(SourceError, match="differs from PyTorch"):
+        load(SHAPES / "shapes.pt", size=64)

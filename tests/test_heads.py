@@ -1,0 +1,176 @@
+"""Recognition by shapes, graph and values: right, or refused with reasons; never by names, never guessed."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from foreign import AnchorDecoded, Decoded, write
+from onnx import helper
+
+from fusenms import fuse, load, recognize
+from fusenms import heads as heads_module
+from fusenms.errors import (
+    AlreadyFusedError,
+    AmbiguousHeadError,
+    ConfigError,
+    HeadNotRecognizedError,
+    SourceError,
+)
+from fusenms.heads import HEADS, HeadSpec
+
+SHAPE_NAMES = {"names": "{0: 'circle', 1: 'square', 2: 'triangle'}", "task": "detect", "stride": "32"}
+
+
+@pytest.mark.parametrize("metadata", [None, SHAPE_NAMES])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_yolov8_is_recognized(tmp_path, transposed, shuffle, metadata):
+    path = write(Decoded(transposed), tmp_path / "m.onnx", shuffle=shuffle, metadata=metadata)
+    layout = recognize(load(path))
+    assert (layout.family, layout.num_classes, layout.objectness) == ("yolov8", 3, None)
+    assert layout.classes.channel_axis == (2 if transposed else 1)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("classes", [1, 2, 80])
+def test_yolov5_is_recognized(tmp_path, classes, shuffle):
+    layout = recognize(load(write(AnchorDecoded(classes), tmp_path / "m.onnx", shuffle=shuffle)))
+    assert (layout.family, layout.num_classes) == ("yolov5", classes)
+    assert layout.objectness.start == 4
+
+
+@pytest.mark.parametrize("module", [Decoded(), Decoded(True), AnchorDecoded()])
+@pytest.mark.parametrize("backend", ["ort", "trt"])
+def test_foreign_file_equals_reference(tmp_path, module, backend):
+    fused = fuse(write(module, tmp_path / "m.onnx"), backend=backend, score_threshold=0.01)
+    assert fused.report
+    assert fused.layout.decode_stage == "full"
+
+
+def test_foreign_file_finds_what_our_export_finds(tmp_path):
+    import numpy as np
+
+    from fusenms.backends.base import OnnxRuntimeRunner
+
+    images = np.random.default_rng(0).random((3, 3, 64, 64), np.float32)
+    foreign = fuse(write(Decoded(), tmp_path / "m.onnx"), score_threshold=0.001)
+    from conftest import SHAPES
+
+    ours = fuse(SHAPES / "shapes.pt", size=64, score_threshold=0.001)
+    a, b = (OnnxRuntimeRunner(f.model).infer(images) for f in (foreign, ours))
+    assert (a["num_detections"] == b["num_detections"]).all()
+    assert a["num_detections"].sum() > 10
+    np.testing.assert_allclose(a["boxes"], b["boxes"], atol=1e-2)
+
+
+def test_objectness_is_not_taken_for_a_class(tmp_path):
+    path = write(Decoded(objectness=True), tmp_path / "m.onnx")
+    with pytest.raises(HeadNotRecognizedError, match="nothing shows whether channel 5 is objectness"):
+        recognize(load(path))
+    assert recognize(load(path), "yolov8").num_classes == 4  # the user has said so
+
+
+def test_class_count_of_the_metadata_decides(tmp_path):
+    metadata = {"names": "{0: 'a', 1: 'b'}"}
+    with pytest.raises(HeadNotRecognizedError, match="found 3 channels after the box, but 2 class names"):
+        recognize(load(write(Decoded(), tmp_path / "m.onnx", metadata=metadata)))
+
+
+def test_other_task_is_refused(tmp_path):
+    path = write(Decoded(), tmp_path / "m.onnx", metadata={"task": "segment"})
+    with pytest.raises(HeadNotRecognizedError, match="its task is 'segment'"):
+        recognize(load(path))
+
+
+def test_every_family_gives_its_reason_when_none_fits(tmp_path):
+    import torch
+
+    class Classifier(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    with pytest.raises(HeadNotRecognizedError) as error:
+        recognize(load(write(Classifier(), tmp_path / "m.onnx")))
+    assert all(f"\n  {head.name}: found" in str(error.value) for head in HEADS)
+
+
+def test_error_says_how_to_choose_when_two_fit(tmp_path, monkeypatch):
+    twin = HeadSpec("twin", heads_module.YOLOV8.match)
+    monkeypatch.setattr(heads_module, "HEADS", (*HEADS, twin))
+    raw = load(write(Decoded(), tmp_path / "m.onnx"))
+    with pytest.raises(AmbiguousHeadError, match="fits yolov8 and twin; choose one with --family"):
+        recognize(raw)
+    assert recognize(raw, "twin").num_classes == 3
+
+
+def test_error_when_family_is_unknown_or_contradicts(shapes_raw):
+    with pytest.raises(ConfigError, match="family is 'yolo99'"):
+        recognize(shapes_raw, "yolo99")
+    with pytest.raises(ConfigError, match="is a yolov8 by its own account"):
+        recognize(shapes_raw, "yolov5")
+
+
+def test_frozen_batch_is_refused_with_the_cure_or_opened(tmp_path):
+    path = write(AnchorDecoded(), tmp_path / "m.onnx", dynamic=False)
+    with pytest.raises(SourceError, match=r"batch size is frozen at 1; .* add --make-dynamic"):
+        load(path)
+    raw = load(path, make_dynamic=True)
+    assert "3 images equal to running them alone" in raw.notes[-1]
+    assert fuse(raw).report
+
+
+def test_batch_is_not_opened_where_images_would_mix(tmp_path):
+    import torch
+
+    class Mixing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Decoded()
+
+        def forward(self, x):
+            return self.inner(x - x.mean(0, keepdim=True) / 2)
+
+    path = write(Mixing(), tmp_path / "m.onnx", dynamic=False)
+    with pytest.raises(SourceError, match="images of one batch change each other"):
+        load(path, make_dynamic=True)
+
+
+def test_file_with_nms_is_told_apart(tmp_path):
+    path = write(Decoded(), tmp_path / "m.onnx")
+    model = onnx.load(path)
+    model.graph.node.append(helper.make_node("NonMaxSuppression", ["a", "b"], ["c"], name="nms"))
+    onnx.save(model, path)
+    with pytest.raises(AlreadyFusedError, match="NonMaxSuppression node 'nms'"):
+        load(path)
+
+
+def test_fused_file_is_told_apart(tmp_path, shapes_raw):
+    path = fuse(shapes_raw).save(tmp_path / "f.onnx")
+    with pytest.raises(AlreadyFusedError, match="is a fused model already"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "family", "classes"),
+    [
+        ("derived/yolov8n.onnx", "yolov8", 80),
+        ("derived/yolov5n.onnx", "yolov5", 80),
+        ("yolov8n_dynint8_640.onnx", "yolov8", 80),
+        ("yolo11n_dynint8_320.onnx", "yolov8", 80),
+    ],
+)
+def test_real_file_is_recognized(zoo, file, family, classes):
+    layout = recognize(load(zoo / file, make_dynamic=True))
+    assert (layout.family, layout.num_classes) == (family, classes)
+
+
+@pytest.mark.parametrize(
+    "file", ["yolox_nano_raw_416.onnx", "yolo26n_dynint8_640_e2e.onnx", "yolov8n-seg_dynint8_320.onnx"]
+)
+def test_real_file_of_another_family_is_refused(zoo, file):
+    with pytest.raises(HeadNotRecognizedError, match="no known detector head fits"):
+        recognize(load(zoo / file, make_dynamic=True))
+
+
+def test_real_quantized_file_equals_reference(zoo):
+    assert fuse(zoo / "yolo11n_dynint8_320.onnx", make_dynamic=True).report
