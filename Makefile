@@ -1,0 +1,62 @@
+# Every target sets up what it needs in .venv, from nothing but Python 3.10 or newer.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# Settings of the models/% rules:  make models/yolov8n.ort.onnx SIZE=640 ARGS="--score-threshold 0.3"
+SIZE ?=
+ARGS ?=
+FUSE = $(BIN)/python -m fusenms $< -o $@ $(if $(SIZE),--size $(SIZE)) $(ARGS)
+
+.PHONY: help demo test check format clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+help: ## Show this help
+	@sed -n 's/^\([a-z][a-z/%.-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-22s %s\n", $$1, $$2}'
+	@echo "  make models/%.ort.onnx      models/%.pt or models/%.raw.onnx, fused for ONNX Runtime"
+	@echo "  make models/%.trt.onnx      the same, fused for TensorRT (EfficientNMS_TRT)"
+	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) SIZE= ARGS="
+
+demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land in fusenms-demo/
+	$(BIN)/python -m fusenms demo
+
+test: $(VENV)/.dev ## Run the tests (CPU, no network)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/.dev ## Lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove the virtual environment and what the tools left
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis fusenms-demo detections
+
+models/%.ort.onnx: models/%.pt | $(VENV)/.run
+	$(FUSE) --backend ort
+
+models/%.trt.onnx: models/%.pt | $(VENV)/.run
+	$(FUSE) --backend trt
+
+models/%.ort.onnx: models/%.raw.onnx | $(VENV)/.run
+	$(FUSE) --backend ort
+
+models/%.trt.onnx: models/%.raw.onnx | $(VENV)/.run
+	$(FUSE) --backend trt
+
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("fusenms needs Python 3.10 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e '.[cpu,export,images]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
