@@ -175,7 +175,8 @@ def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> o
     return cut
 
 
-def declared_shape(model: onnx.ModelProto, tensor: str) -> list[int | None]:
-    """Shape of an input or output of a model; None where it is open."""
-    entry = next(e for e in (*model.graph.input, *model.graph.output) if e.name == tensor)
-    return [dim.dim_value if dim.HasField("dim_value") else None for dim in entry.type.tensor_type.shape.dim]
+def declared_shape(model: onnx.ModelProto, tensor: str) -> tuple[int, ...]:
+    """Shape of an output ``[B, …]`` without the batch; empty where the tensor is no output, or a size is open."""
+    entry = next((entry for entry in model.graph.output if entry.name == tensor), None)
+    dims = entry.type.tensor_type.shape.dim[1:] if entry is not None else []
+    return tuple(dim.dim_value for dim in dims) if all(dim.dim_value for dim in dims) else ()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusenms.artifacts import ImageInput
+from fusenms.choosing import strict_threshold
 from fusenms.config import PostprocessConfig
-from fusenms.fusion import strict_threshold
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Distances, Layout
 
 LOW = -9.0  # logit of "nothing here"

@@ -13,8 +13,8 @@ import fusenms
 
 PACKAGE = Path(fusenms.__file__).parent
 ORDER = [
-    "errors", "contract", "config", "boxes", "layout", "artifacts", "sources", "heads", "graph", "decoding", "backends",
-    "fusion", "reference", "scenes", "diagnosis", "verification", "pipeline", "runtime", "cli",
+    "errors", "contract", "config", "boxes", "layout", "reference", "artifacts", "sources", "heads", "graph", "decoding", "backends",
+    "choosing", "fusion", "scenes", "diagnosis", "verification", "pipeline", "runtime", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "cv2", "rich", "tensorrt", "tensorrt_rtx", "PIL"}
 
@@ -68,7 +68,7 @@ def test_graphsurgeon_is_imported_in_one_file():
 
 
 def test_reference_shares_nothing_with_the_emitters():
-    forbidden = {"graph", "decoding", "backends", "fusion"}
+    forbidden = {"graph", "decoding", "backends", "choosing", "fusion"}
     for name in ("reference.py", "boxes.py"):
         used = {module.split(".")[1] for module in imports(PACKAGE / name) if module.startswith("fusenms.")}
         assert not used & forbidden

@@ -17,6 +17,7 @@ from fusenms.errors import (
     SourceError,
 )
 from fusenms.heads import HEADS, HeadSpec
+from fusenms.layout import Activation, Distances
 
 SHAPE_NAMES = {"names": "{0: 'circle', 1: 'square', 2: 'triangle'}", "task": "detect", "stride": "32"}
 
@@ -28,7 +29,6 @@ def test_yolov8_is_recognized(tmp_path, transposed, shuffle, metadata):
     path = write(Decoded(transposed), tmp_path / "m.onnx", shuffle=shuffle, metadata=metadata)
     layout = recognize(load(path))
     assert (layout.family, layout.num_classes, layout.objectness) == ("yolov8", 3, None)
-    assert layout.classes.channel_axis == (2 if transposed else 1)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -39,12 +39,29 @@ def test_yolov5_is_recognized(tmp_path, classes, shuffle):
     assert layout.objectness.start == 4
 
 
-@pytest.mark.parametrize("module", [Decoded(), Decoded(True), AnchorDecoded()])
+@pytest.mark.parametrize(("module", "stage"), [(Decoded(), "late"), (Decoded(True), "late"), (AnchorDecoded(), "full")])
 @pytest.mark.parametrize("backend", ["ort", "trt"])
-def test_foreign_file_equals_reference(tmp_path, module, backend):
+def test_foreign_file_equals_reference(tmp_path, module, stage, backend):
     fused = fuse(write(module, tmp_path / "m.onnx"), backend=backend, score_threshold=0.01)
     assert fused.report
+    assert fused.layout.decode_stage == stage
+    assert fused.metadata["fusenms.decode"] == stage
+
+
+def test_decode_is_cut_away_when_late(tmp_path):
+    fused = fuse(write(Decoded(), tmp_path / "m.onnx", shuffle=True), unverified=True)
+    assert (fused.layout.decode, fused.layout.activation) == (Distances((8, 16, 32), 16), Activation.SIGMOID)
+    produced = {name for node in fused.model.graph.node for name in node.output}
+    assert set(fused.layout.tensors) <= produced
+    assert not {node.op_type for node in fused.model.graph.node} & {"Split", "ReduceProd"}
+
+
+def test_decode_that_is_not_quite_the_known_one_stays(tmp_path):
+    odd = Decoded()
+    odd.strides = odd.strides * 1.01
+    fused = fuse(write(odd, tmp_path / "m.onnx"))
     assert fused.layout.decode_stage == "full"
+    assert fused.report
 
 
 def test_foreign_file_finds_what_our_export_finds(tmp_path):

@@ -46,6 +46,7 @@ class Backend:
         suppress: emit suppression and selection of the chosen candidates; raises UnsupportedByBackendError.
         to_standard: the same model for ONNX Runtime: plugins get a body of standard operators, for checking only.
         runs_on_onnxruntime: whether the file itself runs there.
+        adaptive: whether the number of candidates may depend on the data.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Backend:
     suppress: Callable[[Graph, Chosen, PostprocessConfig], Outputs]
     to_standard: Callable[[onnx.ModelProto], onnx.ModelProto]
     runs_on_onnxruntime: bool
+    adaptive: bool
 
 
 def masked_outputs(g: Graph, valid: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor) -> Outputs:

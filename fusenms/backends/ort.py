@@ -52,4 +52,4 @@ def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-ORT = Backend("ort", ".ort.onnx", "NonMaxSuppression", suppress, to_standard, runs_on_onnxruntime=True)
+ORT = Backend("ort", ".ort.onnx", "NonMaxSuppression", suppress, to_standard, runs_on_onnxruntime=True, adaptive=True)

@@ -182,4 +182,4 @@ def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
     return standard
 
 
-TRT = Backend("trt", ".trt.onnx", PLUGIN, suppress, to_standard, runs_on_onnxruntime=False)
+TRT = Backend("trt", ".trt.onnx", PLUGIN, suppress, to_standard, runs_on_onnxruntime=False, adaptive=False)

@@ -5,6 +5,7 @@ Node and tensor names play no part. The model is run once in ONNX Runtime.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from fusenms.errors import SourceError
 LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
 """Sets of strides that detectors use, the usual one first."""
 
-_PASSES_THROUGH = (
+PASSES_THROUGH = (
     "Identity",
     "Cast",
     "Transpose",
@@ -60,6 +61,20 @@ class Evidence:
         values = self._run(outputs, sorted({part for parts in joined.values() for part in parts} - set(outputs)))
         return tuple(Sample(name, values[name], tuple(values[part] for part in joined[name])) for name in outputs)
 
+    def shapes(self, tensors: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes of any tensors of the model on the test picture, without the batch dimension."""
+        return {name: value.shape[1:] for name, value in self.values(tensors).items()}
+
+    def values(self, tensors: Sequence[str]) -> dict[str, np.ndarray]:
+        """Values ``[1, …]`` of any tensors of the model on the test picture.
+
+        Raises:
+            SourceError: the model does not run.
+        """
+        outputs = [entry.name for entry in self.raw.model.graph.output]
+        found = self._run(outputs, [name for name in tensors if name not in outputs])
+        return {name: found[name] for name in tensors}
+
     def _run(self, outputs: list[str], inner: list[str]) -> dict[str, np.ndarray]:
         import onnxruntime
 
@@ -80,16 +95,20 @@ class Evidence:
             ) from error
         return dict(zip([*outputs, *inner], map(np.asarray, got), strict=True))
 
-    def grid(self, anchors: int, count: int) -> np.ndarray | None:
-        """Cell centers ``[count, 2]`` (x, y in pixels) of a head with that many anchors per cell.
-
-        None where no set of levels gives ``count``.
-        """
+    def strides(self, anchors: int, count: int) -> tuple[int, ...] | None:
+        """Strides of the levels of a head with so many anchors per cell and so many candidates; None where none fit."""
         for strides in LEVELS:
-            cells = [cell_centers(self.raw.image.height, self.raw.image.width, stride) for stride in strides]
-            if anchors * sum(map(len, cells)) == count:
-                return np.concatenate([np.tile(level, (anchors, 1)) for level in cells])
+            if anchors * sum(len(self._centers(stride)) for stride in strides) == count:
+                return strides
         return None
+
+    def grid(self, anchors: int, count: int) -> np.ndarray | None:
+        """Cell centers ``[count, 2]`` (x, y in pixels) of such a head; None where no set of levels gives ``count``."""
+        strides = self.strides(anchors, count)
+        return None if strides is None else np.concatenate([np.tile(self._centers(s), (anchors, 1)) for s in strides])
+
+    def _centers(self, stride: int) -> np.ndarray:
+        return cell_centers(self.raw.image.height, self.raw.image.width, stride)
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -125,7 +144,7 @@ def _joined_parts(producers: dict[str, onnx.NodeProto], name: str) -> tuple[str,
             if len(makers) > 1 or len(node.input) == 2:
                 return tuple(node.input)
             name = node.input[0]
-        elif node.op_type in _PASSES_THROUGH:
+        elif node.op_type in PASSES_THROUGH:
             name = node.input[0]
         else:
             break

@@ -9,6 +9,7 @@ import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.evidence import Evidence, follows_grid
+from fusenms.heads.late import earliest_distances
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
 NAME = "yolov8"
@@ -53,7 +54,8 @@ def _match_channels(evidence: Evidence, certain: bool, axis: int, grid: np.ndarr
                 f"from {list(widths) or 'unknown'} channels); if it is a class, say --family {NAME}"
             )
     boxes, scores = Tap(sample.tensor, axis, 0, 4), Tap(sample.tensor, axis, 4, 4 + classes)
-    return Layout(NAME, boxes, scores, None, Activation.NONE, Decoded(BoxFormat.CXCYWH))
+    decoded = Layout(NAME, boxes, scores, None, Activation.NONE, Decoded(BoxFormat.CXCYWH))
+    return earliest_distances(evidence, decoded)
 
 
 def _width(part: np.ndarray, count: int) -> int:

@@ -1,0 +1,179 @@
+"""Choose the candidates that enter suppression, in the graph: score all, keep the best above the threshold, decode those.
+
+Where the backend allows (`Backend.adaptive`), the number of candidates carried on is that of the fullest image of
+the batch, so a quiet picture costs next to nothing; else it is `max_candidates`, and what is below the threshold is marked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusenms.artifacts import ImageInput
+from fusenms.backends.base import Chosen
+from fusenms.config import PostprocessConfig
+from fusenms.decoding import decode_boxes
+from fusenms.graph import FLOAT, INT32, INT64, Graph, Tensor
+from fusenms.layout import Activation, Layout, Tap
+
+
+def choose(
+    g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig, widths: Mapping[str, int], total: int | None, adaptive: bool
+) -> Chosen:  # fmt: skip
+    """Emit the choice and the decoding of what was chosen.
+
+    Args:
+        widths: channels of each head tensor.
+        total: candidates per image, None where that is open.
+        adaptive: let the number of chosen candidates follow the data.
+    """
+    pool, origin = _Pool.of_head(g, layout, widths), None
+    if layout.objectness is not None and layout.activation is Activation.SIGMOID and adaptive:
+        origin = _pass_objectness(g, pool, config, total)
+        pool = pool.take(origin)
+    scores, activation = _scores(g, pool, config.multi_label)
+    threshold = g.const(strict_threshold(config.score_threshold, activation), np.float32)
+    passes = g.op("And", g.op("Greater", scores, threshold), g.op("Less", scores, g.floats(np.inf)))
+    eligible = g.where(passes, scores, g.floats(-np.inf))
+    if adaptive:
+        count, limit = None, _most_passing(g, passes, config.max_candidates)
+    else:
+        count = (
+            None
+            if total is None
+            else min(config.max_candidates, total * (layout.num_classes if config.multi_label else 1))
+        )
+        limit = _at_most(g, eligible, config.max_candidates) if count is None else g.const([count], np.int64)
+    best, place = g.top_k(eligible, limit)
+    valid = g.op("Greater", best, g.floats(-np.inf))
+    if config.multi_label:
+        classes = g.ints(layout.num_classes)
+        anchor = g.op("Div", place, classes)
+        labels = g.op("Sub", place, g.op("Mul", anchor, classes))
+        chosen = pool.take(anchor, layout.boxes.tensor)
+    else:
+        anchor, chosen = place, pool.take(place)
+        class_scores = chosen.part(layout.classes)
+        labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
+        # ReduceMax may pass over a NaN: look at each class of what was chosen.
+        usable = g.cast(g.op("Less", class_scores, g.floats(np.inf)), INT32)
+        valid = g.op("And", valid, g.op("Greater", g.reduce("ReduceMin", usable, 2), g.ints(0)))
+    index = anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
+    boxes = decode_boxes(g, layout, image, chosen.part(layout.boxes), index)
+    probabilities = g.op("Sigmoid", best) if activation is Activation.SIGMOID else best
+    return Chosen(boxes, probabilities, labels, valid, count, layout.num_classes)
+
+
+def strict_threshold(score_threshold: float, activation: Activation) -> np.float32:
+    """The float32 t for which ``x > t`` says of every float32 score that it is above the threshold.
+
+    With a sigmoid, scores are logits and the threshold is its logit: the largest float32 not above it.
+    """
+    value = float(np.float32(score_threshold))
+    if activation is Activation.SIGMOID:
+        if value <= 0 or value >= 1:
+            return np.float32(-np.inf if value <= 0 else np.inf)
+        value = math.log(value) - math.log1p(-value)
+    near = np.float32(value)
+    return near if float(near) <= value else np.nextafter(near, np.float32(-np.inf))
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The head's tensors for some candidates: ``[B, C, n]`` or ``[B, n, C]`` each, with its channel axis."""
+
+    g: Graph
+    tensors: dict[str, tuple[Tensor, int]]
+    widths: Mapping[str, int]
+    layout: Layout
+
+    @classmethod
+    def of_head(cls, g: Graph, layout: Layout, widths: Mapping[str, int]) -> _Pool:
+        tensors: dict[str, tuple[Tensor, int]] = {
+            name: (g.tensor(name), layout.channel_axis(name)) for name in layout.tensors
+        }
+        return cls(g, tensors, widths, layout)
+
+    def part(self, tap: Tap) -> Tensor:
+        """The channels of a tap; no copy where it is the whole tensor."""
+        tensor, axis = self.tensors[tap.tensor]
+        whole = (tap.start, tap.stop) == (0, self.widths[tap.tensor])
+        return tensor if whole else self.g.slice(tensor, axis, tap.start, tap.stop)
+
+    def channel_axis(self, tap: Tap) -> int:
+        return self.tensors[tap.tensor][1]
+
+    def take(self, index: Tensor, *names: str) -> _Pool:
+        """These candidates ``[B, k]`` only, of all tensors or of those named: ``[B, k, C]`` each."""
+        taken: dict[str, tuple[Tensor, int]] = {
+            name: (self.g.take_rows(tensor, index, 3 - axis, self.widths[name]), 2)
+            for name, (tensor, axis) in self.tensors.items()
+            if not names or name in names
+        }
+        return _Pool(self.g, taken, self.widths, self.layout)
+
+
+def _scores(g: Graph, pool: _Pool, multi_label: bool) -> tuple[Tensor, Activation]:
+    """Emit the score of every candidate of the pool and say what it still needs to be a probability.
+
+    ``[B, n]``: the best class of each box; with ``multi_label`` ``[B, n * C]``, classes of a box side by side.
+    """
+    layout = pool.layout
+    classes, axis = pool.part(layout.classes), pool.channel_axis(layout.classes)
+    if multi_label:
+        scores: Tensor = g.op("Transpose", classes, perm=[0, 2, 1]) if axis == 1 else classes
+    else:
+        scores = g.reduce("ReduceMax", classes, axis)
+    activation = layout.activation
+    if layout.objectness is not None:
+        if activation is Activation.SIGMOID:
+            usable = g.op("Less", scores, g.floats(np.inf))  # false for NaN; the sigmoid would hide an infinity
+            scores = g.where(usable, g.op("Sigmoid", scores), g.floats(0.0))
+        objectness = _objectness(g, pool, layout.objectness)
+        scores = g.op("Mul", scores, g.unsqueeze(objectness, 2) if multi_label else objectness)
+        activation = Activation.NONE
+    return (g.reshape(scores, 0, -1) if multi_label else scores), activation
+
+
+def _objectness(g: Graph, pool: _Pool, tap: Tap) -> Tensor:
+    """Objectness as a probability, ``[B, n]``."""
+    values = g.reduce("ReduceMax", pool.part(tap), pool.channel_axis(tap))  # of one channel: drops the axis
+    return g.op("Sigmoid", values) if pool.layout.activation is Activation.SIGMOID else values
+
+
+def _pass_objectness(g: Graph, pool: _Pool, config: PostprocessConfig, total: int | None) -> Tensor:
+    """Emit the numbers of the candidates whose objectness alone is above the threshold, ascending, ``[B, k]`` int32.
+
+    The score is objectness times a sigmoid, which is at most 1, so no other candidate can win. An image with fewer of them than the
+    fullest one is filled up with others, which the score sorts out.
+    """
+    assert pool.layout.objectness is not None
+    objectness = _objectness(g, pool, pool.layout.objectness)
+    passes = g.op("Greater", objectness, g.const(strict_threshold(config.score_threshold, Activation.NONE), np.float32))
+    if total is not None:
+        falling: Tensor = g.const(np.arange(total, 0, -1)[None], np.float32)
+    else:
+        falling = g.op("CumSum", g.cast(g.op("Equal", passes, passes), FLOAT), g.const(1, np.int64), reverse=1)
+    _, index = g.top_k(g.where(passes, falling, g.floats(0.0)), _most_passing(g, passes, None))
+    return index
+
+
+def _most_passing(g: Graph, passes: Tensor, most: int | None) -> Tensor:
+    """How many candidates of the fullest image pass: at least 1, ``[1]`` int64."""
+    counts = g.reduce("ReduceSum", g.cast(passes, INT32), 1)
+    fullest = g.cast(g.reduce("ReduceMax", counts, 0, keepdims=True), INT64)
+    one = g.const([1], np.int64)
+    fullest = g.where(g.op("Less", fullest, one), one, fullest)
+    return fullest if most is None else _smaller(g, fullest, g.const([most], np.int64))
+
+
+def _at_most(g: Graph, scores: Tensor, most: int) -> Tensor:
+    """The number of scores of an image, but no more than ``most``, ``[1]`` int64."""
+    return _smaller(g, g.slice(g.op("Shape", scores), 0, 1, 2), g.const([most], np.int64))
+
+
+def _smaller(g: Graph, a: Tensor, b: Tensor) -> Tensor:
+    return g.where(g.op("Less", a, b), a, b)  # Min takes no integers before opset 12

@@ -1,0 +1,94 @@
+"""Find the tensors before a decode that a stranger's graph contains, and show by value that they are the ones.
+
+The graph only suggests tensors: what goes into the sigmoid of the scores, and into the softmax of the box distribution.
+The proof is that the reference, decoding them, gives the model's own output for every candidate of the test picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+
+from fusenms.heads.evidence import PASSES_THROUGH, Evidence
+from fusenms.layout import Activation, Distances, Layout, Tap
+from fusenms.reference import candidates
+
+_MOVES = (*PASSES_THROUGH, "Slice", "Split", "Concat")
+PIXELS = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
+SCORES = 1e-4
+
+
+def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
+    """The layout of the same head before its sigmoid and softmax, where that can be shown; else the layout as it is.
+
+    ``layout`` is that of a decoded output with one anchor per cell and no objectness.
+    """
+    count = _count(evidence, layout)
+    strides = evidence.strides(1, count)
+    if strides is None:
+        return layout
+    graph = evidence.raw.model.graph
+    producers = {output: node for node in graph.node for output in node.output}
+    logits = _inputs_of("Sigmoid", layout.classes.tensor, producers)
+    softmaxes = (node.input[0] for node in graph.node if node.op_type == "Softmax")
+    spreads = list(dict.fromkeys(name for start in softmaxes for name in _behind(start, producers)))
+    if not logits or not spreads:
+        return layout
+    values = evidence.values([*logits, *spreads])
+    for class_tap in _taps(values, logits, count, layout.num_classes):
+        for box_tap in _taps(values, spreads, count, None):
+            if box_tap.channels % 4 or box_tap.channels < 8:
+                continue
+            decode = Distances(strides, box_tap.channels // 4)
+            late = Layout(layout.family, box_tap, class_tap, None, Activation.SIGMOID, decode)
+            if _same(evidence, layout, late, values):
+                return late
+    return layout
+
+
+def _count(evidence: Evidence, layout: Layout) -> int:
+    sample = next(s for s in evidence.samples if s.tensor == layout.classes.tensor)
+    return int(sample.value.shape[3 - layout.classes.channel_axis])
+
+
+def _inputs_of(op: str, tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
+    """What goes into the nodes of this kind that a tensor comes from, with nothing but moves of data between."""
+    found, todo, seen = [], [tensor], set()
+    while todo:
+        node = producers.get(todo.pop())
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.op_type == op:
+            found.append(node.input[0])
+        elif node.op_type in _MOVES:
+            todo += node.input
+    return found
+
+
+def _behind(tensor: str, producers: dict[str, onnx.NodeProto]) -> Iterator[str]:
+    """A tensor and those it was moved from, one by one."""
+    while tensor in producers:
+        yield tensor
+        node = producers[tensor]
+        if node.op_type not in _MOVES or node.op_type == "Concat":
+            return
+        tensor = node.input[0]
+
+
+def _taps(values: dict[str, np.ndarray], names: list[str], count: int, channels: int | None) -> Iterator[Tap]:
+    """Those of the tensors that have a row of channels for each candidate."""
+    for name in names:
+        shape = values[name].shape
+        for axis in (1, 2):
+            if len(shape) == 3 and shape[3 - axis] == count and channels in (None, shape[axis]):
+                yield Tap(name, axis, 0, shape[axis])
+
+
+def _same(evidence: Evidence, decoded: Layout, late: Layout, values: dict[str, np.ndarray]) -> bool:
+    size = (evidence.raw.image.height, evidence.raw.image.width)
+    own = candidates({s.tensor: s.value for s in evidence.samples}, 0, decoded, size)
+    ours = candidates(values, 0, late, size)
+    return bool(np.abs(own.boxes - ours.boxes).max() <= PIXELS and np.abs(own.scores - ours.scores).max() <= SCORES)
