@@ -27,7 +27,8 @@ class ImageInput:
     """The picture input of a model: float32 ``[B, 3, height, width]``, RGB, 0 to 1.
 
     ``height`` and ``width`` are the sizes it works at by default; with ``dynamic_size`` other
-    multiples of ``stride`` work too.
+    multiples of ``stride`` work too. ``independent`` is false where the images of a batch change each other's results
+    (dynamic quantization, whose ranges span the batch).
     """
 
     tensor: str
@@ -35,6 +36,13 @@ class ImageInput:
     width: int
     stride: int
     dynamic_size: bool = False
+    independent: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "stride"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a positive number of pixels")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,6 +97,7 @@ class FusedModel:
             contract.KEY_CONFIG: json.dumps(self.config.to_dict()),
             contract.KEY_IMAGE: json.dumps(self.image.to_dict()),
             contract.KEY_DECODE: self.layout.decode_stage,
+            contract.KEY_NOTES: json.dumps(list(self.notes)),
             contract.KEY_VERIFICATION: self.report.summary if self.report else contract.UNVERIFIED,
             contract.KEY_NAMES: str(dict(enumerate(self.names))),
             contract.KEY_TASK: self.task,
@@ -134,19 +143,39 @@ def load_fused(path: str | os.PathLike[str]) -> FusedModel:
             f"{path}: not a fused model (it has no {contract.KEY_BACKEND} metadata); make one with: python -m fusenms {path}"
         )
     try:
-        image = ImageInput(**json.loads(metadata[contract.KEY_IMAGE]))
-        return FusedModel(
+        fused = FusedModel(
             model=model,
-            image=image,
+            image=ImageInput(**json.loads(metadata[contract.KEY_IMAGE])),
             names=parse_names(metadata[contract.KEY_NAMES]),
             task=metadata[contract.KEY_TASK],
             source=metadata[contract.KEY_SOURCE],
             layout=Layout.from_dict(json.loads(metadata[contract.KEY_LAYOUT])),
             config=PostprocessConfig.from_dict(json.loads(metadata[contract.KEY_CONFIG])),
             backend=metadata[contract.KEY_BACKEND],
+            notes=tuple(json.loads(metadata[contract.KEY_NOTES])),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, SourceError) as error:
         raise SourceError(f"{path}: its metadata is damaged ({error}); fuse the model again") from error
+    _check_graph(path, fused)
+    return fused
+
+
+def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
+    """Refuse a file whose graph is not what its metadata says."""
+    graph = fused.model.graph
+    sizes = {
+        entry.name: [d.dim_value for d in entry.type.tensor_type.shape.dim] for entry in (*graph.input, *graph.output)
+    }
+    image, config = fused.image, fused.config
+    wanted = {image.tensor: [0, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
+    for name, spec in zip(config.output_names, contract.OUTPUTS, strict=True):
+        wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections)[1:])]
+    for name, shape in wanted.items():
+        if sizes.get(name) != shape:
+            found = f"{sizes[name]}" if name in sizes else "nothing of that name"
+            raise SourceError(
+                f"{path}: its metadata says {name} {shape} (0: open), but the graph has {found}; fuse the model again"
+            )
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -160,6 +189,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
 
     if path.is_dir():
         raise SourceError(f"{path}: is a directory; expected an .onnx file")
+    if path.suffix in (".pt", ".pth"):
+        raise SourceError(f"{path}: is a checkpoint; expected an .onnx file: make one with python -m fusenms {path}")
     try:
         model = onnx.load(path)
     except OSError as error:
@@ -181,49 +212,66 @@ def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Class names from their text in the metadata: a dictionary from index to name, or a list. Empty where unreadable."""
+    """Class names from their text in the metadata: a dictionary from index to name, or a list. Empty where it is neither."""
     try:
         names = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return ()
     if isinstance(names, Mapping):
-        return tuple(str(names.get(i, f"class{i}")) for i in range(max((int(k) for k in names), default=-1) + 1))
+        if set(names) != set(range(len(names))):
+            return ()
+        return tuple(str(names[i]) for i in range(len(names)))
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
 
 
-def check_writable(path: Path) -> None:
-    """Fail early where `write_atomically` would.
+def check_writable(path: Path, source: Path | None = None) -> None:
+    """Fail early where `write_atomically` would, and where the output would destroy its own source.
 
     Raises:
-        SourceError: the path cannot be written.
+        SourceError: the path cannot be written, is no regular file, or is ``source``.
     """
-    if path.is_dir():
-        raise SourceError(f"{path}: is a directory; expected a file to write")
-    if not path.parent.is_dir():
-        raise SourceError(f"{path}: cannot be written, the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise SourceError(f"{path}: cannot be written (no permission in {path.parent}); choose another place with -o")
+    try:
+        if path.is_dir():
+            raise SourceError(f"{path}: is a directory; expected a file to write")
+        if path.exists() and not path.is_file():
+            raise SourceError(f"{path}: is not a regular file; choose another place with -o")
+        if source is not None and path.exists() and source.exists() and path.samefile(source):
+            raise SourceError(f"{path}: is the weights themselves, which would be lost; choose another place with -o")
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            raise SourceError(f"{path}: cannot be written, the folder {path.parent} does not exist; make it first")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise SourceError(f"{path}: cannot be written (no permission); choose another place with -o")
+    except OSError as error:
+        raise SourceError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place with -o"
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
-    """Write ``data`` to ``path``, whole or not at all.
+    """Write ``data`` to ``path``, whole or not at all. A symbolic link stays one, and an existing file keeps its mode.
 
     Raises:
         SourceError: the path cannot be written; an existing file is left as it was.
     """
     check_writable(path)
-    temporary = None
+    target, temporary = path.resolve(), None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".fusenms-", delete=False) as file:
             temporary = Path(file.name)
             file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        temporary.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask())
+        temporary.replace(target)
     except OSError as error:
         raise SourceError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _umask() -> int:
+    """The mode bits that new files of this process leave out; reading them means setting them for a moment."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -40,12 +41,14 @@ class PostprocessConfig:
     def __post_init__(self) -> None:
         for name in ("score_threshold", "iou_threshold"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value <= 1:
+            if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
                 raise ConfigError(f"{name} is {value!r}; expected a number from 0 to 1")
+            object.__setattr__(self, name, float(value))
         for name in ("max_detections", "max_candidates"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+            object.__setattr__(self, name, int(value))
         for name in ("class_agnostic", "multi_label"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
@@ -76,7 +79,3 @@ class PostprocessConfig:
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"unknown setting {', '.join(unknown)}; expected {', '.join(known)}")
         return cls(**values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -51,6 +51,7 @@ KEY_CONFIG: Final = "fusenms.config"
 KEY_IMAGE: Final = "fusenms.image"
 KEY_DECODE: Final = "fusenms.decode"
 KEY_SOURCE: Final = "fusenms.source"
+KEY_NOTES: Final = "fusenms.notes"
 KEY_VERIFICATION: Final = "fusenms.verification"
 # Metadata keys of Ultralytics, kept so that their tools still read the file.
 KEY_NAMES: Final = "names"

@@ -5,8 +5,10 @@ The semantics are those of `reference.py`, which shares no code with this.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fusenms import contract
-from fusenms.artifacts import FusedModel, RawModel
+from fusenms.artifacts import FusedModel, ImageInput, RawModel
 from fusenms.backends import get_backend
 from fusenms.choosing import choose
 from fusenms.config import PostprocessConfig
@@ -29,9 +31,9 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     _check_taps(raw, layout)
     shapes = _head_shapes(raw, layout)
     total = None if raw.image.dynamic_size else shapes[layout.classes.tensor][2 - layout.classes.channel_axis]
-    tensors, layout = layout.tensors, _rename_taps(g, layout, config)
+    tensors, (layout, image) = layout.tensors, _free_names(g, layout, raw.image, config)
     widths = {new: shapes[old][layout.channel_axis(new) - 1] for old, new in zip(tensors, layout.tensors, strict=True)}
-    chosen = choose(g, layout, raw.image, config, widths, total, emitter.adaptive)
+    chosen = choose(g, layout, image, config, widths, total, emitter.adaptive)
     outputs = emitter.suppress(g, chosen, config)
     g.set_outputs(
         [
@@ -40,7 +42,7 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
         ]
     )
     names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
-    return FusedModel(g.to_model(), raw.image, names, raw.task, raw.source, layout, config, backend, None, raw.notes)
+    return FusedModel(g.to_model(), image, names, raw.task, raw.source, layout, config, backend, None, raw.notes)
 
 
 def _check_taps(raw: RawModel, layout: Layout) -> None:
@@ -52,8 +54,8 @@ def _check_taps(raw: RawModel, layout: Layout) -> None:
         )
 
 
-def _rename_taps(g: Graph, layout: Layout, config: PostprocessConfig) -> Layout:
-    """Give inner tensors that have the names of outputs-to-be other names; the layout follows."""
+def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:
+    """Give tensors that have the names of outputs-to-be other names; layout and input follow."""
     renamed = {}
     for name in config.output_names:
         if name in g.names:
@@ -66,7 +68,7 @@ def _rename_taps(g: Graph, layout: Layout, config: PostprocessConfig) -> Layout:
     for tap in ("boxes", "classes", "objectness"):
         if values[tap]:
             values[tap]["tensor"] = renamed.get(values[tap]["tensor"], values[tap]["tensor"])
-    return Layout.from_dict(values)
+    return Layout.from_dict(values), replace(image, tensor=renamed.get(image.tensor, image.tensor))
 
 
 def _head_shapes(raw: RawModel, layout: Layout) -> dict[str, tuple[int, ...]]:

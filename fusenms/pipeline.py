@@ -10,7 +10,7 @@ import numpy as np
 from fusenms.artifacts import FusedModel, RawModel
 from fusenms.backends import get_backend
 from fusenms.config import PostprocessConfig
-from fusenms.errors import VerificationError
+from fusenms.errors import ConfigError, VerificationError
 from fusenms.fusion import fuse_head
 from fusenms.heads import recognize
 from fusenms.sources import load
@@ -49,6 +49,10 @@ def fuse(
     """
     settings = PostprocessConfig.from_dict(config)
     get_backend(backend)
+    if isinstance(weights, RawModel) and (size is not None or dynamic_size or opset is not None or make_dynamic):
+        raise ConfigError(
+            "size, dynamic_size, opset and make_dynamic are for loading; these weights are loaded already: give them to fusenms.load"
+        )
     raw = weights if isinstance(weights, RawModel) else load(
         weights, size=size, dynamic_size=dynamic_size, opset=opset, make_dynamic=make_dynamic
     )  # fmt: skip

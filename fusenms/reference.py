@@ -36,6 +36,8 @@ SCORE_ROUNDING = 1e-5
 SIGMOID_ROUNDING = 2e-7
 """Absolute, for the same products: a float32 sigmoid is exact to a unit in the last place of 1, not of its value."""
 IOU_ROUNDING = 1e-5
+IOU_ROUNDING_MOST = 1e-3
+"""However small the boxes."""
 PIXEL_ROUNDING = 4 * 2.0**-23
 """Of the largest coordinate: four units in the last place of float32."""
 BOX_TOLERANCE = 1e-3
@@ -213,7 +215,7 @@ def _iou_rounding(box: Floats, rivals: Floats) -> Floats:
     """How far the IoU of float32 boxes may be off: relative rounding, and coordinates over the shortest side."""
     largest = np.maximum(np.abs(box).max(), np.abs(rivals).max(1))
     shortest = np.minimum((box[2:] - box[:2]).min(), (rivals[:, 2:] - rivals[:, :2]).min(1))
-    return IOU_ROUNDING + 4 * PIXEL_ROUNDING * largest / np.maximum(shortest, 1e-6)
+    return np.minimum(IOU_ROUNDING + 4 * PIXEL_ROUNDING * largest / np.maximum(shortest, 1e-6), IOU_ROUNDING_MOST)
 
 
 def _channels(head: Mapping[str, np.ndarray], image: int, tap: Tap) -> Floats:

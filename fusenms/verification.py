@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,17 +134,36 @@ def verify(
     fused = model if isinstance(model, FusedModel) else load_fused(model)
     if not batches or any(not isinstance(b, int) or b < 1 for b in batches):
         raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
-    return Report(tuple(_Verification(fused, progress).run(_pictures(fused, images), tuple(batches))), tuple(batches))
+    sizes = [(fused, _pictures(fused, images))]
+    if fused.image.dynamic_size:  # another size, where the candidates stand elsewhere
+        image = fused.image
+        other = replace(image, height=image.height + image.stride, width=image.width + 2 * image.stride)
+        sizes.append((replace(fused, image=other), picture(other.height, other.width)))
+    checks: list[Check] = []
+    for sized, pictures in sizes:
+        try:
+            checks += _Verification(sized, progress).run(pictures, tuple(batches))
+        except (ValueError, IndexError, ArithmeticError) as error:
+            if isinstance(error, FusenmsError):
+                raise
+            message = f"the layout in the metadata does not fit the head's tensors ({error})"
+            raise SourceError(f"{message}; the file was changed after it was written: fuse the model again") from error
+    return Report(tuple(checks), tuple(batches))
 
 
 def _pictures(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
     size = (fused.image.height, fused.image.width)
     if images is None:
         return picture(*size)
-    if images.ndim != 4 or images.shape[1:] != (3, *size) or images.dtype != np.float32 or not len(images):
-        raise InputError(
-            f"found images {images.dtype}{list(images.shape)}; expected float32 [n, 3, {size[0]}, {size[1]}], n at least 1"
-        )
+    if (
+        not isinstance(images, np.ndarray)
+        or images.ndim != 4
+        or images.shape[1:] != (3, *size)
+        or images.dtype != np.float32
+        or not len(images)
+    ):
+        found = f"{images.dtype}{list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise InputError(f"found images {found}; expected float32 [n, 3, {size[0]}, {size[1]}], n at least 1")
     return images
 
 

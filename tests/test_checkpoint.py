@@ -278,3 +278,52 @@ def test_layouts_say_the_heads(zoo):
         Distances((8, 16, 32), 16),
     )
     assert eight == expected
+
+
+def broken(kind: str, content: dict) -> dict:
+    """One field of a sound checkpoint changed."""
+    model = content["model"]
+    head, conv = model.model[-1], model.model[0]
+    changes = {
+        "ema is a tensor": lambda: content.update(ema=torch.ones(3)),
+        "stride 0": lambda: setattr(head, "stride", torch.zeros(1)),
+        "stride infinite": lambda: setattr(head, "stride", torch.tensor([float("inf")])),
+        "stride negative": lambda: setattr(head, "stride", torch.tensor([-8.0])),
+        "stride wrong": lambda: setattr(head, "stride", torch.tensor([16.0])),
+        "too many strides": lambda: setattr(head, "stride", torch.tensor([8.0, 16.0])),
+        "no children": lambda: conv.__dict__.pop("_modules"),
+        "no parameters": lambda: conv.conv.__dict__.pop("_parameters"),
+        "a child is text": lambda: conv._modules.update(conv="x"),
+        "no classes": lambda: setattr(head, "nc", 0),
+        "fewer classes than it gives": lambda: setattr(head, "nc", 1),
+        "more classes than it gives": lambda: setattr(head, "nc", 500),
+    }
+    changes[kind]()
+    return content
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ema is a tensor", "stride 0", "stride infinite", "stride negative", "stride wrong", "too many strides", "no children",
+     "no parameters", "a child is text", "no classes", "fewer classes than it gives", "more classes than it gives"],
+)  # fmt: skip
+def test_error_when_checkpoint_is_inconsistent(tmp_path, kind):
+    torch.save(tiny(), tmp_path / "sound.pt")
+    assert load_checkpoint(tmp_path / "sound.pt").names == ("a", "b")
+    torch.save(broken(kind, tiny()), tmp_path / "c.pt")
+    with pytest.raises(SourceError, match=r"c\.pt: "):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_error_when_a_bit_has_flipped(tmp_path):
+    data = bytearray((SHAPES / "shapes.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "c.pt").write_bytes(data)
+    with pytest.raises(SourceError, match=r"the checksum of .* is wrong"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_error_says_so_when_the_format_is_old(tmp_path):
+    torch.save(tiny(), tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(SourceError, match=r"format from before 1\.6"):
+        load_checkpoint(tmp_path / "c.pt")

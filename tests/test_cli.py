@@ -161,6 +161,8 @@ def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
     (folder / "empty.onnx").touch()
     (folder / "model.h5").write_text("x")
     (folder / "folder").mkdir()
+    (folder / "own.pt").write_bytes(raw)
+    (folder / "link.onnx").symlink_to(folder / "own.pt")
     (folder / "picture.jpg").write_text("no picture")
     nan = tiny()
     nan["model"].model[0].conv.weight.data.fill_(float("nan"))
@@ -197,7 +199,15 @@ def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
         "raw weights to detect": (["detect", "text.onnx", "picture.jpg"], "not a readable ONNX file"),
         "inspect missing": (["inspect", "nowhere.onnx"], "nowhere.onnx: no such file"),
         "verify missing": (["verify", "nowhere.onnx"], "nowhere.onnx: cannot be read"),
-        "verify a checkpoint": (["verify", WEIGHTS], "not a readable ONNX file"),
+        "verify a checkpoint": (["verify", WEIGHTS], "is a checkpoint; expected an .onnx file: make one with"),
+        "detect into a file": (
+            ["detect", "fused.onnx", str(SHAPES / "shapes0.jpg"), "-o", "text.pt"],
+            "cannot be made a folder",
+        ),
+        "long name": ([WEIGHTS, "-o", "x" * 300 + ".onnx"], "cannot be written (File name too long)"),
+        "a device": ([WEIGHTS, "-o", os.devnull], "is not a regular file"),
+        "onto the weights": (["own.pt", "-o", "own.pt"], "is the weights themselves"),
+        "onto a link to the weights": (["own.pt", "-o", "link.onnx"], "is the weights themselves"),
     }
 
 
@@ -258,3 +268,71 @@ def test_error_as_json(capsys):
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "fusenms", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fusenms ")
+
+
+def test_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "target.onnx").write_text("old")
+    (tmp_path / "target.onnx").chmod(0o640)
+    (tmp_path / "link.onnx").symlink_to("target.onnx")
+    assert main([WEIGHTS, "--size", "64", "-o", "link.onnx"]) == 0
+    assert (tmp_path / "link.onnx").is_symlink()
+    onnx.checker.check_model(onnx.load(tmp_path / "target.onnx"))
+    assert (tmp_path / "target.onnx").stat().st_mode & 0o777 == 0o640
+
+
+METADATA = {
+    "height": ("fusenms.image", lambda v: v.replace('"height": 64', '"height": 128')),
+    "text height": ("fusenms.image", lambda v: v.replace('"height": 64', '"height": "x"')),
+    "negative height": ("fusenms.image", lambda v: v.replace('"height": 64', '"height": -64')),
+    "names": ("fusenms.config", lambda v: v.replace('"names": "fusenms"', '"names": "deepstream"')),
+    "rows": ("fusenms.config", lambda v: v.replace('"max_detections": 300', '"max_detections": 301')),
+    "classes": ("fusenms.layout", lambda v: v.replace('"stop": 3', '"stop": 900')),
+    "axis": ("fusenms.layout", lambda v: v.replace('"channel_axis": 1', '"channel_axis": 2')),
+    "bins": ("fusenms.layout", lambda v: v.replace('"bins": 16', '"bins": 7')),
+    "strides": ("fusenms.layout", lambda v: v.replace("[8, 16, 32]", "[8]")),
+    "zero strides": ("fusenms.layout", lambda v: v.replace("[8, 16, 32]", "[0, 16, 32]")),
+    "tensor": ("fusenms.layout", lambda v: v.replace("head_boxes", "head_classes")),
+    "nonsense": ("fusenms.layout", lambda v: "{"),
+    "backend": ("fusenms.backend", lambda v: "zzz"),
+}
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_edited_metadata_is_one_message(tmp_path, capsys, case):
+    key, edit = METADATA[case]
+    model = onnx.load(fuse(WEIGHTS, size=64).save(tmp_path / "f.onnx"))
+    entry = next(item for item in model.metadata_props if item.key == key)
+    assert edit(entry.value) != entry.value
+    entry.value = edit(entry.value)
+    onnx.save(model, tmp_path / "e.onnx")
+    assert main(["verify", "e.onnx"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("fusenms: ") or "DIFFERS" in printed.out
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"stride": "[8, 16, 32]"},
+        {"stride": "0"},
+        {"names": "{'a': 1}"},
+        {"names": "{1000000000: 'x'}"},
+        {"imgsz": "[-640, 0]"},
+    ],
+)
+def test_odd_metadata_of_a_stranger_does_not_matter(tmp_path, metadata):
+    from foreign import Decoded, write
+
+    write(Decoded(), tmp_path / "m.onnx", metadata=metadata)
+    assert main(["m.onnx"]) == 0
+
+
+def test_input_with_the_name_of_an_output_is_renamed(tmp_path):
+    from foreign import Decoded, write
+
+    model = onnx.load(write(Decoded(), tmp_path / "m.onnx"))
+    for node in model.graph.node:
+        node.input[:] = ["scores" if name == "images" else name for name in node.input]
+    model.graph.input[0].name = "scores"
+    onnx.save(model, tmp_path / "m.onnx")
+    assert main(["m.onnx"]) == 0

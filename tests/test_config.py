@@ -39,6 +39,14 @@ def test_error_when_setting_is_unknown():
         PostprocessConfig.from_dict({"conf": 0.3})
 
 
+def test_numpy_numbers_are_taken():
+    import numpy as np
+
+    config = PostprocessConfig(score_threshold=np.float32(0.5), max_detections=np.int64(7))
+    assert config.to_dict() | {"score_threshold": 0.5, "max_detections": 7} == config.to_dict()
+    assert type(config.max_detections) is int
+
+
 def test_dict_round_trip():
     config = PostprocessConfig(score_threshold=0.1, class_agnostic=True, names="yolov7")
     assert PostprocessConfig.from_dict(config.to_dict()) == config

@@ -214,3 +214,56 @@ def test_real_checkpoint_at_every_batch_size_is_as_alone(zoo, tmp_path):
             np.testing.assert_array_equal(together["labels"][i], alone[i]["labels"][0])
             np.testing.assert_allclose(together["boxes"][i], alone[i]["boxes"][0], atol=1e-2)
             np.testing.assert_allclose(together["scores"][i], alone[i]["scores"][0], atol=1e-4)
+
+
+def test_pil_image_is_turned_and_scaled_as_the_file_is(tmp_path, detect):
+    from PIL import Image
+
+    image = Image.open(PICTURE)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    deep = cv2.cvtColor(cv2.imread(str(PICTURE)), cv2.COLOR_BGR2GRAY).astype(np.uint16) * 256
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    for name in ("turned.jpg", "deep.png"):
+        np.testing.assert_array_equal(read_picture(tmp_path / name), read_picture(Image.open(tmp_path / name)))
+
+
+def test_error_when_closed(path):
+    detector = Detector(path)
+    detector.close()
+    detector.close()
+    with pytest.raises(InputError, match="the detector is closed"):
+        detector(PICTURE)
+
+
+def test_error_when_providers_is_text(path):
+    with pytest.raises(InputError, match="expected a list of names"):
+        Detector(path, providers="CPUExecutionProvider")
+
+
+def test_quantized_model_is_run_one_by_one(zoo, tmp_path):
+    """Dynamic quantization takes its ranges over the batch; a picture must not depend on its neighbors."""
+    file = fuse(zoo / "yolov8n_dynint8_640.onnx", make_dynamic=True).save(tmp_path / "q.onnx")
+    bus, zidane = zoo / "photos" / "bus.jpg", zoo / "photos" / "zidane.jpg"
+    with Detector(file) as detect:
+        alone, together = detect(bus)[0], detect([bus, zidane])[0]
+    np.testing.assert_array_equal(alone.scores, together.scores)
+    assert len(alone) == 5
+
+
+def test_fuse_runs_in_several_threads():
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            fuse(SHAPES / "shapes.pt", size=64, unverified=True)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors

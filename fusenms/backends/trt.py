@@ -59,7 +59,7 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
         background_class=-1,
         box_coding=0,
         class_agnostic=int(config.class_agnostic),
-        iou_threshold=float(np.nextafter(np.float32(config.iou_threshold), np.float32(np.inf))),
+        iou_threshold=_next_above(config.iou_threshold),
         max_output_boxes=config.max_detections,
         score_activation=0,
         score_threshold=0.25,  # of ranks, which are above 0.5; what has none is -1
@@ -70,6 +70,11 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     place = g.op("Mul", g.op("Sub", g.floats(1.0), kept_ranks), g.floats(float(RANKS)))
     row = g.cast(g.where(valid, place, g.floats(0.0)), INT32)
     return masked_outputs(g, valid, boxes, g.op("GatherElements", chosen.scores, row, axis=1), labels)
+
+
+def _next_above(threshold: float) -> float:
+    """The next float32 above; no denormal, which a GPU may take for zero."""
+    return float(max(np.nextafter(np.float32(threshold), np.float32(np.inf)), np.finfo(np.float32).tiny))
 
 
 BODY_OPSET = 12

@@ -9,10 +9,10 @@ import traceback
 from collections.abc import Sequence
 
 from fusenms import __version__
-from fusenms.cli import demo, detect, fuse, inspect, verify
+from fusenms.cli import bench, demo, detect, fuse, inspect, verify
 from fusenms.errors import FusenmsError
 
-COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, detect, demo)}
+COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, detect, bench, demo)}
 USAGE = """fusenms WEIGHTS [--backend ort|trt] [-o FILE] [options]
        fusenms {commands} ..."""
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fusenms {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command = commands.add_parser(name, prog=f"fusenms {name}", help=module.HELP, description=module.HELP)
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fusenms.artifacts import check_writable
-from fusenms.cli.detect import detect_and_draw
+from fusenms.cli.detect import detect_and_draw, make_folder
 from fusenms.cli.fuse import make
 from fusenms.cli.printing import Steps, megabytes, progress_bar
 from fusenms.config import PostprocessConfig
@@ -33,10 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     steps, source = Steps(args.json), shapes_folder()
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SourceError(f"{args.output}: cannot be made ({error.strerror}); choose another folder with -o") from error
+    make_folder(args.output)
     target = args.output / "shapes.ort.onnx"
     check_writable(target)
     _, fused = make(source / "shapes.pt", "ort", PostprocessConfig(), steps)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fusenms.cli.printing import Steps
-from fusenms.errors import InputError
+from fusenms.errors import InputError, SourceError
 from fusenms.runtime import Detections, Detector
 from fusenms.runtime.drawing import draw, save_picture
-from fusenms.runtime.pictures import list_pictures, read_picture
+from fusenms.runtime.pictures import SUFFIXES, list_pictures, read_picture
 
 NAME = "detect"
 HELP = "run a fused model on pictures: a table of what was found, and annotated pictures"
@@ -45,7 +45,7 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
     Raises:
         InputError: a picture is unreadable, or two would be written to the same place.
     """
-    names = [path.name for path in paths]
+    names = [drawn_name(path) for path in paths]
     if folder is not None and (twice := {name for name in names if names.count(name) > 1}):
         raise InputError(
             f"found more than one picture named {', '.join(sorted(twice))}; "
@@ -62,8 +62,8 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
             "detections": found.to_dicts(),
         }
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            target = folder / path.name
+            make_folder(folder)
+            target = folder / drawn_name(path)
             if target.exists() and target.samefile(path):
                 raise InputError(f"{path}: would be overwritten by its annotated copy; choose another folder with -o")
             result["annotated"] = str(save_picture(target, draw(picture, found)))
@@ -71,6 +71,23 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
         if not quiet:
             _print_table(result, found)
     return results
+
+
+def drawn_name(path: Path) -> str:
+    """Name of the annotated copy: that of the picture, as .jpg where its format is one that is only read."""
+    return path.name if path.suffix.lower() in SUFFIXES else f"{path.name}.jpg"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        SourceError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be made a folder ({error.strerror}); choose another with -o") from error
 
 
 def _print_table(result: dict[str, Any], found: Detections) -> None:

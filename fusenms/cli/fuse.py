@@ -15,6 +15,7 @@ from fusenms.contract import NAME_PRESETS
 from fusenms.fusion import fuse_head
 from fusenms.heads import HEADS, recognize
 from fusenms.pipeline import prove
+from fusenms.runtime.pictures import list_pictures, load_tensor
 from fusenms.sources import load
 from fusenms.verification import verify
 
@@ -92,13 +93,13 @@ def run(args: argparse.Namespace) -> int:
     start, steps = time.monotonic(), Steps(args.json)
     config = PostprocessConfig(**{field.name: getattr(args, field.name) for field in fields(PostprocessConfig)})
     output = args.output or Path(Path(args.weights).stem + get_backend(args.backend).suffix)
-    check_writable(output)
+    check_writable(output, Path(args.weights))
+    if args.images is not None:
+        list_pictures(args.images)  # fails early
     raw, fused = make(args.weights, args.backend, config, steps, args)
     if not args.unverified:
         images = None
         if args.images is not None:
-            from fusenms.runtime.pictures import load_tensor
-
             images = load_tensor(args.images, raw.image.height, raw.image.width)
         with progress_bar("verify") as progress:
             report = verify(fused, images=images, progress=progress)

@@ -36,7 +36,7 @@ class Detector:
 
         Args:
             providers: ONNX Runtime execution providers, in order of preference.
-            batch_size: most pictures that are run at once.
+            batch_size: most pictures that are run at once; one, for a model in which the pictures of a batch change each other.
             threads: of one run; default: ONNX Runtime's choice.
 
         Raises:
@@ -45,6 +45,8 @@ class Detector:
             BackendUnavailableError: ONNX Runtime, or a provider, is missing.
             InputError: the batch size is not a positive number.
         """
+        if isinstance(providers, str) or not all(isinstance(name, str) for name in providers):
+            raise InputError(f"providers is {providers!r}; expected a list of names, as ['CPUExecutionProvider']")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
         fused = load_fused(path)
@@ -54,8 +56,9 @@ class Detector:
                 "fuse the weights again with --backend ort, or build a TensorRT engine of this file (trtexec --onnx=FILE)"
             )
         self.class_names = fused.names
-        self._image, self._names, self._batch_size = fused.image, fused.config.output_names, batch_size
-        self._runner = OnnxRuntimeRunner(fused.model, tuple(providers), threads)
+        self._image, self._names = fused.image, fused.config.output_names
+        self._batch_size = batch_size if fused.image.independent else 1
+        self._runner: OnnxRuntimeRunner | None = OnnxRuntimeRunner(fused.model, tuple(providers), threads)
 
     def __enter__(self) -> Detector:
         return self
@@ -65,7 +68,9 @@ class Detector:
 
     def close(self) -> None:
         """Free the model."""
-        self._runner.close()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
 
     def __call__(self, images: Any) -> list[Detections]:
         """Find objects.
@@ -94,7 +99,10 @@ class Detector:
         return found + (self._run(canvases, places) if canvases else [])
 
     def _run(self, canvases: list[np.ndarray], places: list[Placement]) -> list[Detections]:
-        outputs = self._runner.infer(to_tensor(canvases))
+        runner = self._runner
+        if runner is None:
+            raise InputError("the detector is closed; open the file again")
+        outputs = runner.infer(to_tensor(canvases))
         counts, boxes, scores, labels = (outputs[name] for name in self._names)
         return [
             Detections(place.to_picture(boxes[i, :n]), scores[i, :n].copy(), labels[i, :n].copy(), self.class_names)

@@ -56,7 +56,8 @@ def save_picture(path: Path, picture: np.ndarray) -> Path:
     """
     cv2 = opencv()
     try:
-        done, data = cv2.imencode(path.suffix or ".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 92] if path.suffix.lower() in (".jpg", ".jpeg") else []
+        done, data = cv2.imencode(path.suffix, picture[..., ::-1], quality)
     except cv2.error as error:
         raise InputError(f"{path}: unknown picture format {path.suffix!r}; expected .jpg or .png") from error
     assert done

@@ -41,13 +41,27 @@ def read_picture(source: Any) -> np.ndarray:
     if isinstance(source, (str, os.PathLike)):
         return _read_file(Path(source))
     if hasattr(source, "convert"):  # a PIL image, without importing PIL
-        return np.asarray(source.convert("RGB"))
+        return _from_pil(source)
     if not isinstance(source, np.ndarray):
         raise InputError(f"found {type(source).__name__}; expected a path, an array or a PIL image")
     array = np.repeat(source[..., None], 3, 2) if source.ndim == 2 else source
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise InputError(f"found an array {source.dtype}{list(source.shape)}; expected uint8 [height, width, 3] (RGB)")
     return array
+
+
+def _from_pil(image: Any) -> np.ndarray:
+    """A PIL image as the same file would be read by path: turned as its EXIF says, 16 bits made 8."""
+    from PIL import ImageOps
+
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith(("I;16", "I")):
+            gray = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            return np.repeat(gray[..., None], 3, 2)
+        return np.asarray(upright.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"found a PIL image that cannot be decoded ({error})") from error
 
 
 def _read_file(path: Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def load(
         ConfigError: a setting does not fit the weights.
         BackendUnavailableError: a checkpoint needs PyTorch, which is not installed.
     """
+    if not isinstance(weights, (str, os.PathLike)):
+        raise SourceError(
+            f"weights is a {type(weights).__name__}; expected the path of a checkpoint (.pt) or an .onnx file"
+        )
     path = Path(weights)
     sides = _sides(size)
     if path.is_dir():
@@ -65,7 +70,7 @@ def load(
 def _sides(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(s, numbers.Integral) and not isinstance(s, bool) and s > 0 for s in sides):
         raise ConfigError(f"size is {size!r}; expected one side or (height, width), in pixels")
-    return sides
+    return int(sides[0]), int(sides[1])

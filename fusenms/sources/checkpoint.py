@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ _OTHER_TASKS = {
     "World": "an open-vocabulary model",
     "RTDETR": "an RT-DETR model",
 }
+MAX_STRIDE = 128
 _lock = threading.Lock()
 
 
@@ -126,7 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = _read(path)
     if not isinstance(content, dict):
         content = {"model": content}
-    model = content.get("ema") or content.get("model")
+    model = content.get("model") if content.get("ema") is None else content["ema"]
     if model is None or isinstance(model, dict):
         raise SourceError(
             f"{path}: found a dictionary of {_keys(model or content)}, without a network; expected a full checkpoint "
@@ -134,10 +136,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     if not isinstance(model, modules.DetectionModel):
         raise SourceError(f"{path}: found a {type(model).__name__}; expected a detection model")
-    _check_tree(path, model)
     try:
+        _check_tree(path, model)
         return _finish(model)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise SourceError(
             f"{path}: the network in this checkpoint is incomplete ({error}); expected one of the detection task"
         ) from error
@@ -150,6 +152,8 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
+        if zipped and (member := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {member} is wrong")
         unknown = _unknown_globals(path) if zipped else []
         if unknown:
             raise SourceError(_refusal(path, unknown))
@@ -166,15 +170,23 @@ def _read(path: Path) -> Any:
         AttributeError,
         IndexError,
         AssertionError,
+        zipfile.BadZipFile,
     ) as error:
         if name := re.search(r"GLOBAL `?([\w.]+)`?", str(error)):
             raise SourceError(_refusal(path, [name[1]])) from error
         said = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
         reason = said.splitlines()[0][:200] if said else type(error).__name__
+        if not zipped and _looks_pickled(path):
+            reason = f"it has PyTorch's format from before 1.6: load it with a PyTorch you trust it in, and save it again; {reason}"
         raise SourceError(
             f"{path}: not a readable PyTorch checkpoint ({reason}); the file is damaged, cut short, or of another kind: "
             "download it again, or pass an .onnx file"
         ) from error
+
+
+def _looks_pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
 
 
 def _unknown_globals(path: Path) -> list[str]:
@@ -253,7 +265,31 @@ def _finish(model: modules.DetectionModel) -> Checkpoint:
     ):
         raise ValueError("the bins of its box distribution are not 0, 1, 2, …")
     strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride).tolist())
+    _check_head(model, head, strides)
     return Checkpoint(model, _names(model, int(head.nc)), strides, _size(model), str(getattr(model, "task", "detect")))
+
+
+def _check_head(
+    model: modules.DetectionModel, head: modules.AnchorFreeDetect | modules.AnchorDetect, strides: tuple[int, ...]
+) -> None:
+    """Run it once: what the head says of itself must be what it gives."""
+    if not strides or list(strides) != sorted(set(strides)) or min(strides) < 1 or max(strides) > MAX_STRIDE:
+        raise ValueError(f"its strides are {list(strides)}; expected them rising, from 1 to {MAX_STRIDE}")
+    side = 2 * max(strides)
+    with torch.no_grad():
+        shapes = [tuple(tap.shape[1:]) for tap in model(torch.zeros(1, 3, side, side))]
+    cells, classes = sum((side // s) ** 2 for s in strides), int(head.nc)
+    if isinstance(head, modules.AnchorFreeDetect):
+        expected = [(4 * int(head.reg_max), cells), (classes, cells)]
+    else:
+        anchors = tuple(head.anchors.shape)
+        if anchors != (len(strides), int(head.na), 2):
+            raise ValueError(f"its anchors are {list(anchors)}; expected [{len(strides)}, {int(head.na)}, 2]")
+        expected = [(5 + classes, int(head.na) * cells)]
+    if shapes != expected:
+        raise ValueError(
+            f"with {classes} classes and strides {list(strides)} its head must give {expected}, but it gives {shapes}"
+        )
 
 
 def _names(model: nn.Module, count: int) -> tuple[str, ...]:

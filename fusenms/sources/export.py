@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 
 import numpy as np
@@ -21,6 +22,8 @@ OPSETS = range(13, 21)  # what PyTorch's TorchScript exporter writes
 DEFAULT_SIZE = 640
 PARITY_BATCHES = (1, 2, 3)
 PARITY_TOLERANCE = 1e-3  # absolute, on logits of magnitude ten; float32 rounding gives about 1e-4
+
+_exporting = threading.Lock()  # the TorchScript exporter keeps global state
 
 IMAGE, HEAD, HEAD_BOXES, HEAD_CLASSES = "images", "head", "head_boxes", "head_classes"
 
@@ -94,7 +97,7 @@ def _to_onnx(
         for name in layout.tensors:
             axes[name] |= {2: "candidates"}
     stream = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with _exporting, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the TorchScript exporter announces its own retirement; opset 17 has no other
         torch.onnx.export(
             checkpoint.module,

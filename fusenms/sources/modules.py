@@ -157,6 +157,9 @@ class AnchorFreeDetect(nn.Module):
     """Head of YOLOv8 and YOLOv5u: per level, distance bins (`cv2`) and class logits (`cv3`)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv2", "cv3", "dfl"})
+    nc: int
+    reg_max: int
+    stride: Tensor
 
     def __init__(self, num_classes: int, channels: tuple[int, ...], strides: tuple[int, ...], bins: int = 16) -> None:
         super().__init__()

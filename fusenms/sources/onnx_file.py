@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, m
                 f"{path}: the batch size is frozen at {frozen[0]}; expected a dynamic batch. "
                 "Export again with a dynamic batch, or add --make-dynamic (make_dynamic=True) to open it here and have that proven"
             )
-        model, note = _open_batch(path, model, image, frozen[0])
+        model, note, independent = _open_batch(path, model, image, frozen[0])
+        image = replace(image, independent=independent)
         notes.append(note)
     dims = _picture_input(path, model).type.tensor_type.shape.dim
     if not image.dynamic_size:
@@ -109,7 +111,7 @@ def _image(
     size: tuple[int, int] | None,
     dynamic_size: bool,
 ) -> ImageInput:
-    stride = int(float(metadata.get(contract.KEY_STRIDE, DEFAULT_STRIDE)))
+    stride = _metadata_stride(metadata)
     if fixed[0] and fixed[1]:
         if size is not None and size != fixed:
             raise ConfigError(
@@ -128,15 +130,24 @@ def _image(
     return ImageInput(tensor, fixed[0] or height, fixed[1] or width, stride, dynamic_size)
 
 
+def _metadata_stride(metadata: dict[str, str]) -> int:
+    try:
+        return max(1, int(float(metadata[contract.KEY_STRIDE])))
+    except (KeyError, ValueError, OverflowError):
+        return DEFAULT_STRIDE
+
+
 def _metadata_size(metadata: dict[str, str]) -> tuple[int, int] | None:
     try:
         height, width = ast.literal_eval(metadata.get(contract.KEY_IMGSZ, ""))
-        return int(height), int(width)
+        return (int(height), int(width)) if min(height, width) > 0 else None
     except (ValueError, SyntaxError, TypeError):
         return None
 
 
-def _open_batch(path: Path, model: onnx.ModelProto, image: ImageInput, frozen: int) -> tuple[onnx.ModelProto, str]:
+def _open_batch(
+    path: Path, model: onnx.ModelProto, image: ImageInput, frozen: int
+) -> tuple[onnx.ModelProto, str, bool]:
     """Replace the frozen batch size in the inputs, outputs and reshapes, and show that images stay independent."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
@@ -160,41 +171,47 @@ def _open_batch(path: Path, model: onnx.ModelProto, image: ImageInput, frozen: i
         dims = entry.type.tensor_type.shape.dim
         if dims and dims[0].dim_value == frozen:
             dims[0].dim_param = "batch"
-    return opened, _show_independence(path, model, opened, image, frozen)
+    return opened, *_show_independence(path, model, opened, image, frozen)
 
 
 def _show_independence(
     path: Path, model: onnx.ModelProto, opened: onnx.ModelProto, image: ImageInput, frozen: int
-) -> str:
-    """Run both models; each image's rows must be those of the original, whatever stands beside it in the batch."""
+) -> tuple[str, bool]:
+    """Run both models: what was found, as a note, and whether each image's rows are those of the original alone.
+
+    Dynamic quantization takes its ranges over the batch; there copies of an image must give what the image gives.
+
+    Raises:
+        SourceError: the opened graph does not run, or mixes images for another reason.
+    """
     rng = np.random.default_rng(0)
     pictures = rng.random((3 * frozen, 3, image.height, image.width), dtype=np.float32)
-    expected = [_run(model, image, part) for part in np.split(pictures, 3)]
-    alone = [np.concatenate(parts) for parts in zip(*expected, strict=True)]
     cure = "Export the model again with a dynamic batch"
     try:
-        copies = _run(opened, image, np.repeat(pictures[:1], 3, 0)) if frozen == 1 else _run(opened, image, pictures)
+        alone = [
+            np.concatenate(parts) for parts in zip(*(_run(model, image, p) for p in np.split(pictures, 3)), strict=True)
+        ]
         together = _run(opened, image, pictures)
+        copies = _run(opened, image, np.repeat(pictures[:frozen], 3, 0))
     except Exception as error:  # ONNX Runtime raises its own kinds
-        raise SourceError(
-            f"{path}: the batch cannot be opened, the graph does not run at batch {len(pictures)} ({_first_line(error)}). {cure}"
-        ) from error
-    same = alone if frozen > 1 else [np.repeat(a[:1], 3, 0) for a in alone]
-    if _worst(copies, same) > ROUNDING:
-        raise SourceError(
-            f"{path}: the batch cannot be opened, images of one batch change each other's results. {cure}"
-        )
+        message = f"the graph does not run at batch {len(pictures)} ({_first_line(error)})"
+        raise SourceError(f"{path}: the batch cannot be opened, {message}. {cure}") from error
+    for name, got, expected in zip((e.name for e in model.graph.output), together, alone, strict=True):
+        if got.shape != expected.shape:
+            message = f"output {name} keeps the shape {list(got.shape)} at batch {len(pictures)}"
+            raise SourceError(f"{path}: the batch cannot be opened, {message}. {cure}")
     drift = _worst(together, alone)
     if drift <= ROUNDING:
-        return f"batch opened (was {frozen}) · 3 images equal to running them alone"
-    if not any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node):
+        return f"batch opened (was {frozen}) · 3 images equal to running them alone", True
+    quantized = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
+    if not quantized or _worst(copies, [np.repeat(a[:frozen], 3, 0) for a in alone]) > ROUNDING:
         raise SourceError(
             f"{path}: the batch cannot be opened, images of one batch change each other's results. {cure}"
         )
     return (
-        f"batch opened (was {frozen}) · equal for copies of an image; different images share the ranges of the dynamic "
-        f"quantization, which moves their raw outputs by up to {drift:.1%} of full scale"
-    )
+        f"batch opened (was {frozen}), but images are not independent: dynamic quantization takes its ranges over the "
+        f"batch, which moves raw outputs by up to {drift:.1%} of full scale. Run it at batch 1 where that matters; the Detector does"
+    ), False
 
 
 def _run(model: onnx.ModelProto, image: ImageInput, pictures: np.ndarray) -> list[np.ndarray]:

@@ -1,0 +1,207 @@
+"""Measure models side by side in ONNX Runtime: whole, tail alone, peak memory.
+
+Runs are interleaved (one of each in turn), so that a machine whose speed drifts treats all alike; quoted are medians,
+with the middle half of the runs as spread, and the median of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusenms import contract
+from fusenms.artifacts import FusedModel, load_fused, read_metadata, read_onnx
+from fusenms.backends import get_backend
+from fusenms.backends.base import OnnxRuntimeRunner, first_line
+from fusenms.errors import InputError, UnsupportedByBackendError
+from fusenms.graph import cut_before, with_outputs
+from fusenms.heads.evidence import picture
+
+WHOLE, TAIL = "whole", "tail"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model at one batch size.
+
+    Attributes:
+        name: of the file.
+        part: ``whole`` model, or its ``tail`` alone (on the head tensors of the same picture).
+        batch: batch size.
+        milliseconds: median of the runs.
+        low, high: the middle half of the runs.
+        ratio: median over the rounds of this time to that of the first file's whole model.
+        memory_mb: peak of what a run needs beyond the loaded model, without ONNX Runtime's arena; None where not measured.
+        note: why there is no time, where there is none (then it is NaN).
+    """
+
+    name: str
+    part: str
+    batch: int
+    milliseconds: float
+    low: float
+    high: float
+    ratio: float
+    memory_mb: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; NaN as None."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to time: ``prepare(images)`` makes what a round calls."""
+
+    name: str
+    part: str
+    prepare: Callable[[np.ndarray], Callable[[], Any]]
+    file: Path | None = None
+
+
+def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: bool = True) -> list[Contestant]:
+    """Whole models, and the tails of the fused ones.
+
+    Args:
+        threads: of one run; default: ONNX Runtime's choice.
+        arena: let ONNX Runtime keep freed memory for itself, as it does by default.
+
+    Raises:
+        SourceError: a file cannot be read.
+        UnsupportedByBackendError: a file does not run in ONNX Runtime.
+    """
+
+    def runner(model: Any) -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(model, threads=threads, arena=arena)
+
+    found = []
+    for path in paths:
+        model = read_onnx(path)
+        whole = runner(model)
+        found.append(Contestant(path.name, WHOLE, lambda images, whole=whole: lambda: whole.infer(images), path))  # type: ignore[misc]
+        if contract.KEY_BACKEND in read_metadata(model):
+            fused = load_fused(path)
+            if not get_backend(fused.backend).runs_on_onnxruntime:
+                raise UnsupportedByBackendError(
+                    f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; fuse it with --backend ort"
+                )
+            found.append(Contestant(path.name, TAIL, lambda images, fused=fused: _tail(fused, images, runner), path))  # type: ignore[misc]
+    return found
+
+
+def _tail(fused: FusedModel, images: np.ndarray, runner: Callable[[Any], OnnxRuntimeRunner]) -> Callable[[], Any]:
+    """The part behind the head, on the head tensors of these images."""
+    values = runner(with_outputs(fused.model, fused.layout.tensors)).infer(images)
+    inputs = {name: values[name] for name in fused.layout.tensors}
+    tail = runner(cut_before(fused.model, {name: value.shape[1:] for name, value in inputs.items()}))
+    if fused.image.tensor in tail.inputs:
+        inputs[fused.image.tensor] = images
+    return lambda: tail.run(inputs)
+
+
+def measure(
+    entries: Sequence[Contestant],
+    images: np.ndarray,
+    *,
+    batches: Sequence[int] = (1, 8),
+    runs: int = 25,
+    memory: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Timing]:
+    """Time contestants in turn, at each batch size.
+
+    Args:
+        images: ``[n, 3, height, width]`` float32; repeated to fill a batch.
+        runs: rounds; two more are run first and not counted.
+        memory: measure peak memory too, each file in a process of its own (Linux).
+
+    Raises:
+        InputError: a batch size or the number of runs is not positive.
+    """
+    if runs < 1 or not batches or min(batches) < 1:
+        raise InputError(f"runs is {runs} and batches are {list(batches)}; expected positive numbers")
+    timings = []
+    for batch in batches:
+        filled = images[np.arange(batch) % len(images)]
+        ready: dict[int, Callable[[], Any]] = {}
+        notes: dict[int, str] = {}
+        for i, entry in enumerate(entries):
+            try:
+                ready[i] = entry.prepare(filled)
+                ready[i]()
+            except Exception as error:  # a frozen batch, mostly; ONNX Runtime raises its own kinds
+                ready.pop(i, None)
+                notes[i] = first_line(error)
+        seconds: dict[int, list[float]] = {i: [] for i in ready}
+        for step in range(runs + 1):
+            if progress is not None:
+                progress(f"batch {batch}", step, runs + 1)
+            for i, call in ready.items():
+                start = time.perf_counter()
+                call()
+                seconds[i].append(time.perf_counter() - start)
+        timings += [
+            _timing(entry, batch, seconds.get(i), seconds.get(0), notes.get(i, ""), memory)
+            for i, entry in enumerate(entries)
+        ]
+    return timings
+
+
+def _timing(
+    entry: Contestant, batch: int, seconds: list[float] | None, first: list[float] | None, note: str, memory: bool
+) -> Timing:
+    nan = float("nan")
+    if seconds is None:
+        return Timing(entry.name, entry.part, batch, nan, nan, nan, nan, None, note)
+    low, middle, high = (float(v) * 1e3 for v in np.percentile(seconds[1:], [25, 50, 75]))
+    ratio = nan if first is None else float(np.median(np.divide(seconds[1:], first[1:])))
+    peak = peak_memory(entry.file, entry.part, batch) if memory and entry.file is not None else None
+    return Timing(entry.name, entry.part, batch, middle, low, high, ratio, peak)
+
+
+def peak_memory(path: Path, part: str, batch: int) -> float | None:
+    """Megabytes that a run needs at its peak beyond the loaded model and its input, measured in a process of its own; None off Linux."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [sys.executable, "-m", "fusenms.benchmark", os.fspath(path), part, str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(json.loads(done.stdout)) if done.returncode == 0 else None
+
+
+def _measure_peak(path: Path, part: str, batch: int) -> float:
+    """In a process of its own: highest resident memory during a run, less that before it."""
+    entry = next(e for e in contestants([path], None, arena=False) if e.part == part)
+    shape = default_shape(path)
+    run = entry.prepare(np.repeat(picture(*shape), batch, 0))
+    run()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return max(0.0, (_status("VmHWM") - before) / 1e3)
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def default_shape(path: Path) -> tuple[int, int]:
+    """Height and width that a model takes; 640 where they are open."""
+    dims = read_onnx(path).graph.input[0].type.tensor_type.shape.dim
+    if len(dims) != 4:
+        raise InputError(f"{path}: does not take a batch of pictures [batch, 3, height, width]")
+    return dims[2].dim_value or 640, dims[3].dim_value or 640
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_peak(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))

@@ -1,0 +1,110 @@
+"""`fusenms bench FILE...`: time models side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fusenms.benchmark import Timing, contestants, default_shape, measure
+from fusenms.cli.printing import Steps, progress_bar
+from fusenms.errors import BackendUnavailableError, InputError
+from fusenms.heads.evidence import picture
+
+NAME = "bench"
+HELP = "time raw and fused models side by side, whole and tail alone, by batch size"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", type=Path, help="raw or fused .onnx; ratios are to the first"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="batch sizes (default: 1 8)")
+    parser.add_argument(
+        "--runs", type=int, default=25, help="rounds, one run of each file in turn (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="of one run (default: ONNX Runtime's choice)")
+    parser.add_argument("--image", type=Path, help="the picture to run on (default: a made-up one)")
+    parser.add_argument("--no-memory", action="store_true", help="skip measuring peak memory")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the table too, as .png or .svg (needs matplotlib)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    steps, shapes = Steps(args.json), {default_shape(path) for path in args.files}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{height}x{width}" for height, width in sorted(shapes))
+        raise InputError(f"the files take pictures of different sizes ({sizes}); time those of one size together")
+    (shape,) = shapes
+    images = picture(*shape)
+    if args.image is not None:
+        from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+
+        images = to_tensor([letterbox(read_picture(args.image), *shape)[0]])
+    entries = contestants(args.files, args.threads)
+    with progress_bar("bench") as progress:
+        timings = measure(
+            entries, images, batches=args.batch, runs=args.runs, memory=not args.no_memory, progress=progress
+        )
+    if not args.json:
+        print_table(timings, args.runs)
+    if args.plot is not None:
+        plot(timings, args.plot)
+    steps.finish(timings=[timing.to_dict() for timing in timings], runs=args.runs)
+    return 0
+
+
+def print_table(timings: list[Timing], runs: int) -> None:
+    """Print the table: medians, middle half, ratio to the first file, peak memory."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "batch", "model", "part", "ms", "middle half", "ratio", "peak MB", caption=f"medians of {runs} interleaved runs"
+    )
+    for t in timings:
+        if t.note:
+            table.add_row(str(t.batch), t.name, t.part, "-", f"does not run: {t.note[:60]}", "-", "-")
+            continue
+        peak = "-" if t.memory_mb is None else f"{t.memory_mb:.1f}"
+        table.add_row(
+            str(t.batch),
+            t.name,
+            t.part,
+            f"{t.milliseconds:.2f}",
+            f"{t.low:.2f} to {t.high:.2f}",
+            f"{t.ratio:.3f}",
+            peak,
+        )
+    Console(highlight=False).print(table)
+
+
+def plot(timings: list[Timing], path: Path) -> None:
+    """Draw a bar for each model and batch size, with the middle half of its runs.
+
+    Raises:
+        BackendUnavailableError: matplotlib is not installed.
+        InputError: the format is unknown.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            "drawing needs matplotlib; install it with: pip install 'fusenms[bench]'"
+        ) from error
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path}: unknown format {path.suffix!r}; expected .png, .svg or .pdf")
+    shown = [t for t in timings if not t.note]
+    batches = sorted({t.batch for t in shown})
+    figure = Figure(
+        figsize=(4.2 * max(1, len(batches)) + 2, 1.2 + 0.42 * max(1, len(shown) // max(1, len(batches)))),
+        layout="constrained",
+    )
+    for axes, batch in zip(figure.subplots(1, max(1, len(batches)), squeeze=False)[0], batches, strict=False):
+        rows = [t for t in shown if t.batch == batch][::-1]
+        spread = [[t.milliseconds - t.low for t in rows], [t.high - t.milliseconds for t in rows]]
+        colors = ["#2a9d5c" if t.part == "tail" or "fused" in t.name or ".ort." in t.name else "#8a94a6" for t in rows]
+        axes.barh([f"{t.name} ({t.part})" for t in rows], [t.milliseconds for t in rows], xerr=spread, color=colors)
+        axes.set(xlabel="ms, median", title=f"batch {batch}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
