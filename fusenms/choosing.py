@@ -31,7 +31,8 @@ def choose(
         adaptive: let the number of chosen candidates follow the data.
     """
     pool, origin = _Pool.of_head(g, layout, widths), None
-    if layout.objectness is not None and layout.activation is Activation.SIGMOID and adaptive:
+    bounded = layout.activation is Activation.SIGMOID or layout.at_most_one
+    if layout.objectness is not None and bounded and adaptive:
         origin = _pass_objectness(g, pool, config, total)
         pool = pool.take(origin)
     scores, activation = _scores(g, pool, config.multi_label)
@@ -58,9 +59,8 @@ def choose(
         anchor, chosen = place, pool.take(place)
         class_scores = chosen.part(layout.classes)
         labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
-        # ReduceMax may pass over a NaN: look at each class of what was chosen.
-        usable = g.cast(g.op("Less", class_scores, g.floats(np.inf)), INT32)
-        valid = g.op("And", valid, g.op("Greater", g.reduce("ReduceMin", usable, 2), g.ints(0)))
+        # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
+        valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
     index = anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
     boxes = decode_boxes(g, layout, image, chosen.part(layout.boxes), index)
     probabilities = g.op("Sigmoid", best) if activation is Activation.SIGMOID else best
@@ -147,7 +147,7 @@ def _objectness(g: Graph, pool: _Pool, tap: Tap) -> Tensor:
 def _pass_objectness(g: Graph, pool: _Pool, config: PostprocessConfig, total: int | None) -> Tensor:
     """Emit the numbers of the candidates whose objectness alone is above the threshold, ascending, ``[B, k]`` int32.
 
-    The score is objectness times a sigmoid, which is at most 1, so no other candidate can win. An image with fewer of them than the
+    The score is objectness times a class score of at most 1, so no other candidate can win. An image with fewer of them than the
     fullest one is filled up with others, which the score sorts out.
     """
     assert pool.layout.objectness is not None

@@ -97,6 +97,8 @@ class Layout:
         objectness: where the objectness stands, where the head has one (a single channel).
         activation: how class scores and objectness become probabilities.
         decode: how box terms become boxes.
+        at_most_one: class scores are known to be at most 1 (they come out of a sigmoid), so that
+            objectness alone bounds the score.
     """
 
     family: str
@@ -105,6 +107,7 @@ class Layout:
     objectness: Tap | None
     activation: Activation
     decode: BoxDecode
+    at_most_one: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -158,6 +161,7 @@ class Layout:
                 objectness=Tap(**values["objectness"]) if values["objectness"] else None,
                 activation=Activation(values["activation"]),
                 decode=kind(**decode),
+                at_most_one=bool(values["at_most_one"]),
             )
         except (KeyError, TypeError, ValueError, StopIteration, AssertionError) as error:
             raise SourceError(

@@ -37,6 +37,7 @@ def test_yolov5_is_recognized(tmp_path, classes, shuffle):
     layout = recognize(load(write(AnchorDecoded(classes), tmp_path / "m.onnx", shuffle=shuffle)))
     assert (layout.family, layout.num_classes) == ("yolov5", classes)
     assert layout.objectness.start == 4
+    assert layout.at_most_one
 
 
 @pytest.mark.parametrize(("module", "stage"), [(Decoded(), "late"), (Decoded(True), "late"), (AnchorDecoded(), "full")])

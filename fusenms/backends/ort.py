@@ -21,7 +21,7 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     if config.class_agnostic or chosen.num_classes == 1:
         scores = g.unsqueeze(g.where(chosen.valid, rank, g.floats(-1.0)), 1)
     else:
-        scores = g.op("Transpose", one_class_each(g, chosen, rank), perm=[0, 2, 1])
+        scores = one_class_each(g, chosen, rank, 1)
     most = g.const([config.max_detections], np.int64)
     limits = (g.const([config.iou_threshold], np.float32), g.const([-0.5], np.float32))
     picks = g.op("NonMaxSuppression", chosen.boxes, scores, most, *limits)  # rows of (image, class, candidate)

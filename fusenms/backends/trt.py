@@ -51,7 +51,7 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     ranks = g.const(1 - np.arange(chosen.count)[None] / RANKS, np.float32)
     count, boxes, kept_ranks, labels = g.add(
         PLUGIN,
-        [chosen.boxes, one_class_each(g, chosen, ranks)],
+        [chosen.boxes, one_class_each(g, chosen, ranks, 2)],
         4,
         domain=DOMAIN,
         plugin_version="1",

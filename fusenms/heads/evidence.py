@@ -32,6 +32,10 @@ PASSES_THROUGH = (
 )
 
 
+MOVES = (*PASSES_THROUGH, "Slice", "Split", "Concat")
+"""Operators that only move values."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One output of the model on the test picture: values ``[1, …]``, and the values of the parts it is joined from."""
@@ -55,7 +59,7 @@ class Evidence:
             SourceError: the model does not run.
         """
         graph = self.raw.model.graph
-        producers = {output: node for node in graph.node for output in node.output}
+        producers = producers_of(graph)
         outputs = [entry.name for entry in graph.output]
         joined = {name: _joined_parts(producers, name) for name in outputs}
         values = self._run(outputs, sorted({part for parts in joined.values() for part in parts} - set(outputs)))
@@ -131,6 +135,26 @@ def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
         return False
     close = np.abs(values - grid).mean() < 0.12 * np.ptp(grid)
     return close and all(np.corrcoef(values[:, i], grid[:, i])[0, 1] > 0.9 for i in (0, 1))
+
+
+def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """The node that makes each tensor."""
+    return {output: node for node in graph.node for output in node.output}
+
+
+def inputs_of(op: str, tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
+    """What goes into the nodes of this kind that a tensor comes from, with nothing but moves of data between."""
+    found, todo, seen = [], [tensor], set()
+    while todo:
+        node = producers.get(todo.pop())
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.op_type == op:
+            found.append(node.input[0])
+        elif node.op_type in MOVES:
+            todo += node.input
+    return found
 
 
 def _joined_parts(producers: dict[str, onnx.NodeProto], name: str) -> tuple[str, ...]:

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 
-from fusenms.heads.evidence import PASSES_THROUGH, Evidence
+from fusenms.heads.evidence import MOVES, Evidence, inputs_of, producers_of
 from fusenms.layout import Activation, Distances, Layout, Tap
 from fusenms.reference import candidates
 
-_MOVES = (*PASSES_THROUGH, "Slice", "Split", "Concat")
 PIXELS = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
 SCORES = 1e-4
 
@@ -30,8 +29,8 @@ def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
     if strides is None:
         return layout
     graph = evidence.raw.model.graph
-    producers = {output: node for node in graph.node for output in node.output}
-    logits = _inputs_of("Sigmoid", layout.classes.tensor, producers)
+    producers = producers_of(graph)
+    logits = inputs_of("Sigmoid", layout.classes.tensor, producers)
     softmaxes = (node.input[0] for node in graph.node if node.op_type == "Softmax")
     spreads = list(dict.fromkeys(name for start in softmaxes for name in _behind(start, producers)))
     if not logits or not spreads:
@@ -53,27 +52,12 @@ def _count(evidence: Evidence, layout: Layout) -> int:
     return int(sample.value.shape[3 - layout.classes.channel_axis])
 
 
-def _inputs_of(op: str, tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
-    """What goes into the nodes of this kind that a tensor comes from, with nothing but moves of data between."""
-    found, todo, seen = [], [tensor], set()
-    while todo:
-        node = producers.get(todo.pop())
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if node.op_type == op:
-            found.append(node.input[0])
-        elif node.op_type in _MOVES:
-            todo += node.input
-    return found
-
-
 def _behind(tensor: str, producers: dict[str, onnx.NodeProto]) -> Iterator[str]:
     """A tensor and those it was moved from, one by one."""
     while tensor in producers:
         yield tensor
         node = producers[tensor]
-        if node.op_type not in _MOVES or node.op_type == "Concat":
+        if node.op_type not in MOVES or node.op_type == "Concat":
             return
         tensor = node.input[0]
 
