@@ -8,9 +8,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Settings of the models/% rules:  make models/yolov8n.ort.onnx SIZE=640 ARGS="--score-threshold 0.3"
 SIZE ?=
 ARGS ?=
+CHECKPOINT ?=
+PICTURE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check bench format clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -30,6 +32,10 @@ check: $(VENV)/.dev ## Lint, format check, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.bench ## Time fusenms beside its peers: make bench CHECKPOINT=yolov8n.pt [PICTURE=FILE]; writes docs/benchmarks.*
+	@test -n "$(CHECKPOINT)" || { echo "name a YOLOv8-style checkpoint: make bench CHECKPOINT=yolov8n.pt"; exit 2; }
+	$(BIN)/python tests/benchmarks/run.py $(CHECKPOINT) $(if $(PICTURE),--picture $(PICTURE)) $(ARGS)
 
 format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .
@@ -59,4 +65,10 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.run tests/benchmarks/requirements.txt
+	$(BIN)/python -m pip install -q -e '.[bench]'
+	$(BIN)/python -m pip install -q -r tests/benchmarks/requirements.txt
+	$(BIN)/python -m pip install -q --no-deps ultralytics torchvision || echo "peers that do not install are left out"
 	touch $@

@@ -1,7 +1,7 @@
 """Measure models side by side in ONNX Runtime: whole, tail alone, peak memory.
 
-Runs are interleaved (one of each in turn), so that a machine whose speed drifts treats all alike; quoted are medians,
-with the middle half of the runs as spread, and the median of the ratios within a round.
+Runs are interleaved (each in turn, twice, and the second time counts), so that a machine whose speed drifts treats all
+alike; quoted are medians, with the middle half of the runs as spread, and the median of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fusenms.graph import cut_before, with_outputs
 from fusenms.heads.evidence import picture
 
 WHOLE, TAIL = "whole", "tail"
-BRIEF = 0.05  # seconds; what takes less is run twice a round, and the second run counts
-REST = 0.005
+REST = 0.005  # seconds
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc: freed memory leaves the process
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: boo
     found = []
     for path in paths:
         model = read_onnx(path)
+        fused = load_fused(path) if contract.KEY_BACKEND in read_metadata(model) else None
+        if fused is not None and not get_backend(fused.backend).runs_on_onnxruntime:
+            raise UnsupportedByBackendError(
+                f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; fuse it with --backend ort"
+            )
         whole = runner(model)
         found.append(Contestant(path.name, WHOLE, lambda images, whole=whole: lambda: whole.infer(images), path))  # type: ignore[misc]
-        if contract.KEY_BACKEND in read_metadata(model):
-            fused = load_fused(path)
-            if not get_backend(fused.backend).runs_on_onnxruntime:
-                raise UnsupportedByBackendError(
-                    f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; fuse it with --backend ort"
-                )
+        if fused is not None:
             found.append(Contestant(path.name, TAIL, lambda images, fused=fused: _tail(fused, images, runner), path))  # type: ignore[misc]
     return found
 
@@ -124,7 +124,7 @@ def measure(
 
     Args:
         images: ``[n, 3, height, width]`` float32; repeated to fill a batch.
-        runs: rounds; two more are run first and not counted.
+        runs: rounds.
         memory: measure peak memory too, each file in a process of its own (Linux).
 
     Raises:
@@ -145,15 +145,12 @@ def measure(
                 ready.pop(i, None)
                 notes[i] = first_line(error)
         seconds: dict[int, list[float]] = {i: [] for i in ready}
-        for step in range(runs + 1):
+        for step in range(runs):
             if progress is not None:
-                progress(f"batch {batch}", step, runs + 1)
+                progress(f"batch {batch}", step, runs)
             for i, call in ready.items():
-                if (
-                    seconds[i] and seconds[i][-1] < BRIEF
-                ):  # let the threads of the one before come to rest, and warm up again
-                    time.sleep(REST)
-                    call()
+                time.sleep(REST)  # the threads of the one before come to rest
+                call()  # and the caches are one's own again, for each alike
                 start = time.perf_counter()
                 call()
                 seconds[i].append(time.perf_counter() - start)
@@ -170,8 +167,8 @@ def _timing(
     nan = float("nan")
     if seconds is None:
         return Timing(entry.name, entry.part, batch, nan, nan, nan, nan, None, note)
-    low, middle, high = (float(v) * 1e3 for v in np.percentile(seconds[1:], [25, 50, 75]))
-    ratio = nan if first is None else float(np.median(np.divide(seconds[1:], first[1:])))
+    low, middle, high = (float(v) * 1e3 for v in np.percentile(seconds, [25, 50, 75]))
+    ratio = nan if first is None else float(np.median(np.divide(seconds, first)))
     peak = peak_memory(entry.file, entry.part, batch) if memory and entry.file is not None else None
     return Timing(entry.name, entry.part, batch, middle, low, high, ratio, peak)
 
@@ -181,7 +178,7 @@ def peak_memory(path: Path, part: str, batch: int) -> float | None:
     if not Path("/proc/self/clear_refs").exists():
         return None
     command = [sys.executable, "-m", "fusenms.benchmark", os.fspath(path), part, str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
     return float(json.loads(done.stdout)) if done.returncode == 0 else None
 
 

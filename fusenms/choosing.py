@@ -31,8 +31,7 @@ def choose(
         adaptive: let the number of chosen candidates follow the data.
     """
     pool, origin = _Pool.of_head(g, layout, widths), None
-    bounded = layout.activation is Activation.SIGMOID or layout.at_most_one
-    if layout.objectness is not None and bounded and adaptive:
+    if layout.objectness is not None and layout.activation is Activation.SIGMOID and adaptive:
         origin = _pass_objectness(g, pool, config, total)
         pool = pool.take(origin)
     scores, activation = _scores(g, pool, config.multi_label)
@@ -147,7 +146,7 @@ def _objectness(g: Graph, pool: _Pool, tap: Tap) -> Tensor:
 def _pass_objectness(g: Graph, pool: _Pool, config: PostprocessConfig, total: int | None) -> Tensor:
     """Emit the numbers of the candidates whose objectness alone is above the threshold, ascending, ``[B, k]`` int32.
 
-    The score is objectness times a class score of at most 1, so no other candidate can win. An image with fewer of them than the
+    The score is objectness times a sigmoid, at most 1, so no other candidate can win. An image with fewer of them than the
     fullest one is filled up with others, which the score sorts out.
     """
     assert pool.layout.objectness is not None

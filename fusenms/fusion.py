@@ -33,6 +33,8 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     total = None if raw.image.dynamic_size else shapes[layout.classes.tensor][2 - layout.classes.channel_axis]
     tensors, (layout, image) = layout.tensors, _free_names(g, layout, raw.image, config)
     widths = {new: shapes[old][layout.channel_axis(new) - 1] for old, new in zip(tensors, layout.tensors, strict=True)}
+    _join(g, layout)
+    layout = replace(layout, joins=())
     chosen = choose(g, layout, image, config, widths, total, emitter.adaptive)
     outputs = emitter.suppress(g, chosen, config)
     g.set_outputs(
@@ -47,7 +49,7 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
 
 def _check_taps(raw: RawModel, layout: Layout) -> None:
     made = {name for node in raw.model.graph.node for name in node.output}
-    if lost := [name for name in layout.tensors if name not in made]:
+    if lost := [name for name in layout.sources if name not in made]:
         outputs = ", ".join(entry.name for entry in raw.model.graph.output)
         raise SourceError(
             f"{raw.source}: the layout names {', '.join(lost)}, which is not in the model; its outputs are {outputs}"
@@ -65,10 +67,18 @@ def _free_names(g: Graph, layout: Layout, image: ImageInput, config: Postprocess
             g.rename(name, new)
             renamed[name] = new
     values = layout.to_dict()
-    for tap in ("boxes", "classes", "objectness"):
-        if values[tap]:
-            values[tap]["tensor"] = renamed.get(values[tap]["tensor"], values[tap]["tensor"])
+    for tap in filter(None, (values["boxes"], values["classes"], values["objectness"])):
+        tap["tensor"] = renamed.get(tap["tensor"], tap["tensor"])
+    for join in values["joins"]:
+        join["parts"] = [renamed.get(part, part) for part in join["parts"]]
     return Layout.from_dict(values), replace(image, tensor=renamed.get(image.tensor, image.tensor))
+
+
+def _join(g: Graph, layout: Layout) -> None:
+    """Emit the head tensors that the model has in parts."""
+    for join in layout.joins:
+        parts = [g.reshape(g.tensor(part), *join.part_shape) for part in join.parts]
+        g.name(g.concat(parts, 3 - join.channel_axis), join.tensor)
 
 
 def _head_shapes(raw: RawModel, layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -76,4 +86,4 @@ def _head_shapes(raw: RawModel, layout: Layout) -> dict[str, tuple[int, ...]]:
     declared = {name: declared_shape(raw.model, name) for name in layout.tensors}
     if all(declared.values()):
         return declared
-    return Evidence(raw).shapes(layout.tensors)
+    return {name: value.shape[1:] for name, value in Evidence(raw).head(layout).items() if name in layout.tensors}

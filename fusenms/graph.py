@@ -46,6 +46,11 @@ class Graph:
         tensor.name = new_name
         self._tensors[new_name] = tensor
 
+    def name(self, tensor: gs.Variable, name: str) -> None:
+        """Give a tensor made here a name, under which `tensor` finds it."""
+        tensor.name = name
+        self._tensors[name] = tensor
+
     @property
     def names(self) -> set[str]:
         return set(self._tensors)

@@ -87,6 +87,28 @@ BOX_DECODES: tuple[type[Decoded] | type[Distances] | type[AnchorBoxes], ...] = (
 
 
 @dataclass(frozen=True)
+class Join:
+    """A head tensor that fusing makes out of several of the model's, one for each level, by reshaping and joining alone.
+
+    With ``channel_axis`` 2 a part is ``[B, anchors, rows, columns, C]`` or ``[B, n, C]``; with 1
+    ``[B, C, rows, columns]`` or ``[B, C, n]``.
+    """
+
+    tensor: str
+    parts: tuple[str, ...]
+    channel_axis: int
+    channels: int
+
+    def __post_init__(self) -> None:
+        assert self.channel_axis in (1, 2) and self.parts, self
+
+    @property
+    def part_shape(self) -> tuple[int, int, int]:
+        """What each part is reshaped to: 0 keeps the batch, -1 is what is left."""
+        return (0, -1, self.channels) if self.channel_axis == 2 else (0, self.channels, -1)
+
+
+@dataclass(frozen=True)
 class Layout:
     """The head of a detector.
 
@@ -97,8 +119,7 @@ class Layout:
         objectness: where the objectness stands, where the head has one (a single channel).
         activation: how class scores and objectness become probabilities.
         decode: how box terms become boxes.
-        at_most_one: class scores are known to be at most 1 (they come out of a sigmoid), so that
-            objectness alone bounds the score.
+        joins: head tensors that the raw model has in parts; none in a fused model, which has them whole.
     """
 
     family: str
@@ -107,7 +128,7 @@ class Layout:
     objectness: Tap | None
     activation: Activation
     decode: BoxDecode
-    at_most_one: bool = False
+    joins: tuple[Join, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -126,6 +147,12 @@ class Layout:
     def tensors(self) -> tuple[str, ...]:
         """Names of the head's tensors, each once."""
         return tuple(dict.fromkeys(tap.tensor for tap in self.taps))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the raw model's tensors that the head consists of, parts in place of what is joined of them."""
+        parts = {join.tensor: join.parts for join in self.joins}
+        return tuple(name for tensor in self.tensors for name in parts.get(tensor, (tensor,)))
 
     def channel_axis(self, tensor: str) -> int:
         return next(tap.channel_axis for tap in self.taps if tap.tensor == tensor)
@@ -161,7 +188,7 @@ class Layout:
                 objectness=Tap(**values["objectness"]) if values["objectness"] else None,
                 activation=Activation(values["activation"]),
                 decode=kind(**decode),
-                at_most_one=bool(values["at_most_one"]),
+                joins=tuple(Join(**join | {"parts": tuple(join["parts"])}) for join in values["joins"]),
             )
         except (KeyError, TypeError, ValueError, StopIteration, AssertionError) as error:
             raise SourceError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx
 import pytest
+import torch
 from foreign import AnchorDecoded, Decoded, write
 from onnx import helper
 
@@ -37,10 +38,22 @@ def test_yolov5_is_recognized(tmp_path, classes, shuffle):
     layout = recognize(load(write(AnchorDecoded(classes), tmp_path / "m.onnx", shuffle=shuffle)))
     assert (layout.family, layout.num_classes) == ("yolov5", classes)
     assert layout.objectness.start == 4
-    assert layout.at_most_one
+    assert layout.decode.strides == (8, 16, 32)
+    assert layout.decode.anchors[1] == ((16.0, 16.0), (24.0, 24.0), (32.0, 32.0))
 
 
-@pytest.mark.parametrize(("module", "stage"), [(Decoded(), "late"), (Decoded(True), "late"), (AnchorDecoded(), "full")])
+class StretchedAnchors(AnchorDecoded):
+    """Sizes that no anchor explains."""
+
+    def forward(self, images):
+        rows = super().forward(images)
+        return torch.cat((rows[..., :2], rows[..., 2:4] ** 1.1, rows[..., 4:]), -1)
+
+
+@pytest.mark.parametrize(
+    ("module", "stage"),
+    [(Decoded(), "late"), (Decoded(True), "late"), (AnchorDecoded(), "late"), (StretchedAnchors(), "full")],
+)
 @pytest.mark.parametrize("backend", ["ort", "trt"])
 def test_foreign_file_equals_reference(tmp_path, module, stage, backend):
     fused = fuse(write(module, tmp_path / "m.onnx"), backend=backend, score_threshold=0.01)
@@ -59,7 +72,7 @@ def test_decode_is_cut_away_when_late(tmp_path):
 
 def test_decode_that_is_not_quite_the_known_one_stays(tmp_path):
     odd = Decoded()
-    odd.strides = odd.strides * 1.01
+    odd.strides = odd.strides * 1.01  # by value; the graph looks the same
     fused = fuse(write(odd, tmp_path / "m.onnx"))
     assert fused.layout.decode_stage == "full"
     assert fused.report

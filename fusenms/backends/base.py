@@ -66,14 +66,15 @@ def masked_outputs(g: Graph, valid: Tensor, boxes: Tensor, scores: Tensor, label
     return count, boxes, scores, g.where(valid, labels, g.ints(contract.NO_LABEL))
 
 
-def one_class_each(g: Graph, chosen: Chosen, scores: Tensor, class_axis: int) -> Tensor:
+def one_class_each(g: Graph, chosen: Chosen, scores: Tensor, class_axis: int, classes: Tensor | None = None) -> Tensor:
     """Scores ``[B, k]`` (or ``[1, k]``), each at its own class, -1 elsewhere and where a candidate is not valid.
 
-    ``[B, C, k]`` or ``[B, k, C]``, by ``class_axis`` (1 or 2).
+    ``[B, C, k]`` or ``[B, k, C]``, by ``class_axis`` (1 or 2). ``classes`` int32, shaped for that, are the C classes; default: all.
     """
-    shape = [1, 1, 1]
-    shape[class_axis] = chosen.num_classes
-    classes = g.const(np.arange(chosen.num_classes).reshape(shape), np.int32)
+    if classes is None:
+        shape = [1, 1, 1]
+        shape[class_axis] = chosen.num_classes
+        classes = g.const(np.arange(chosen.num_classes).reshape(shape), np.int32)
     own = g.op("Equal", g.unsqueeze(chosen.labels, class_axis), classes)
     masked = g.where(chosen.valid, scores, g.floats(-1.0))
     return g.where(own, g.unsqueeze(masked, class_axis), g.floats(-1.0))

@@ -7,21 +7,22 @@ import onnx
 
 from fusenms.backends.base import Backend, Chosen, Outputs, masked_outputs, one_class_each
 from fusenms.config import PostprocessConfig
-from fusenms.graph import FLOAT, Graph, Tensor
+from fusenms.graph import FLOAT, INT32, Graph, Tensor
 
 
 def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     """Emit suppression and selection.
 
     The operator is given ranks as scores (the best candidate's is k, the last one's 1), so that its order is
-    the order of the candidates, whatever a float32 sigmoid does to near-equal scores. It lists its picks by image, then
-    class, then score; scattered back onto the candidates, the first K picked ones of each image are taken.
+    the order of the candidates, whatever a float32 sigmoid does to near-equal scores. Its rows are the classes that are
+    there. It lists its picks by image, then class, then score; scattered back onto the candidates, the first K picked ones of
+    each image are taken.
     """
     rank = _descending(g, chosen)
     if config.class_agnostic or chosen.num_classes == 1:
         scores = g.unsqueeze(g.where(chosen.valid, rank, g.floats(-1.0)), 1)
     else:
-        scores = one_class_each(g, chosen, rank, 1)
+        scores = one_class_each(g, chosen, rank, 1, _present(g, chosen))
     most = g.const([config.max_detections], np.int64)
     limits = (g.const([config.iou_threshold], np.float32), g.const([-0.5], np.float32))
     picks = g.op("NonMaxSuppression", chosen.boxes, scores, most, *limits)  # rows of (image, class, candidate)
@@ -37,6 +38,15 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     return masked_outputs(
         g, valid, boxes, *(g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, chosen.labels))
     )
+
+
+def _present(g: Graph, chosen: Chosen) -> Tensor:
+    """The classes that some candidate of the batch has, ``[1, C, 1]`` int32, at least one."""
+    labels = g.reshape(chosen.labels, -1)
+    seen = g.op(
+        "ScatterElements", g.const(np.zeros(chosen.num_classes), np.int32), labels, g.op("Add", labels, g.ints(1))
+    )
+    return g.reshape(g.cast(g.op("NonZero", seen), INT32), 1, -1, 1)
 
 
 def _descending(g: Graph, chosen: Chosen) -> Tensor:

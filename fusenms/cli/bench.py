@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
+from importlib.util import find_spec
 from pathlib import Path
 
-from fusenms.benchmark import Timing, contestants, default_shape, measure
+from fusenms.artifacts import check_writable, write_atomically
+from fusenms.benchmark import TAIL, Timing, contestants, default_shape, measure
 from fusenms.cli.printing import Steps, progress_bar
 from fusenms.errors import BackendUnavailableError, InputError
 from fusenms.heads.evidence import picture
@@ -31,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.plot is not None:
+        check_plot(args.plot)
     steps, shapes = Steps(args.json), {default_shape(path) for path in args.files}
     if len(shapes) > 1:
         sizes = ", ".join(f"{height}x{width}" for height, width in sorted(shapes))
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print_table(timings, args.runs)
     if args.plot is not None:
-        plot(timings, args.plot)
+        plot(timings, args.plot, {t.name for t in timings if t.part == TAIL})
     steps.finish(timings=[timing.to_dict() for timing in timings], runs=args.runs)
     return 0
 
@@ -79,32 +84,36 @@ def print_table(timings: list[Timing], runs: int) -> None:
     Console(highlight=False).print(table)
 
 
-def plot(timings: list[Timing], path: Path) -> None:
-    """Draw a bar for each model and batch size, with the middle half of its runs.
+def check_plot(path: Path) -> None:
+    """Fail before anything is measured where `plot` would fail after it.
 
     Raises:
         BackendUnavailableError: matplotlib is not installed.
         InputError: the format is unknown.
+        SourceError: the path cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise BackendUnavailableError(
-            "drawing needs matplotlib; install it with: pip install 'fusenms[bench]'"
-        ) from error
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"{path}: unknown format {path.suffix!r}; expected .png, .svg or .pdf")
+    if find_spec("matplotlib") is None:
+        raise BackendUnavailableError("drawing needs matplotlib; install it with: pip install 'fusenms[bench]'")
+    check_writable(path)
+
+
+def plot(timings: list[Timing], path: Path, highlight: set[str]) -> None:
+    """Draw a bar for each model and batch size, with the middle half of its runs; those of some names in another color."""
+    from matplotlib.figure import Figure
+
     shown = [t for t in timings if not t.note]
-    batches = sorted({t.batch for t in shown})
-    figure = Figure(
-        figsize=(4.2 * max(1, len(batches)) + 2, 1.2 + 0.42 * max(1, len(shown) // max(1, len(batches)))),
-        layout="constrained",
-    )
-    for axes, batch in zip(figure.subplots(1, max(1, len(batches)), squeeze=False)[0], batches, strict=False):
+    batches = sorted({t.batch for t in shown}) or [1]
+    height = 1.2 + 0.42 * max(1, len(shown) // len(batches))
+    figure = Figure(figsize=(4.2 * len(batches) + 2, height), layout="constrained")
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         rows = [t for t in shown if t.batch == batch][::-1]
         spread = [[t.milliseconds - t.low for t in rows], [t.high - t.milliseconds for t in rows]]
-        colors = ["#2a9d5c" if t.part == "tail" or "fused" in t.name or ".ort." in t.name else "#8a94a6" for t in rows]
+        colors = ["#2a9d5c" if t.name in highlight else "#8a94a6" for t in rows]
         axes.barh([f"{t.name} ({t.part})" for t in rows], [t.milliseconds for t in rows], xerr=spread, color=colors)
         axes.set(xlabel="ms, median", title=f"batch {batch}")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format=path.suffix[1:])
+    write_atomically(path, picture.getvalue())

@@ -15,6 +15,7 @@ from onnx import helper
 
 from fusenms.artifacts import RawModel
 from fusenms.errors import SourceError
+from fusenms.layout import Join, Layout
 
 LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
 """Sets of strides that detectors use, the usual one first."""
@@ -65,9 +66,10 @@ class Evidence:
         values = self._run(outputs, sorted({part for parts in joined.values() for part in parts} - set(outputs)))
         return tuple(Sample(name, values[name], tuple(values[part] for part in joined[name])) for name in outputs)
 
-    def shapes(self, tensors: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Shapes of any tensors of the model on the test picture, without the batch dimension."""
-        return {name: value.shape[1:] for name, value in self.values(tensors).items()}
+    def head(self, layout: Layout) -> dict[str, np.ndarray]:
+        """Values ``[1, …]`` of the head's tensors on the test picture, joined where the layout joins them."""
+        values = self.values(layout.sources)
+        return values | {join.tensor: joined(values, join) for join in layout.joins}
 
     def values(self, tensors: Sequence[str]) -> dict[str, np.ndarray]:
         """Values ``[1, …]`` of any tensors of the model on the test picture.
@@ -102,9 +104,13 @@ class Evidence:
     def strides(self, anchors: int, count: int) -> tuple[int, ...] | None:
         """Strides of the levels of a head with so many anchors per cell and so many candidates; None where none fit."""
         for strides in LEVELS:
-            if anchors * sum(len(self._centers(stride)) for stride in strides) == count:
+            if anchors * sum(self.cells(strides)) == count:
                 return strides
         return None
+
+    def cells(self, strides: Sequence[int]) -> list[int]:
+        """Cells of each level."""
+        return [len(self._centers(stride)) for stride in strides]
 
     def grid(self, anchors: int, count: int) -> np.ndarray | None:
         """Cell centers ``[count, 2]`` (x, y in pixels) of such a head; None where no set of levels gives ``count``."""
@@ -135,6 +141,12 @@ def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
         return False
     close = np.abs(values - grid).mean() < 0.12 * np.ptp(grid)
     return close and all(np.corrcoef(values[:, i], grid[:, i])[0, 1] > 0.9 for i in (0, 1))
+
+
+def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:
+    """What a join makes of its parts ``[1, …]``."""
+    shape = (1, *join.part_shape[1:])
+    return np.concatenate([values[part].reshape(shape) for part in join.parts], 3 - join.channel_axis)
 
 
 def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

@@ -1,6 +1,6 @@
 """Find the tensors before a decode that a stranger's graph contains, and show by value that they are the ones.
 
-The graph only suggests tensors: what goes into the sigmoid of the scores, and into the softmax of the box distribution.
+The graph only suggests tensors: what goes into the sigmoids, and into the softmax of the box distribution.
 The proof is that the reference, decoding them, gives the model's own output for every candidate of the test picture.
 """
 
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 
-from fusenms.heads.evidence import MOVES, Evidence, inputs_of, producers_of
-from fusenms.layout import Activation, Distances, Layout, Tap
+from fusenms.heads.evidence import MOVES, Evidence, inputs_of, joined, producers_of
+from fusenms.layout import Activation, AnchorBoxes, Distances, Join, Layout, Tap
 from fusenms.reference import candidates
 
 PIXELS = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
 SCORES = 1e-4
+JOINED = "fusenms/head"
 
 
 def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
@@ -45,6 +46,34 @@ def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
             if _same(evidence, layout, late, values):
                 return late
     return layout
+
+
+def earliest_anchors(evidence: Evidence, layout: Layout, anchors: int) -> Layout:
+    """The layout of the same head before the sigmoid of each level, where that can be shown; else the layout as it is.
+
+    ``layout`` is that of a decoded output ``[B, N, 5 + C]`` with so many anchors per cell: box, objectness, classes. The anchors'
+    sizes are what is left of the decoded sizes after dividing by those of the sigmoid.
+    """
+    count, channels = _count(evidence, layout), layout.classes.stop
+    strides = evidence.strides(anchors, count)
+    names = inputs_of("Sigmoid", layout.classes.tensor, producers_of(evidence.raw.model.graph))
+    if strides is None or not names:
+        return layout
+    values = evidence.values(names)
+    levels = sorted((n for n in names if values[n].shape[-1:] == (channels,)), key=lambda n: -values[n].size)
+    join = Join(JOINED, tuple(levels), 2, channels)
+    if not levels or (head := joined(values, join)).shape[1] != count:
+        return layout
+    decoded = next(s.value for s in evidence.samples if s.tensor == layout.classes.tensor)
+    factors = decoded[0, :, 2:4] * ((1 + np.exp(-head[0, :, 2:4].astype(np.float64))) / 2) ** 2
+    sizes: list[tuple[tuple[float, float], ...]] = []
+    for level in np.split(factors, np.cumsum([anchors * n for n in evidence.cells(strides)])[:-1]):
+        found = np.median(level.reshape(anchors, -1, 2), 1).round(4)
+        sizes.append(tuple((float(w), float(h)) for w, h in found))
+    boxes, classes, objectness = (Tap(join.tensor, 2, *span) for span in ((0, 4), (5, channels), (4, 5)))
+    decode = AnchorBoxes(strides, tuple(sizes))
+    late = Layout(layout.family, boxes, classes, objectness, Activation.SIGMOID, decode, (join,))
+    return late if _same(evidence, layout, late, {join.tensor: head}) else layout
 
 
 def _count(evidence: Evidence, layout: Layout) -> int:

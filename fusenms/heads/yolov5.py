@@ -6,10 +6,9 @@ The score is objectness times class probability.
 
 from __future__ import annotations
 
-import numpy as np
-
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.evidence import Evidence, follows_grid, inputs_of, producers_of
+from fusenms.heads.evidence import Evidence, follows_grid
+from fusenms.heads.late import earliest_anchors
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
 NAME = "yolov5"
@@ -39,25 +38,12 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
         if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
             return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
         boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 5 + classes)))
-        bounded = _are_sigmoids(evidence, sample.tensor, rows[:, 5:])
-        return Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH), bounded)
+        decoded = Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH))
+        return earliest_anchors(evidence, decoded, ANCHORS)
     return Mismatch(
         f"found outputs of shape {shapes}; expected [batch, candidates, 5 + classes] with three candidates "
         "per cell of levels with strides such as 8, 16, 32"
     )
-
-
-def _are_sigmoids(evidence: Evidence, tensor: str, scores: np.ndarray) -> bool:
-    """Whether the class scores ``[N, C]`` are what the graph's sigmoids give, level by level, and so never above 1."""
-    names = inputs_of("Sigmoid", tensor, producers_of(evidence.raw.model.graph))
-    levels = [value.reshape(-1, value.shape[-1]) for value in evidence.values(names).values()]
-    if not levels or any(level.shape[1] < scores.shape[1] for level in levels):
-        return False
-    for order in (levels, levels[::-1]):  # the graph is walked from its end
-        made = 1 / (1 + np.exp(-np.concatenate(order)[:, -scores.shape[1] :].astype(np.float64)))
-        if made.shape == scores.shape and np.allclose(made, scores, atol=1e-5):
-            return True
-    return False
 
 
 YOLOV5 = HeadSpec(NAME, match)

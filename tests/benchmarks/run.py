@@ -1,6 +1,6 @@
 """Time fusenms beside its peers, in one run, on one checkpoint: the table and the plot of docs/benchmarks.md.
 
-    python tests/benchmarks/run.py CHECKPOINT.pt [--picture FILE] [--runs 25] [--batch 1 8 16] [--out docs/benchmarks]
+    python tests/benchmarks/run.py CHECKPOINT.pt [--picture FILE] [--runs 25] [--batch 1 8 16] [--out docs]
 
 The raw model is the checkpoint with its usual decode in the graph: the output ``[B, 4 + C, N]`` that exporters write.
 """
@@ -266,6 +266,10 @@ def markdown(timings: list[Timing], notes: list[str], memory: dict[str, float], 
                 cells.append("does not run" if t.note else f"{t.milliseconds:.2f} ({ratio:.2f})")
             lines.append(f"| {'**' + name + '**' if name == FUSED else name} | " + " | ".join(cells) + " |")
         lines.append("")
+    quiet = {t.batch: t.milliseconds for t in timings if (t.name, t.part) == (FUSED, TAIL)}
+    crowded = {t.batch: t.milliseconds for t in timings if t.name == FUSED and t.part not in (WHOLE, TAIL)}
+    factors = ", ".join(f"{crowded[b] / quiet[b]:.1f} at batch {b}" for b in quiet)
+    lines += [f"Our tail on the crowded head takes so many times as long as on the quiet one: {factors}.", ""]
     peaks = ", ".join(f"{value:.1f} MB at batch {b}" for b, value in memory.items())
     lines += [f"Peak memory of our tail beyond the head's tensors, without ONNX Runtime's arena: {peaks}.", ""]
     lines += ["Not run:", "", *(f"- {note}" for note in notes), ""] if notes else []
@@ -286,9 +290,10 @@ def main() -> None:
     print_table(timings, args.runs)
     for note in notes:
         print(note)
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "benchmarks.md").write_text(markdown(timings, notes, memory, args))
     (args.out / "benchmarks.json").write_text(json.dumps([t.to_dict() for t in timings], indent=1) + "\n")
-    plot([t for t in timings if t.part == WHOLE and t.name != CUT], args.out / "benchmarks.svg")
+    plot([t for t in timings if t.part == WHOLE and t.name != CUT], args.out / "benchmarks.svg", {FUSED})
 
 
 if __name__ == "__main__":
