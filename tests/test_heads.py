@@ -75,6 +75,7 @@ def test_decode_that_is_not_quite_the_known_one_stays(tmp_path):
     odd.strides = odd.strides * 1.01  # by value; the graph looks the same
     fused = fuse(write(odd, tmp_path / "m.onnx"))
     assert fused.layout.decode_stage == "full"
+    assert fused.layout.activation is Activation.SIGMOID  # scores are late all the same
     assert fused.report
 
 

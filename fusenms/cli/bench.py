@@ -104,15 +104,18 @@ def plot(timings: list[Timing], path: Path, highlight: set[str]) -> None:
     from matplotlib.figure import Figure
 
     shown = [t for t in timings if not t.note]
+    parts = {t.part for t in shown}
+    labels = [t.name if len(parts) == 1 else f"{t.name} ({t.part})" for t in shown]
+    places = {label: -i for i, label in enumerate(dict.fromkeys(labels))}  # the first on top
     batches = sorted({t.batch for t in shown}) or [1]
-    height = 1.2 + 0.42 * max(1, len(shown) // len(batches))
-    figure = Figure(figsize=(4.2 * len(batches) + 2, height), layout="constrained")
-    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
-        rows = [t for t in shown if t.batch == batch][::-1]
-        spread = [[t.milliseconds - t.low for t in rows], [t.high - t.milliseconds for t in rows]]
-        colors = ["#2a9d5c" if t.name in highlight else "#8a94a6" for t in rows]
-        axes.barh([f"{t.name} ({t.part})" for t in rows], [t.milliseconds for t in rows], xerr=spread, color=colors)
+    figure = Figure(figsize=(2.6 * len(batches) + 3, 1.2 + 0.36 * max(1, len(places))), layout="constrained")
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False, sharey=True)[0], batches, strict=True):
+        rows = [(places[label], t) for label, t in zip(labels, shown, strict=True) if t.batch == batch]
+        spread = [[t.milliseconds - t.low for _, t in rows], [t.high - t.milliseconds for _, t in rows]]
+        colors = ["#2a9d5c" if t.name in highlight else "#8a94a6" for _, t in rows]
+        axes.barh([place for place, _ in rows], [t.milliseconds for _, t in rows], xerr=spread, color=colors)
         axes.set(xlabel="ms, median", title=f"batch {batch}")
+        axes.set_yticks(list(places.values()), list(places))
         axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130, format=path.suffix[1:])

@@ -62,7 +62,7 @@ class Evidence:
         graph = self.raw.model.graph
         producers = producers_of(graph)
         outputs = [entry.name for entry in graph.output]
-        joined = {name: _joined_parts(producers, name) for name in outputs}
+        joined = {name: joined_parts(producers, name) for name in outputs}
         values = self._run(outputs, sorted({part for parts in joined.values() for part in parts} - set(outputs)))
         return tuple(Sample(name, values[name], tuple(values[part] for part in joined[name])) for name in outputs)
 
@@ -169,7 +169,7 @@ def inputs_of(op: str, tensor: str, producers: dict[str, onnx.NodeProto]) -> lis
     return found
 
 
-def _joined_parts(producers: dict[str, onnx.NodeProto], name: str) -> tuple[str, ...]:
+def joined_parts(producers: dict[str, onnx.NodeProto], name: str) -> tuple[str, ...]:
     """Follow an output back to the Concat that joins channels: the nearest one whose inputs differ in how they are made.
 
     Levels are joined too, each made alike; then the first stands for all.

@@ -6,12 +6,13 @@ The proof is that the reference, decoding them, gives the model's own output for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
 
-from fusenms.heads.evidence import MOVES, Evidence, inputs_of, joined, producers_of
+from fusenms.heads.evidence import MOVES, Evidence, inputs_of, joined, joined_parts, producers_of
 from fusenms.layout import Activation, AnchorBoxes, Distances, Join, Layout, Tap
 from fusenms.reference import candidates
 
@@ -23,6 +24,7 @@ JOINED = "fusenms/head"
 def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
     """The layout of the same head before its sigmoid and softmax, where that can be shown; else the layout as it is.
 
+    Where the boxes are decoded in a way that is not known (in int8, for one), before its sigmoid alone.
     ``layout`` is that of a decoded output with one anchor per cell and no objectness.
     """
     count = _count(evidence, layout)
@@ -45,6 +47,13 @@ def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
             late = Layout(layout.family, box_tap, class_tap, None, Activation.SIGMOID, decode)
             if _same(evidence, layout, late, values):
                 return late
+    parts = joined_parts(producers, layout.boxes.tensor)
+    values |= evidence.values(parts)
+    for class_tap in _taps(values, logits, count, layout.num_classes):
+        for box_tap in _taps(values, parts, count, 4):
+            half = replace(layout, boxes=box_tap, classes=class_tap, activation=Activation.SIGMOID)
+            if _same(evidence, layout, half, values):
+                return half
     return layout
 
 
@@ -91,7 +100,7 @@ def _behind(tensor: str, producers: dict[str, onnx.NodeProto]) -> Iterator[str]:
         tensor = node.input[0]
 
 
-def _taps(values: dict[str, np.ndarray], names: list[str], count: int, channels: int | None) -> Iterator[Tap]:
+def _taps(values: dict[str, np.ndarray], names: Sequence[str], count: int, channels: int | None) -> Iterator[Tap]:
     """Those of the tensors that have a row of channels for each candidate."""
     for name in names:
         shape = values[name].shape
