@@ -168,7 +168,7 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     }
     image, config = fused.image, fused.config
     wanted = {image.tensor: [0, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
-    for name, spec in zip(config.output_names, contract.OUTPUTS, strict=True):
+    for name, spec in config.outputs:
         wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections)[1:])]
     for name, shape in wanted.items():
         if sizes.get(name) != shape:

@@ -23,7 +23,7 @@ from fusenms.layout import Activation, Layout, Tap
 def choose(
     g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig, widths: Mapping[str, int], total: int | None, adaptive: bool
 ) -> Chosen:  # fmt: skip
-    """Emit the choice and the decoding of what was chosen.
+    """Emit the choice; the decoding of what was chosen is emitted where the backend asks for it.
 
     Args:
         widths: channels of each head tensor.
@@ -39,31 +39,38 @@ def choose(
     passes = g.op("And", g.op("Greater", scores, threshold), g.op("Less", scores, g.floats(np.inf)))
     eligible = g.where(passes, scores, g.floats(-np.inf))
     if adaptive:
-        count, limit = None, _most_passing(g, passes, config.max_candidates)
+        count = None
+        best, place = g.top_k(eligible, _most_passing(g, passes, config.max_candidates))
     else:
-        count = (
-            None
-            if total is None
-            else min(config.max_candidates, total * (layout.num_classes if config.multi_label else 1))
-        )
-        limit = _at_most(g, eligible, config.max_candidates) if count is None else g.const([count], np.int64)
-    best, place = g.top_k(eligible, limit)
-    valid = g.op("Greater", best, g.floats(-np.inf))
-    if config.multi_label:
-        classes = g.ints(layout.num_classes)
-        anchor = g.op("Div", place, classes)
-        labels = g.op("Sub", place, g.op("Mul", anchor, classes))
-        chosen = pool.take(anchor, layout.boxes.tensor)
-    else:
-        anchor, chosen = place, pool.take(place)
-        class_scores = chosen.part(layout.classes)
-        labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
-        # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
-        valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
-    index = anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
-    boxes = decode_boxes(g, layout, image, chosen.part(layout.boxes), index)
+        count = config.max_candidates
+        if total is None:  # an open number of candidates: add as many that nobody wants
+            end = g.cast(g.slice(g.op("Shape", eligible), 0, 1, 2), INT32)
+            eligible = g.op("Pad", eligible, g.const([0, 0, 0, count], np.int64), g.floats(-np.inf))
+        else:
+            count = min(count, total * (layout.num_classes if config.multi_label else 1))
+        best, place = g.top_k(eligible, g.const([count], np.int64))
+        if total is None:
+            place = g.where(g.op("Less", place, end), place, g.ints(0))
+    passing = g.op("Greater", best, g.floats(-np.inf))
+
+    def rows(columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        at, valid = (x if columns is None else g.op("Gather", x, columns, axis=1) for x in (place, passing))
+        if config.multi_label:
+            classes = g.ints(layout.num_classes)
+            anchor = g.op("Div", at, classes)
+            labels = g.op("Sub", at, g.op("Mul", anchor, classes))
+            chosen = pool.take(anchor, layout.boxes.tensor)
+        else:
+            anchor, chosen = at, pool.take(at)
+            class_scores = chosen.part(layout.classes)
+            labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
+            # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
+            valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
+        index = anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
+        return decode_boxes(g, layout, image, chosen.part(layout.boxes), index), labels, valid
+
     probabilities = g.op("Sigmoid", best) if activation is Activation.SIGMOID else best
-    return Chosen(boxes, probabilities, labels, valid, count, layout.num_classes)
+    return Chosen(probabilities, passing, rows, count, layout.num_classes)
 
 
 def strict_threshold(score_threshold: float, activation: Activation) -> np.float32:
@@ -167,11 +174,6 @@ def _most_passing(g: Graph, passes: Tensor, most: int | None) -> Tensor:
     one = g.const([1], np.int64)
     fullest = g.where(g.op("Less", fullest, one), one, fullest)
     return fullest if most is None else _smaller(g, fullest, g.const([most], np.int64))
-
-
-def _at_most(g: Graph, scores: Tensor, most: int) -> Tensor:
-    """The number of scores of an image, but no more than ``most``, ``[1]`` int64."""
-    return _smaller(g, g.slice(g.op("Shape", scores), 0, 1, 2), g.const([most], np.int64))
 
 
 def _smaller(g: Graph, a: Tensor, b: Tensor) -> Tensor:

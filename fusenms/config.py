@@ -6,7 +6,7 @@ import numbers
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fusenms.contract import NAME_PRESETS
+from fusenms.contract import CONVERGED, CONVERGED_OUTPUT, NAME_PRESETS, OUTPUTS, Output
 from fusenms.errors import ConfigError
 
 MAX_CANDIDATES_LIMIT = 3840
@@ -24,6 +24,8 @@ class PostprocessConfig:
         max_candidates: best candidates per image that enter suppression.
         class_agnostic: suppress across classes, not only within one.
         multi_label: every class of a box above the threshold is a candidate, not only its best one.
+        rounds: of the ``portable`` backend: rounds of suppression to unroll; None repeats until nothing changes. With a number
+            the graph has a further output, ``converged``.
         names: preset of output names, a key of `fusenms.contract.NAME_PRESETS`.
 
     Raises:
@@ -36,6 +38,7 @@ class PostprocessConfig:
     max_candidates: int = MAX_CANDIDATES_LIMIT
     class_agnostic: bool = False
     multi_label: bool = False
+    rounds: int | None = None
     names: str = "fusenms"
 
     def __post_init__(self) -> None:
@@ -44,8 +47,10 @@ class PostprocessConfig:
             if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
                 raise ConfigError(f"{name} is {value!r}; expected a number from 0 to 1")
             object.__setattr__(self, name, float(value))
-        for name in ("max_detections", "max_candidates"):
+        for name in ("max_detections", "max_candidates", "rounds"):
             value = getattr(self, name)
+            if name == "rounds" and value is None:
+                continue
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
             object.__setattr__(self, name, int(value))
@@ -64,6 +69,12 @@ class PostprocessConfig:
     def output_names(self) -> tuple[str, str, str, str]:
         """Names of the outputs, in the order of the contract."""
         return NAME_PRESETS[self.names]
+
+    @property
+    def outputs(self) -> tuple[tuple[str, Output], ...]:
+        """Every output of the graph: its name, and what it is."""
+        own = tuple(zip(self.output_names, OUTPUTS, strict=True))
+        return own if self.rounds is None else (*own, (CONVERGED, CONVERGED_OUTPUT))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

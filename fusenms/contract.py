@@ -11,6 +11,7 @@ NUM_DETECTIONS: Final = "num_detections"
 BOXES: Final = "boxes"
 SCORES: Final = "scores"
 LABELS: Final = "labels"
+CONVERGED: Final = "converged"
 NO_LABEL: Final = -1  # label of the rows past num_detections
 
 
@@ -34,6 +35,9 @@ OUTPUTS: Final = (
     Output(SCORES, np.dtype(np.float32), ("B", "K")),
     Output(LABELS, np.dtype(np.int32), ("B", "K")),
 )
+
+CONVERGED_OUTPUT: Final = Output(CONVERGED, np.dtype(np.int32), ("B", 1))
+"""Where suppression runs a fixed number of rounds: 1 where that was enough, 0 where an image's rows may be wrong."""
 
 NAME_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
     "fusenms": (NUM_DETECTIONS, BOXES, SCORES, LABELS),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusenms import contract
 from fusenms.artifacts import FusedModel, ImageInput, RawModel
 from fusenms.backends import get_backend
 from fusenms.choosing import choose
@@ -22,11 +21,11 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     """Return the model with the outputs of the contract. It is not verified yet.
 
     Raises:
-        ConfigError: no backend of that name.
+        ConfigError: no backend of that name, or a setting that it does not have.
         UnsupportedByBackendError: the backend cannot express the settings.
         SourceError: a tensor of the layout is not in the model.
     """
-    emitter = get_backend(backend)
+    emitter = get_backend(backend, config)
     g = Graph(raw.model)
     _check_taps(raw, layout)
     shapes = _head_shapes(raw, layout)
@@ -40,7 +39,7 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     g.set_outputs(
         [
             (tensor, name, spec.dtype, spec.shape_for("batch", config.max_detections))
-            for tensor, name, spec in zip(outputs, config.output_names, contract.OUTPUTS, strict=True)
+            for tensor, (name, spec) in zip(outputs, config.outputs, strict=True)
         ]
     )
     names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
@@ -59,7 +58,7 @@ def _check_taps(raw: RawModel, layout: Layout) -> None:
 def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:
     """Give tensors that have the names of outputs-to-be other names; layout and input follow."""
     renamed = {}
-    for name in config.output_names:
+    for name, _ in config.outputs:
         if name in g.names:
             new = f"head_{name}"
             while new in g.names:

@@ -5,7 +5,7 @@ onnx-graphsurgeon drops metadata and producer; `Graph.to_model` carries them ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -92,7 +92,7 @@ class Graph:
 
     def const(self, values: Any, dtype: type[np.generic]) -> gs.Constant:
         self._count += 1
-        return gs.Constant(f"{TAIL}/const_{self._count}", np.ascontiguousarray(np.asarray(values, dtype)))
+        return gs.Constant(f"{TAIL}/const_{self._count}", np.asarray(values, dtype, order="C"))
 
     def floats(self, *values: float) -> gs.Constant:
         """A float32 scalar (one value) or vector."""
@@ -141,6 +141,35 @@ class Graph:
         wide = self.op("Expand", self.unsqueeze(index, 2), self.const([1, 1, width], np.int64))
         return self.op("GatherElements", x, wide, axis=1)
 
+    def loop(
+        self,
+        most: int,
+        start: Tensor,
+        state: Tensor,
+        shape: tuple[str | int, ...],
+        step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> gs.Variable:
+        """Repeat ``step`` on a float32 state and return its last value.
+
+        Args:
+            most: rounds at most.
+            start: bool scalar, whether there is a first round.
+            state: the value before it, of ``shape``.
+            step: from the round's number (int64 scalar) and the state to whether there is another round (bool scalar) and the new
+                state. What it emits becomes the body; tensors from outside it may be used there.
+        """
+        self._count += 1
+        name, outer = f"{TAIL}/Loop_{self._count}", self._graph
+        number = gs.Variable(f"{name}_number", np.int64, [])
+        go = gs.Variable(f"{name}_go", np.bool_, [])
+        before = gs.Variable(f"{name}_state", np.float32, list(shape))
+        self._graph = gs.Graph(name=name, inputs=[number, go, before], opset=outer.opset)
+        more, after = step(number, before)
+        more.dtype, more.shape, after.dtype, after.shape = np.bool_, [], np.float32, list(shape)
+        self._graph.outputs = [more, after]
+        body, self._graph = self._graph, outer
+        return self.add("Loop", [self.const(most, np.int64), start, state], body=body)[0]
+
     def unsqueeze(self, x: Tensor, axis: int) -> gs.Variable:
         """Insert an axis; the opset decides where its number goes."""
         if self.opset >= 13:
@@ -174,7 +203,8 @@ def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> o
         tensor.inputs.clear()
         tensor.dtype, tensor.shape = np.dtype(np.float32), ["batch", *shape]
         graph.inputs.append(tensor)
-    graph.cleanup(remove_unused_graph_inputs=True).toposort()
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()  # true would take the inputs of loop bodies too
+    graph.inputs = [tensor for tensor in graph.inputs if tensor.outputs]
     cut = gs.export_onnx(graph, do_type_check=False)
     cut.ir_version = model.ir_version
     return cut

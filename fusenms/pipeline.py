@@ -34,7 +34,7 @@ def fuse(
 
     Args:
         weights: a checkpoint (`.pt`), a raw `.onnx`, or a loaded `RawModel`.
-        backend: ``ort`` or ``trt``.
+        backend: ``ort``, ``trt`` or ``portable``.
         size, dynamic_size, opset, make_dynamic: as `fusenms.load` takes them.
         family: name of the detector family, where the file leaves more than one open.
         images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
@@ -48,7 +48,7 @@ def fuse(
         FusenmsError: as each stage says; VerificationError where the result differs from the reference.
     """
     settings = PostprocessConfig.from_dict(config)
-    get_backend(backend)
+    get_backend(backend, settings)
     if isinstance(weights, RawModel) and (size is not None or dynamic_size or opset is not None or make_dynamic):
         raise ConfigError(
             "size, dynamic_size, opset and make_dynamic are for loading; these weights are loaded already: give them to fusenms.load"

@@ -31,7 +31,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Check:
-    """One image of one run: where it was, what was compared, what differed (empty: nothing)."""
+    """One image of one run: where it was, what was compared, what differed (empty: nothing).
+
+    ``converged`` is false where the model itself says that its rounds were too few; then nothing is compared.
+    """
 
     batch: int
     image: int
@@ -41,6 +44,7 @@ class Check:
     worst_box: float
     worst_score: float
     problems: tuple[str, ...] = ()
+    converged: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Report:
         return sum(check.close_calls for check in self.checks)
 
     @property
+    def unconverged(self) -> int:
+        """Images that the model says it had too few rounds for; they were not compared."""
+        return sum(not check.converged for check in self.checks)
+
+    @property
     def worst_box(self) -> float:
         """Largest difference of a matched box coordinate, in pixels."""
         return max((check.worst_box for check in self.checks), default=0.0)
@@ -78,6 +87,8 @@ class Report:
     def summary(self) -> str:
         """One line: what was run, and the verdict."""
         close = f" · {self.close_calls} close calls" if self.close_calls else ""
+        if self.unconverged:
+            close += f" · {self.unconverged} images say that they did not converge (more rounds help)"
         sizes = ", ".join(map(str, self.batches))
         return (
             f"batch {sizes} · {len(self.checks)} images · {self.detections} detections · {self.mismatches} mismatches · "
@@ -106,6 +117,7 @@ class Report:
             "detections": self.detections,
             "mismatches": self.mismatches,
             "close_calls": self.close_calls,
+            "unconverged": self.unconverged,
             "worst_box_px": self.worst_box,
             "worst_score": self.worst_score,
             "problems": problems,
@@ -253,7 +265,7 @@ class _Verification:
                 Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"does not run at batch {batch}{frozen}: {first_line(error)}",))
             )
             return None
-        for name, spec in zip(self.config.output_names, contract.OUTPUTS, strict=True):
+        for name, spec in self.config.outputs:
             expected = spec.shape_for(batch, self.config.max_detections)
             got = outputs.get(name)
             if got is None or got.shape != expected or got.dtype != spec.dtype:
@@ -278,7 +290,11 @@ class _Verification:
         counts, boxes, scores, labels = (outputs[name] for name in self.config.output_names)
         size = (self.fused.image.height, self.fused.image.width)
         first: Rows | None = None
+        converged = outputs.get(contract.CONVERGED) if self.config.rounds is not None else None
         for i, scene in enumerate(scenes):
+            if converged is not None and converged[i, 0] == 0:
+                self.checks.append(Check(len(scenes), i, scene, 0, 0, 0.0, 0.0, (), converged=False))
+                continue
             count = int(np.clip(counts[i, 0], 0, len(scores[i])))
             observed = Rows(
                 boxes[i, :count].astype(np.float64), scores[i, :count].astype(np.float64), labels[i, :count]

@@ -101,7 +101,7 @@ def test_each_image_is_as_if_alone(backend, layout):
     assert sum(int(a["num_detections"][0, 0]) for a in alone) > 16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["ort", "trt"])
 def test_one_suppression_node_and_no_loop(backend):
     nodes = [node.op_type for node in fused_model(LAYOUTS["distances"](), backend).model.graph.node]
     assert nodes.count(get_backend(backend).suppresses_by) == 1
@@ -121,6 +121,11 @@ def test_plugin_body_is_not_in_the_file():
     assert [entry.domain for entry in fused.model.opset_import] == ["", "TRT"]
 
 
+def test_error_when_backend_has_no_rounds():
+    with pytest.raises(ConfigError, match="rounds is 4, but backend ort has none"):
+        fused_model(LAYOUTS["decoded"](), "ort", rounds=4)
+
+
 def test_error_when_backend_is_unknown():
-    with pytest.raises(ConfigError, match="backend is 'tensorflow'; expected one of ort, trt"):
+    with pytest.raises(ConfigError, match="backend is 'tensorflow'; expected one of ort, trt, portable"):
         get_backend("tensorflow")

@@ -5,6 +5,7 @@ import pytest
 from conftest import SHAPES
 
 from fusenms import fuse, load, verify
+from fusenms.backends import BACKENDS
 from fusenms.errors import ConfigError, SourceError
 from fusenms.sources import export as export_module
 
@@ -37,8 +38,9 @@ def test_height_and_width_may_differ():
     assert dims(fused.model)[0] == ["batch", 3, 64, 96]
 
 
-def test_dynamic_size_equals_reference_at_several_sizes():
-    fused = fuse(SHAPES / "shapes.pt", size=(64, 96), dynamic_size=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dynamic_size_equals_reference_at_several_sizes(backend):
+    fused = fuse(SHAPES / "shapes.pt", size=(64, 96), dynamic_size=True, backend=backend)
     assert fused.report
     assert dims(fused.model)[0] == ["batch", 3, "height", "width"]
     for height, width in ((32, 32), (96, 64), (128, 160)):

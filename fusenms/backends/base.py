@@ -19,20 +19,24 @@ from fusenms.graph import INT32, Graph, Tensor
 class Chosen:
     """The candidates that enter suppression, best first.
 
-    ``boxes`` ``[B, k, 4]`` float32 xyxy; ``scores`` ``[B, k]`` float32 probabilities; ``labels`` ``[B, k]`` int32;
-    ``valid`` ``[B, k]`` bool: above the threshold. ``count`` is k where it is known, else None.
+    Attributes:
+        scores: ``[B, k]`` float32 probabilities.
+        passing: ``[B, k]`` bool: above the threshold; those that are not stand last.
+        rows: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4]`` float32 xyxy, labels ``[B, n]`` int32
+            and valid ``[B, n]`` bool: passing, and without a class score that never wins.
+        count: k; None where it depends on the data (`Backend.adaptive`).
+        num_classes: how many classes there are.
     """
 
-    boxes: Tensor
     scores: Tensor
-    labels: Tensor
-    valid: Tensor
+    passing: Tensor
+    rows: Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor]]
     count: int | None
     num_classes: int
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-"""num_detections, boxes, scores, labels, as `fusenms.contract` has them."""
+Outputs = tuple[Tensor, ...]
+"""num_detections, boxes, scores, labels, as `fusenms.contract` has them; with ``config.rounds`` also converged."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Backend:
         suppress: emit suppression and selection of the chosen candidates; raises UnsupportedByBackendError.
         to_standard: the same model for ONNX Runtime: plugins get a body of standard operators, for checking only.
         runs_on_onnxruntime: whether the file itself runs there.
-        adaptive: whether the number of candidates may depend on the data.
+        adaptive: whether the number of candidates may depend on the data; else it is fixed.
+        has_rounds: whether `PostprocessConfig.rounds` means something to it.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Backend:
     to_standard: Callable[[onnx.ModelProto], onnx.ModelProto]
     runs_on_onnxruntime: bool
     adaptive: bool
+    has_rounds: bool = False
 
 
 def masked_outputs(g: Graph, valid: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor) -> Outputs:
@@ -66,17 +72,13 @@ def masked_outputs(g: Graph, valid: Tensor, boxes: Tensor, scores: Tensor, label
     return count, boxes, scores, g.where(valid, labels, g.ints(contract.NO_LABEL))
 
 
-def one_class_each(g: Graph, chosen: Chosen, scores: Tensor, class_axis: int, classes: Tensor | None = None) -> Tensor:
+def one_class_each(g: Graph, scores: Tensor, labels: Tensor, valid: Tensor, classes: Tensor, class_axis: int) -> Tensor:
     """Scores ``[B, k]`` (or ``[1, k]``), each at its own class, -1 elsewhere and where a candidate is not valid.
 
-    ``[B, C, k]`` or ``[B, k, C]``, by ``class_axis`` (1 or 2). ``classes`` int32, shaped for that, are the C classes; default: all.
+    ``classes`` int32 is ``[1, C, 1]`` or ``[1, 1, C]``, by ``class_axis`` (1 or 2); so is the result, ``[B, C, k]`` or ``[B, k, C]``.
     """
-    if classes is None:
-        shape = [1, 1, 1]
-        shape[class_axis] = chosen.num_classes
-        classes = g.const(np.arange(chosen.num_classes).reshape(shape), np.int32)
-    own = g.op("Equal", g.unsqueeze(chosen.labels, class_axis), classes)
-    masked = g.where(chosen.valid, scores, g.floats(-1.0))
+    own = g.op("Equal", g.unsqueeze(labels, class_axis), classes)
+    masked = g.where(valid, scores, g.floats(-1.0))
     return g.where(own, g.unsqueeze(masked, class_axis), g.floats(-1.0))
 
 

@@ -18,14 +18,15 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     there. It lists its picks by image, then class, then score; scattered back onto the candidates, the first K picked ones of
     each image are taken.
     """
+    boxes, labels, valid = chosen.rows(None)
     rank = _descending(g, chosen)
     if config.class_agnostic or chosen.num_classes == 1:
-        scores = g.unsqueeze(g.where(chosen.valid, rank, g.floats(-1.0)), 1)
+        scores = g.unsqueeze(g.where(valid, rank, g.floats(-1.0)), 1)
     else:
-        scores = one_class_each(g, chosen, rank, 1, _present(g, chosen))
+        scores = one_class_each(g, rank, labels, valid, _present(g, labels, chosen.num_classes), 1)
     most = g.const([config.max_detections], np.int64)
     limits = (g.const([config.iou_threshold], np.float32), g.const([-0.5], np.float32))
-    picks = g.op("NonMaxSuppression", chosen.boxes, scores, most, *limits)  # rows of (image, class, candidate)
+    picks = g.op("NonMaxSuppression", boxes, scores, most, *limits)  # rows of (image, class, candidate)
     places = g.concat([g.slice(picks, 1, 0, 1), g.slice(picks, 1, 2, 3)], 1)
     picked = g.op("ScatterND", g.op("Mul", rank, g.floats(0.0)), places, g.op("GatherND", rank, places))
     if chosen.count is None or chosen.count < config.max_detections:  # fewer candidates than rows: add blank ones
@@ -34,24 +35,20 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     value, row = g.top_k(picked, most)
     valid = g.op("Greater", value, g.floats(0.0))
     row = g.where(valid, row, g.ints(0))
-    boxes = g.take_rows(chosen.boxes, row, 1, 4)
-    return masked_outputs(
-        g, valid, boxes, *(g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, chosen.labels))
-    )
+    boxes = g.take_rows(boxes, row, 1, 4)
+    return masked_outputs(g, valid, boxes, *(g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, labels)))
 
 
-def _present(g: Graph, chosen: Chosen) -> Tensor:
+def _present(g: Graph, labels: Tensor, num_classes: int) -> Tensor:
     """The classes that some candidate of the batch has, ``[1, C, 1]`` int32, at least one."""
-    labels = g.reshape(chosen.labels, -1)
-    seen = g.op(
-        "ScatterElements", g.const(np.zeros(chosen.num_classes), np.int32), labels, g.op("Add", labels, g.ints(1))
-    )
+    flat = g.reshape(labels, -1)
+    seen = g.op("ScatterElements", g.const(np.zeros(num_classes), np.int32), flat, g.op("Add", flat, g.ints(1)))
     return g.reshape(g.cast(g.op("NonZero", seen), INT32), 1, -1, 1)
 
 
 def _descending(g: Graph, chosen: Chosen) -> Tensor:
     """``[B, k]`` float32: k, k - 1, …, 1 in each row (exact, since k is far below 2^24)."""
-    ones = g.cast(g.op("Equal", chosen.labels, chosen.labels), FLOAT)
+    ones = g.cast(g.op("Equal", chosen.passing, chosen.passing), FLOAT)
     if chosen.count is not None:
         return g.op("Mul", ones, g.const(np.arange(chosen.count, 0, -1)[None], np.float32))
     return g.op("CumSum", ones, g.const(1, np.int64), reverse=1)

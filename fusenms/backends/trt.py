@@ -35,23 +35,21 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     """Emit the plugin node on ranks, and gather the true scores of what it kept.
 
     Raises:
-        UnsupportedByBackendError: more candidates than TensorRT's TopK takes, or an open number of them.
+        UnsupportedByBackendError: more candidates than TensorRT's TopK takes.
     """
-    if chosen.count is None or chosen.count > MAX_CANDIDATES_LIMIT:
-        found = "an open number of" if chosen.count is None else str(chosen.count)
+    assert chosen.count is not None
+    if chosen.count > MAX_CANDIDATES_LIMIT:
         raise UnsupportedByBackendError(
-            f"backend trt: found {found} candidates; TensorRT's TopK takes a fixed number, at most {MAX_CANDIDATES_LIMIT}: "
-            + (
-                "leave --dynamic-size out"
-                if chosen.count is None
-                else f"lower --max-candidates to {MAX_CANDIDATES_LIMIT}"
-            )
+            f"backend trt: found {chosen.count} candidates; TensorRT's TopK takes at most {MAX_CANDIDATES_LIMIT}: "
+            f"lower --max-candidates to {MAX_CANDIDATES_LIMIT}"
         )
     g.import_domain(DOMAIN, 1)
+    decoded, own, alive = chosen.rows(None)
+    classes = g.const(np.arange(chosen.num_classes).reshape(1, 1, -1), np.int32)
     ranks = g.const(1 - np.arange(chosen.count)[None] / RANKS, np.float32)
     count, boxes, kept_ranks, labels = g.add(
         PLUGIN,
-        [chosen.boxes, one_class_each(g, chosen, ranks, 2)],
+        [decoded, one_class_each(g, ranks, own, alive, classes, 2)],
         4,
         domain=DOMAIN,
         plugin_version="1",

@@ -85,14 +85,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--multi-label", action="store_true", help="every class above the threshold counts, not only the best of a box"
     )
     post.add_argument(
+        "--rounds",
+        type=rounds_argument,
+        metavar="auto|N",
+        help="portable: repeat suppression until nothing changes, or unroll N rounds (default: auto)",
+    )
+    post.add_argument(
         "--names", choices=list(NAME_PRESETS), default=defaults.names, help="output names (default: %(default)s)"
     )
+
+
+def rounds_argument(text: str) -> int | None:
+    """Rounds from their text; None for auto."""
+    return None if text == "auto" else int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     start, steps = time.monotonic(), Steps(args.json)
     config = PostprocessConfig(**{field.name: getattr(args, field.name) for field in fields(PostprocessConfig)})
-    output = args.output or Path(Path(args.weights).stem + get_backend(args.backend).suffix)
+    output = args.output or Path(Path(args.weights).stem + get_backend(args.backend, config).suffix)
     check_writable(output, Path(args.weights))
     if args.images is not None:
         list_pictures(args.images)  # fails early
@@ -135,7 +146,7 @@ def make(
     fused = fuse_head(raw, layout, config, backend)
     steps.line(
         "fuse",
-        f"{layout.decode_stage} decode · {get_backend(backend).suppresses_by} · {', '.join(config.output_names)}",
+        f"{layout.decode_stage} decode · {get_backend(backend).suppresses_by} · {', '.join(name for name, _ in config.outputs)}",
     )
     steps.values |= {
         "source": raw.source, "family": layout.family, "task": raw.task, "classes": list(fused.names), "notes": list(raw.notes),

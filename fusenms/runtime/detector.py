@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from fusenms import contract
 from fusenms.artifacts import load_fused
 from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import InputError, UnsupportedByBackendError
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.pictures import Placement, letterbox, read_picture, to_tensor
+
+_LOG = logging.getLogger(__name__)
 
 
 class Detector:
@@ -104,6 +108,10 @@ class Detector:
             raise InputError("the detector is closed; open the file again")
         outputs = runner.infer(to_tensor(canvases))
         counts, boxes, scores, labels = (outputs[name] for name in self._names)
+        if contract.CONVERGED in outputs and not outputs[contract.CONVERGED].all():
+            _LOG.warning(
+                "a picture needs more rounds of suppression than the model has: boxes may be wrong; fuse it with more --rounds"
+            )
         return [
             Detections(place.to_picture(boxes[i, :n]), scores[i, :n].copy(), labels[i, :n].copy(), self.class_names)
             for i, (place, n) in enumerate(zip(places, counts[:, 0].tolist(), strict=True))

@@ -1,0 +1,182 @@
+"""Exact greedy suppression from plain tensor operators: no NMS operator, no plugin, no shape that depends on the data.
+
+For runtimes without `NonMaxSuppression` and without plugins (TensorRT-RTX), and for CUDA graphs.
+
+Candidates stand best first. With M[i, j] = 1 where j < i, both have the same class and their IoU is above the threshold,
+greedy suppression is the one solution of
+
+    keep = valid and not (M keep > 0)
+
+since row i asks only the rows before it: row 0 settles at once, then row 1, and so on. Repeating the right side from any
+start reaches it: after n rounds all candidates are right that end a chain of at most n rivals, and a round that changes nothing
+shows that all are. docs/portable-nms.md has the proof and what it costs.
+
+M is never made whole. Candidates are taken in blocks, the best first; a block asks the boxes kept so far, at most
+``max_detections`` of them, and itself. Memory does not grow with the square of the candidates, and where nothing is left to
+find, the blocks end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from fusenms.backends.base import Backend, Chosen, Outputs, masked_outputs
+from fusenms.config import PostprocessConfig
+from fusenms.graph import FLOAT, INT32, Graph, Tensor
+
+BLOCK, UNROLLED_BLOCK = 64, 960
+"""Most candidates of a block: with a `Loop`, whose rounds cost little; unrolled, where each one makes the graph longer."""
+
+RANK = 6
+"""Column of the rank in a row of what was found: box, label, score, rank."""
+
+
+def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
+    """Emit suppression and selection. Candidates are decoded block by block.
+
+    Without ``config.rounds`` `Loop` nodes run until nothing changes. With it, so many rounds are unrolled for every block, and a
+    further output says which images had settled by then.
+    """
+    assert chosen.count is not None
+    count = math.ceil(chosen.count / (BLOCK if config.rounds is None else UNROLLED_BLOCK))
+    blocks = _Blocks(g, chosen, config, chosen.count, math.ceil(chosen.count / count))
+    if config.rounds is None and count > 1:
+        found, converged = blocks.while_any_is_open(count), None
+    else:
+        found, converged = blocks.one(g.ints(0), None)
+        for i in range(1, count):
+            found, settled = blocks.one(g.ints(i), found)
+            converged = g.op("Mul", converged, settled)
+    valid = g.op("Greater", blocks.column(found, RANK), g.floats(0.0))
+    labels, scores = g.cast(blocks.column(found, 4), INT32), blocks.column(found, 5)
+    outputs = masked_outputs(g, valid, g.slice(found, 2, 0, 4), scores, labels)
+    return outputs if config.rounds is None else (*outputs, converged)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Emits the work on blocks of ``size`` candidates, ``total`` in all.
+
+    What was *found* travels as ``[B, max_detections, 7]`` float32, the best first: box, label, score, rank. A rank is ``total`` less
+    the candidate's place (exact, since both are far below 2^24), and 0 in rows that are free.
+    """
+
+    g: Graph
+    chosen: Chosen
+    config: PostprocessConfig
+    total: int
+    size: int
+
+    def column(self, rows: Tensor, i: int) -> Tensor:
+        """Column ``[B, n]`` of rows ``[B, n, columns]``."""
+        return self.g.op("Gather", rows, self.g.ints(i), axis=2)
+
+    def one(self, number: Tensor, found: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What was found after block ``number`` (int32 scalar), and ``[B, 1]`` int32: whether it settled."""
+        g = self.g
+        place = g.op("Add", g.op("Mul", number, g.ints(self.size)), g.const(np.arange(self.size), np.int32))
+        inside = g.op("Less", place, g.ints(self.total))
+        place = g.where(inside, place, g.ints(self.total - 1))
+        boxes, labels, valid = self.chosen.rows(place)
+        labels, alive = g.cast(labels, FLOAT), g.op("And", valid, inside)
+        if found is not None:
+            kept = g.cast(g.op("Greater", self.column(found, RANK), g.floats(0.0)), FLOAT)
+            rivals = self._rivals(boxes, labels, g.slice(found, 2, 0, 4), self.column(found, 4))
+            alive = g.op("And", alive, g.op("Not", self._any(g.cast(rivals, FLOAT), kept)))
+        earlier = g.op("Less", g.unsqueeze(place, 0), g.unsqueeze(place, 1))
+        rivals = g.op("And", self._rivals(boxes, labels, boxes, labels), earlier)
+        keep, settled = self._settle(alive, g.cast(rivals, FLOAT))
+        rank = g.op("Mul", keep, g.cast(g.op("Sub", g.ints(self.total), place), FLOAT))
+        scores = g.op("Gather", self.chosen.scores, place, axis=1)
+        rows = g.concat([boxes, *(g.unsqueeze(x, 2) for x in (labels, scores, rank))], 2)
+        most = self.config.max_detections
+        if found is not None:
+            rows = g.concat([found, rows], 1)
+        elif self.size < most:
+            rows = g.op("Pad", rows, g.const([0, 0, 0, 0, most - self.size, 0], np.int64), g.floats(0.0))
+        _, order = g.top_k(self.column(rows, RANK), g.const([most], np.int64))
+        return g.take_rows(rows, order, 1, RANK + 1), settled
+
+    def while_any_is_open(self, count: int) -> Tensor:
+        """What was found after all blocks; they end where no image can gain another row."""
+        g, most = self.g, self.config.max_detections
+        passing = g.cast(self.chosen.passing, FLOAT)
+        last = g.reduce("ReduceSum", passing, 1)  # [B]: those that pass stand first
+        nothing = g.op(
+            "Mul", g.unsqueeze(g.slice(passing, 1, 0, 1), 2), g.const(np.zeros((1, most, RANK + 1)), np.float32)
+        )
+
+        def step(i: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+            number = g.cast(i, INT32)
+            found, _ = self.one(number, found)
+            spare = g.op("Less", g.reduce("ReduceMin", self.column(found, RANK), 1), g.floats(0.5))
+            reach = g.reduce("ReduceMax", g.where(spare, last, g.floats(0.0)), 0)
+            done = g.op("Mul", g.op("Add", number, g.ints(1)), g.ints(self.size))
+            return g.op("Greater", reach, g.cast(done, FLOAT)), found
+
+        return g.loop(count, g.const(True, np.bool_), nothing, ("batch", most, RANK + 1), step)
+
+    def _settle(self, alive: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
+        """Repeat the rule. ``[B, size]`` float32: 1 for what is kept; ``[B, 1]`` int32: 1 where the last round changed nothing."""
+        g = self.g
+
+        def once(keep: Tensor) -> tuple[Tensor, Tensor]:
+            free = g.op("Not", self._any(rivals, keep))
+            after = g.cast(g.op("And", alive, free), FLOAT)
+            return after, g.reduce("ReduceMax", g.op("Abs", g.op("Sub", after, keep)), 1, keepdims=True)
+
+        keep = g.cast(alive, FLOAT)
+        if self.config.rounds is not None:
+            for _ in range(self.config.rounds):
+                keep, change = once(keep)
+            return keep, g.cast(g.op("Less", change, g.floats(0.5)), INT32)
+
+        def step(_: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+            after, change = once(keep)
+            return g.op("Greater", g.reduce("ReduceMax", g.reduce("ReduceMax", change, 1), 0), g.floats(0.5)), after
+
+        return g.loop(self.size + 1, g.const(True, np.bool_), keep, ("batch", self.size), step), g.ints(1)
+
+    def _rivals(self, boxes: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor) -> Tensor:
+        """``[B, b, n]`` bool: the IoU of boxes ``[B, b, 4]`` and others ``[B, n, 4]`` is above the threshold, and the class one.
+
+        IoU > t without a division, which is exact where the boxes are: intersection * (1 + t) > t * area + t * area.
+        """
+        g, t = self.g, float(np.float32(self.config.iou_threshold))
+        x1, y1, x2, y2 = (g.unsqueeze(self.column(boxes, i), 2) for i in range(4))  # [B, b, 1]
+        u1, v1, u2, v2 = (g.unsqueeze(self.column(others, i), 1) for i in range(4))  # [B, 1, n]
+        width = g.op("Relu", g.op("Sub", g.op("Min", x2, u2), g.op("Max", x1, u1)))
+        height = g.op("Sub", g.op("Min", y2, v2), g.op("Max", y1, v1))  # where negative, so is the intersection
+        area = g.op("Mul", g.op("Sub", x2, x1), g.op("Sub", y2, y1))
+        other = g.op("Mul", g.op("Sub", u2, u1), g.op("Sub", v2, v1))
+        both = g.op("Add", g.op("Mul", area, g.floats(t)), g.op("Mul", other, g.floats(t)))
+        close = g.op("Greater", g.op("Mul", g.op("Mul", width, height), g.floats(1 + t)), both)
+        if self.config.class_agnostic or self.chosen.num_classes == 1:
+            return close
+        return g.op("And", close, g.op("Equal", g.unsqueeze(labels, 2), g.unsqueeze(other_labels, 1)))
+
+    def _any(self, rivals: Tensor, keep: Tensor) -> Tensor:
+        """``[B, b]`` bool: whether one of a candidate's rivals ``[B, b, n]`` is kept ``[B, n]``; both float32."""
+        g = self.g
+        return g.op("Greater", g.reduce("ReduceMax", g.op("MatMul", rivals, g.unsqueeze(keep, 2)), 2), g.floats(0.5))
+
+
+def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model itself."""
+    return model
+
+
+PORTABLE = Backend(
+    "portable",
+    ".portable.onnx",
+    "tensor operators",
+    suppress,
+    to_standard,
+    runs_on_onnxruntime=True,
+    adaptive=False,
+    has_rounds=True,
+)
