@@ -25,7 +25,8 @@ def decode_boxes(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, ind
     cell, stride, slot = _locate(g, decode, image, index)
     if isinstance(decode, Distances):
         spread = g.op("Softmax", g.reshape(terms, 0, 0, 4, decode.bins), axis=3)
-        distance = g.reshape(g.op("MatMul", spread, g.const(np.arange(decode.bins)[:, None], np.float32)), 0, 0, 4)
+        bins = g.const(np.arange(decode.bins), np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
+        distance = g.reduce("ReduceSum", g.op("Mul", spread, bins), 3)
         center = g.op("Add", cell, g.floats(0.5))
         low = g.op("Sub", center, g.slice(distance, 2, 0, 2))
         high = g.op("Add", center, g.slice(distance, 2, 2, 4))

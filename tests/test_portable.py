@@ -22,7 +22,7 @@ from fusenms.reference import Rows, candidates, matches, postprocess
 
 CLASSES = 3
 PLAIN = {
-    "Abs", "Add", "And", "ArgMax", "Cast", "Concat", "Equal", "Expand", "Gather", "GatherElements", "Greater", "Less", "MatMul", "Max",
+    "Abs", "Add", "And", "ArgMax", "Cast", "Concat", "Equal", "Expand", "Gather", "GatherElements", "Greater", "Less", "Max",
     "Min", "Mul", "Not", "Pad", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Slice", "Sub", "TopK", "Transpose",
     "Unsqueeze", "Where",
 }  # fmt: skip

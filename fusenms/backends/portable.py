@@ -84,12 +84,12 @@ class _Blocks:
         boxes, labels, valid = self.chosen.rows(place)
         labels, alive = g.cast(labels, FLOAT), g.op("And", valid, inside)
         if found is not None:
-            kept = g.cast(g.op("Greater", self.column(found, RANK), g.floats(0.0)), FLOAT)
+            kept = g.op("Greater", self.column(found, RANK), g.floats(0.0))
             rivals = self._rivals(boxes, labels, g.slice(found, 2, 0, 4), self.column(found, 4))
-            alive = g.op("And", alive, g.op("Not", self._any(g.cast(rivals, FLOAT), kept)))
+            alive = g.op("And", alive, g.op("Not", self._any(rivals, kept)))
         earlier = g.op("Less", g.unsqueeze(place, 0), g.unsqueeze(place, 1))
         rivals = g.op("And", self._rivals(boxes, labels, boxes, labels), earlier)
-        keep, settled = self._settle(alive, g.cast(rivals, FLOAT))
+        keep, settled = self._settle(alive, rivals)
         rank = g.op("Mul", keep, g.cast(g.op("Sub", g.ints(self.total), place), FLOAT))
         scores = g.op("Gather", self.chosen.scores, place, axis=1)
         rows = g.concat([boxes, *(g.unsqueeze(x, 2) for x in (labels, scores, rank))], 2)
@@ -125,7 +125,7 @@ class _Blocks:
         g = self.g
 
         def once(keep: Tensor) -> tuple[Tensor, Tensor]:
-            free = g.op("Not", self._any(rivals, keep))
+            free = g.op("Not", self._any(rivals, g.op("Greater", keep, g.floats(0.5))))
             after = g.cast(g.op("And", alive, free), FLOAT)
             return after, g.reduce("ReduceMax", g.op("Abs", g.op("Sub", after, keep)), 1, keepdims=True)
 
@@ -160,9 +160,10 @@ class _Blocks:
         return g.op("And", close, g.op("Equal", g.unsqueeze(labels, 2), g.unsqueeze(other_labels, 1)))
 
     def _any(self, rivals: Tensor, keep: Tensor) -> Tensor:
-        """``[B, b]`` bool: whether one of a candidate's rivals ``[B, b, n]`` is kept ``[B, n]``; both float32."""
+        """``[B, b]`` bool: whether one of a candidate's rivals ``[B, b, n]`` is kept ``[B, n]``; both bool."""
         g = self.g
-        return g.op("Greater", g.reduce("ReduceMax", g.op("MatMul", rivals, g.unsqueeze(keep, 2)), 2), g.floats(0.5))
+        hits = g.cast(g.op("And", rivals, g.unsqueeze(keep, 1)), FLOAT)
+        return g.op("Greater", g.reduce("ReduceMax", hits, 2), g.floats(0.5))
 
 
 def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
