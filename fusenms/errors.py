@@ -55,6 +55,10 @@ class UnsupportedByBackendError(BackendError):
     """The backend cannot express the requested settings."""
 
 
+class EngineBuildError(BackendError):
+    """The builder cannot make an engine of the model."""
+
+
 class VerificationError(FusenmsError):
     """The fused model differs from the reference. ``report`` has every difference."""
 

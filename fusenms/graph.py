@@ -69,6 +69,9 @@ class Graph:
         model.ir_version = self._model.ir_version
         model.producer_name, model.producer_version = self._model.producer_name, self._model.producer_version
         model.metadata_props.extend(self._model.metadata_props)
+        del model.graph.value_info[
+            :
+        ]  # shapes within, which every runtime finds itself, and tract takes for a frozen symbol
         return model
 
     # Operators.

@@ -48,7 +48,7 @@ def _present(g: Graph, labels: Tensor, num_classes: int) -> Tensor:
 
 def _descending(g: Graph, chosen: Chosen) -> Tensor:
     """``[B, k]`` float32: k, k - 1, …, 1 in each row (exact, since k is far below 2^24)."""
-    ones = g.cast(g.op("Equal", chosen.passing, chosen.passing), FLOAT)
+    ones = g.cast(g.op("Equal", chosen.scores, chosen.scores), FLOAT)
     if chosen.count is not None:
         return g.op("Mul", ones, g.const(np.arange(chosen.count, 0, -1)[None], np.float32))
     return g.op("CumSum", ones, g.const(1, np.int64), reverse=1)

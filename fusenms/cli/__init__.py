@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Sequence
 
 from fusenms import __version__
-from fusenms.cli import bench, demo, detect, fuse, inspect, verify
+from fusenms.cli import bench, demo, detect, engine, fuse, inspect, verify
 from fusenms.errors import FusenmsError
 
-COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, detect, bench, demo)}
-USAGE = """fusenms WEIGHTS [--backend ort|trt] [-o FILE] [options]
+COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, engine, detect, bench, demo)}
+USAGE = """fusenms WEIGHTS [--backend ort|trt|portable] [-o FILE] [options]
        fusenms {commands} ..."""
 
 

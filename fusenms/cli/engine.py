@@ -1,0 +1,92 @@
+"""`fusenms engine FILE`: an ONNX file to an engine."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from fusenms.artifacts import check_writable, read_metadata, read_onnx
+from fusenms.benchmark import default_shape
+from fusenms.cli.printing import Steps, megabytes, progress_bar
+from fusenms.contract import KEY_BACKEND
+from fusenms.engines import BUILDERS, EngineSettings, get_builder
+from fusenms.engines.trt_check import check_trt_graph
+
+NAME = "engine"
+HELP = "build an engine of a fused file (or of any .onnx), with a sidecar that says what it is"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = EngineSettings()
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="an .onnx; for builder rtx, fused with --backend portable"
+    )
+    parser.add_argument("--builder", choices=list(BUILDERS), default="rtx", help="default: %(default)s")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="where to write (default: NAME.BUILDER in this folder)"
+    )
+    parser.add_argument(
+        "--batch", type=three, default=defaults.batch, metavar="N|MIN,OPT,MAX", help="batch sizes (default: 1,8,32)"
+    )
+    for side in ("height", "width"):
+        parser.add_argument(
+            f"--{side}",
+            type=three,
+            metavar="N|MIN,OPT,MAX",
+            help=f"of the picture, where the file leaves it open (default: its usual {side})",
+        )
+    parser.add_argument(
+        "--compute-capability",
+        nargs="+",
+        default=[],
+        metavar="M.N",
+        help="GPUs to build for, as 8.6 12.0 (default: the builder's choice)",
+    )
+    parser.add_argument(
+        "--check", action="store_true",
+        help="build nothing: show that TensorRT's parser takes the file; the plugin of a trt file is compared with its published interface",
+    )  # fmt: skip
+
+
+def three(text: str) -> tuple[int, int, int]:
+    """Parse ``8`` or ``1,8,32``."""
+    sizes = [int(word) for word in text.split(",")]
+    if len(sizes) not in (1, 3):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected one size (8) or MIN,OPT,MAX (1,8,32)")
+    return (sizes[0], sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1], sizes[2])
+
+
+def run(args: argparse.Namespace) -> int:
+    start, steps = time.monotonic(), Steps(args.json)
+    if args.check:
+        checked = check_trt_graph(str(args.file))
+        steps.line("check", checked.summary)
+        steps.finish(file=str(args.file), parser=checked.parser, nodes=checked.nodes, plugin=checked.plugin)
+        return 0
+    height, width = default_shape(args.file)
+    settings = EngineSettings(
+        batch=args.batch, height=args.height or (height,) * 3, width=args.width or (width,) * 3,
+        compute_capabilities=tuple(args.compute_capability),
+    )  # fmt: skip
+    output = args.output or Path(args.file.name.removesuffix(".onnx").removesuffix(".portable") + f".{args.builder}")
+    check_writable(output, args.file)
+    backend = read_metadata(read_onnx(args.file)).get(KEY_BACKEND)
+    steps.line("read", f"{args.file.name} · {f'fused, backend {backend}' if backend else 'not fused by fusenms'}")
+    with progress_bar("engine") as progress:
+        engine = get_builder(args.builder)(str(args.file), settings, progress)
+    builder, inputs = engine.info["builder"], engine.info["inputs"]
+    targets = ", ".join(settings.compute_capabilities) or "the builder's choice"
+    steps.line(
+        "engine", f"{builder['name']} {builder['version']} · compute capability {targets} · {builder['layers']} layers"
+    )
+    for name, shapes in inputs.items():
+        steps.line("input", f"{name} {' / '.join(str(shapes[key]) for key in ('min', 'opt', 'max'))}")
+    run_on = "opened on this machine's GPU, layers listed" if engine.layers else "not run: no GPU that it opens on here"
+    steps.line("inspect", run_on)
+    written = engine.save(output)
+    steps.line(
+        "wrote", f"{', '.join(map(str, written))} ({megabytes(len(engine.data))}) in {time.monotonic() - start:.1f} s"
+    )
+    steps.finish(output=str(output), opened=engine.layers is not None, **engine.info)
+    return 0

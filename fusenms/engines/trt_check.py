@@ -1,0 +1,132 @@
+"""Check a graph for TensorRT without TensorRT and without a GPU.
+
+TensorRT-RTX has the same ONNX parser, but no plugins. So the graph is opened at the plugin: what goes in becomes outputs, what comes out
+inputs, and the parser reads all the rest; the plugin node is compared with the interface that TensorRT publishes for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from fusenms.artifacts import read_onnx
+from fusenms.backends.trt import DOMAIN, PLUGIN
+from fusenms.engines.rtx import load_rtx, make_logger, parse
+from fusenms.errors import SourceError, UnsupportedByBackendError
+
+FLOAT_KIND, INT_KIND, STRING_KIND = onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT, onnx.AttributeProto.STRING
+ATTRIBUTES: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "score_threshold": (FLOAT_KIND, lambda x: x >= 0),
+    "iou_threshold": (FLOAT_KIND, lambda x: x >= 0),
+    "max_output_boxes": (INT_KIND, lambda x: x > 0),
+    "background_class": (INT_KIND, lambda x: x >= -1),
+    "score_activation": (INT_KIND, lambda x: x in (0, 1)),
+    "class_agnostic": (INT_KIND, lambda x: x in (0, 1)),
+    "box_coding": (INT_KIND, lambda x: x in (0, 1)),
+    "plugin_version": (STRING_KIND, lambda x: x == b"1"),
+    "plugin_namespace": (STRING_KIND, lambda x: x == b""),
+}
+"""Attributes of the plugin, as plugin/efficientNMSPlugin/README.md of NVIDIA/TensorRT has them: type and range."""
+
+MOST_CLASSES = 4096
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was checked: the parser, how many nodes it took, and the plugin node's name (None where there is none)."""
+
+    parser: str
+    nodes: int
+    plugin: str | None
+
+    @property
+    def summary(self) -> str:
+        beside = f" but {PLUGIN}, which keeps to its published interface" if self.plugin else ""
+        return f"the ONNX parser of {self.parser} takes all {self.nodes} nodes{beside}"
+
+
+def check_trt_graph(path: str) -> Checked:
+    """Check an ONNX file.
+
+    Raises:
+        BackendUnavailableError: TensorRT-RTX, whose parser is used, is not installed.
+        UnsupportedByBackendError: the parser refuses a node, or the plugin node breaks the plugin's interface.
+        SourceError: the file cannot be read, or has several plugin nodes.
+    """
+    rtx = load_rtx()
+    model = read_onnx(Path(path))
+    plugins = [node for node in model.graph.node if node.op_type == PLUGIN]
+    if len(plugins) > 1:
+        raise SourceError(f"{path}: found {len(plugins)} {PLUGIN} nodes; expected one at most")
+    if plugins:
+        _check_attributes(path, plugins[0])
+        model = _opened(model, plugins[0])
+    logger = make_logger(rtx)
+    network = rtx.Builder(logger).create_network(1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parse(rtx, network, logger, model, path)
+    if plugins:
+        _check_inputs(path, plugins[0], [network.get_output(i) for i in range(network.num_outputs)])
+    return Checked(f"TensorRT-RTX {rtx.__version__}", len(model.graph.node), plugins[0].name if plugins else None)
+
+
+def _opened(model: onnx.ModelProto, plugin: onnx.NodeProto) -> onnx.ModelProto:
+    """The model without the plugin node, open where it was."""
+    opened = onnx.ModelProto()
+    opened.CopyFrom(model)
+    graph = opened.graph
+    graph.node.remove(next(node for node in graph.node if node.op_type == PLUGIN))
+    rows = next(a.i for a in plugin.attribute if a.name == "max_output_boxes")
+    kinds = (TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32)
+    shapes: tuple[list[Any], ...] = (["batch", 1], ["batch", rows, 4], ["batch", rows], ["batch", rows])
+    own = {entry.name for entry in graph.output}
+    for name, kind, shape in zip(plugin.output, kinds, shapes, strict=True):
+        if name not in own:
+            graph.input.append(helper.make_tensor_value_info(name, kind, shape))
+        else:  # nothing stands between the plugin and the model's output
+            graph.output.remove(next(entry for entry in graph.output if entry.name == name))
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in plugin.input)
+    return opened
+
+
+def _check_attributes(path: str, plugin: onnx.NodeProto) -> None:
+    found = {attribute.name: attribute for attribute in plugin.attribute}
+    problems = [f"{name} is missing" for name in ATTRIBUTES if name not in found]
+    for name, attribute in found.items():
+        if name not in ATTRIBUTES:
+            problems.append(f"{name} is not one of its attributes")
+            continue
+        kind, allowed = ATTRIBUTES[name]
+        value = helper.get_attribute_value(attribute)
+        if attribute.type != kind or not allowed(value):
+            problems.append(f"{name} is {value!r}")
+    if plugin.domain != DOMAIN:
+        problems.append(f"its domain is {plugin.domain!r}, not {DOMAIN!r}")
+    if (len(plugin.input), len(plugin.output)) != (2, 4):
+        problems.append(
+            f"it has {len(plugin.input)} inputs and {len(plugin.output)} outputs, not 2 (boxes, scores) and 4"
+        )
+    _refuse(path, plugin, problems)
+
+
+def _check_inputs(path: str, plugin: onnx.NodeProto, outputs: list[Any]) -> None:
+    tensors = {tensor.name: tensor for tensor in outputs}
+    boxes, scores = (tensors[name] for name in plugin.input)
+    shapes = [tuple(boxes.shape), tuple(scores.shape)]
+    problems = [f"{t.name} is {t.dtype.name}" for t in (boxes, scores) if t.dtype.name not in ("FLOAT", "HALF")]
+    if len(shapes[0]) != 3 or shapes[0][2] != 4:
+        problems.append(f"boxes are {list(shapes[0])}, not [batch, candidates, 4]")
+    if len(shapes[1]) != 3 or shapes[1][1] != shapes[0][1] or not 0 < shapes[1][2] <= MOST_CLASSES:
+        problems.append(f"scores are {list(shapes[1])}, not [batch, {shapes[0][1]}, classes]")
+    _refuse(path, plugin, problems)
+
+
+def _refuse(path: str, plugin: onnx.NodeProto, problems: list[str]) -> None:
+    if problems:
+        raise UnsupportedByBackendError(
+            f"{path}: node {plugin.name!r} breaks the interface of {PLUGIN}: {'; '.join(problems)}. Fuse the weights again"
+        )

@@ -1,0 +1,204 @@
+"""Real TensorRT-RTX builds and parses, which need no GPU; refusals name the node and the cure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import onnx
+import pytest
+from conftest import SHAPES
+from raw_heads import LAYOUTS, fused_model
+
+from fusenms import fuse
+from fusenms.backends.trt import PLUGIN
+from fusenms.cli import main
+from fusenms.engines import EngineSettings, get_builder
+from fusenms.engines import rtx as rtx_module
+from fusenms.engines.rtx import build_rtx
+from fusenms.engines.trt_check import check_trt_graph
+from fusenms.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    EngineBuildError,
+    SourceError,
+    UnsupportedByBackendError,
+)
+
+pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
+BATCH = EngineSettings(batch=(1, 2, 7))
+
+
+def written(model, tmp_path):
+    onnx.save(model, tmp_path / "m.onnx")
+    return str(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"rounds": 4}, {"multi_label": True, "class_agnostic": True}, {"max_candidates": 20, "max_detections": 3}], ids=str
+)  # fmt: skip
+def test_portable_graph_builds(tmp_path, layout, settings):
+    engine = build_rtx(written(fused_model(LAYOUTS[layout](), "portable", **settings).model, tmp_path), BATCH)
+    assert engine.info["engine"]["bytes"] == len(engine.data) > 10_000
+    rows = settings.get("max_detections", 300)
+    outputs = {name: (o["dtype"], o["shape"]) for name, o in engine.info["outputs"].items()}
+    assert outputs.pop("converged", None) == (("int32", [-1, 1]) if "rounds" in settings else None)
+    assert outputs == {
+        "num_detections": ("int32", [-1, 1]),
+        "boxes": ("float", [-1, rows, 4]),
+        "scores": ("float", [-1, rows]),
+        "labels": ("int32", [-1, rows]),
+    }
+
+
+@pytest.mark.parametrize("weights", ["derived/yolov8n.pt", "yolov5n.pt"])
+def test_real_detector_builds(tmp_path, zoo, weights):
+    path = fuse(zoo / weights, backend="portable", unverified=True).save(tmp_path / "m.onnx", unverified=True)
+    engine = build_rtx(str(path), EngineSettings(compute_capabilities=("8.6", "12.0")))
+    assert engine.info["inputs"]["images"] == {
+        key: [b, 3, 640, 640] for key, b in (("min", 1), ("opt", 8), ("max", 32))
+    }
+    assert len(engine.data) > 5_000_000
+
+
+def test_end_to_end_detector_builds(tmp_path, zoo):
+    """It needs no suppression, and so no fusing."""
+    assert build_rtx(str(zoo / "deimv2_atto_320.onnx"), BATCH).info["builder"]["name"] == "TensorRT-RTX"
+
+
+def test_open_size_builds(tmp_path):
+    path = fuse(SHAPES / "shapes.pt", size=128, backend="portable", dynamic_size=True).save(tmp_path / "m.onnx")
+    engine = build_rtx(str(path), EngineSettings(batch=(1, 1, 1), height=(64, 128, 256), width=(64, 128, 256)))
+    assert engine.info["inputs"]["images"]["max"] == [1, 3, 256, 256]
+
+
+@pytest.mark.parametrize(("backend", "operator"), [("ort", "NonZero"), ("trt", PLUGIN)])
+def test_refusal_names_the_node_and_the_cure(tmp_path, backend, operator):
+    path = fuse(SHAPES / "shapes.pt", size=64, backend=backend).save(tmp_path / "m.onnx")
+    with pytest.raises(
+        UnsupportedByBackendError, match=rf"does not take {operator} \(node 'fusenms/.*--backend portable"
+    ):
+        build_rtx(str(path), BATCH)
+
+
+def test_refusal_of_a_stranger_says_what_to_do(zoo):
+    with pytest.raises(UnsupportedByBackendError, match=r"DynamicQuantizeLinear .* more nodes .* take the float file"):
+        build_rtx(str(zoo / "yolov8n_dynint8_640.onnx"), BATCH)
+
+
+def test_error_when_topk_is_too_large(tmp_path):
+    model = fused_model(LAYOUTS["decoded"](80), "portable", multi_label=True, max_candidates=3841).model
+    with pytest.raises(EngineBuildError, match=r"TopK.* lower --max-candidates"):
+        build_rtx(written(model, tmp_path), BATCH)
+
+
+def test_errors_of_settings(tmp_path):
+    path = written(fused_model(LAYOUTS["decoded"](), "portable").model, tmp_path)
+    with pytest.raises(ConfigError, match=r"compute capability is 9\.9; .* builds for 7\.5, 8\.0"):
+        build_rtx(path, EngineSettings(compute_capabilities=("9.9",)))
+    with pytest.raises(ConfigError, match=r"batch is \[8, 1, 32\]; expected least, usual and most"):
+        EngineSettings(batch=(8, 1, 32))
+    with pytest.raises(ConfigError, match="builder is 'x'; expected one of rtx"):
+        get_builder("x")
+    (tmp_path / "x.onnx").write_bytes(b"x")
+    with pytest.raises(SourceError, match="not a readable ONNX file"):
+        build_rtx(str(tmp_path / "x.onnx"), BATCH)
+
+
+def test_error_when_the_package_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    with pytest.raises(BackendUnavailableError, match=r"pip install 'fusenms\[rtx\]'"):
+        rtx_module.load_rtx()
+
+
+def test_command_writes_engine_and_sidecar(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fuse(SHAPES / "shapes.pt", size=64, backend="portable").save("shapes.portable.onnx")
+    assert main(["engine", "shapes.portable.onnx", "--batch", "1,4,8", "--compute-capability", "8.9"]) == 0
+    assert "fused, backend portable" in capsys.readouterr().out
+    sidecar = json.loads((tmp_path / "shapes.rtx.json").read_text())
+    data = (tmp_path / "shapes.rtx").read_bytes()
+    assert sidecar["engine"]["sha256"] == hashlib.sha256(data).hexdigest()
+    assert sidecar["inputs"]["images"]["opt"] == [4, 3, 64, 64]
+    assert sidecar["settings"]["compute_capabilities"] == ["8.9"]
+    assert sidecar["metadata"]["names"] == "{0: 'circle', 1: 'square', 2: 'triangle'}"
+
+
+def test_nothing_is_written_when_the_build_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fuse(SHAPES / "shapes.pt", size=64).save("m.onnx")
+    assert main(["engine", "m.onnx"]) == 1
+    assert "--backend portable" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"class_agnostic": True}, {"multi_label": True}, {"score_threshold": 0.0}], ids=str
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trt_graph_passes_the_parser_and_the_plugin_its_interface(tmp_path, layout, settings):
+    checked = check_trt_graph(written(fused_model(LAYOUTS[layout](), "trt", **settings).model, tmp_path))
+    assert checked.plugin
+    assert checked.nodes > 50
+
+
+def test_real_trt_graphs_pass(tmp_path, zoo, capsys):
+    for weights in ("derived/yolov8n.pt", "yolov5n.pt"):
+        path = fuse(zoo / weights, backend="trt", unverified=True).save(tmp_path / "m.onnx", unverified=True)
+        assert main(["engine", str(path), "--check"]) == 0
+        assert "nodes but EfficientNMS_TRT, which keeps to its published interface" in capsys.readouterr().out
+
+
+def broken(change):
+    model = fused_model(LAYOUTS["distances"](), "trt").model
+    change(model, next(node for node in model.graph.node if node.op_type == PLUGIN))
+    return model
+
+
+def set_attribute(name, value):
+    def change(model, plugin):
+        plugin.attribute.remove(next(a for a in plugin.attribute if a.name == name))
+        if value is not None:
+            plugin.attribute.append(onnx.helper.make_attribute(name, value))
+
+    return change
+
+
+def add_attribute(model, plugin):
+    plugin.attribute.append(onnx.helper.make_attribute("share_location", 1))
+
+
+def swap_inputs(model, plugin):
+    plugin.input[:] = plugin.input[::-1]
+
+
+def unknown_node(model, plugin):
+    next(node for node in model.graph.node if node.op_type == "Sigmoid").op_type = "Sigmoidal"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_attribute("box_coding", None), "box_coding is missing"),
+        (set_attribute("iou_threshold", 1), "iou_threshold is 1"),
+        (set_attribute("max_output_boxes", 0), "max_output_boxes is 0"),
+        (set_attribute("plugin_version", "2"), "plugin_version is b'2'"),
+        (add_attribute, "share_location is not one of its attributes"),
+        (swap_inputs, r"boxes are \[-1, 84, 5\], not \[batch, candidates, 4\]"),
+        (unknown_node, r"does not take Sigmoidal \(node"),
+    ],
+)
+def test_check_refuses_what_tensorrt_would(tmp_path, change, message):
+    with pytest.raises(UnsupportedByBackendError, match=message):
+        check_trt_graph(written(broken(change), tmp_path))
+
+
+def test_progress_is_told(tmp_path):
+    told = []
+    build_rtx(
+        written(fused_model(LAYOUTS["decoded"](), "portable").model, tmp_path), BATCH, lambda *args: told.append(args)
+    )
+    assert any(done == total for _, done, total in told)
+    assert np.all([done <= total for _, done, total in told])

@@ -1,0 +1,79 @@
+"""The same detections in other runtimes: OpenVINO from PyPI, and onnxruntime from npm where that is there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHAPES
+from test_portable import SCENES, Tail, tied_scene
+
+from fusenms import fuse
+from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+
+sys.path.insert(0, str(ROOT / "tests" / "runtimes"))
+import compare
+
+NODE = ROOT / ".node"
+INSTALLED, _ = compare.runtimes(NODE)
+HINT = "pip install openvino tract; npm install --ignore-scripts --prefix .node onnxruntime-node onnxruntime-web"
+BACKENDS = {"ort": {}, "portable": {}, "rounds": {"rounds": 12}}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["openvino", "tract", "onnxruntime-node", "onnxruntime-web"])
+def test_detections_are_those_of_onnxruntime(tmp_path, name, backend):
+    if name not in INSTALLED:
+        pytest.skip(f"needs {name} ({HINT})")
+    if (name, backend) == ("tract", "portable"):
+        pytest.skip("tract 0.23 has no Loop; --rounds files run there")
+    kind = "portable" if backend == "rounds" else backend
+    path = fuse(SHAPES / "shapes.pt", size=256, backend=kind, **BACKENDS[backend]).save(tmp_path / "m.onnx")
+    pictures = [letterbox(read_picture(SHAPES / f"shapes{i}.jpg"), 256, 256)[0] for i in (0, 1)]
+    row = compare.compare(path, name, INSTALLED[name], to_tensor(pictures))
+    assert not row.note
+    assert row.detections > 20
+    assert row.differing == 0
+
+
+@pytest.mark.skipif("openvino" not in INSTALLED, reason="needs openvino (pip install openvino)")
+@pytest.mark.parametrize("config", [{}, {"rounds": 140}], ids=str)
+def test_openvino_suppresses_every_scene_alike(tmp_path, config):
+    """All but the tied one: OpenVINO 2026.4 imports TopK as not stable, so equal scores come in any order."""
+    import onnx
+
+    from fusenms.graph import cut_before
+
+    rng = np.random.default_rng(9)
+    tail = Tail(140, max_detections=140, **config)
+    model = cut_before(tail.fused.model, {"head_boxes": (140, 4), "head_scores": (140, 3)})
+    onnx.save(model, tmp_path / "tail.onnx")
+    scenes = [scene(rng, 140) for scene in SCENES if scene is not tied_scene]
+    boxes, scores = (np.stack(values).astype(np.float32) for values in zip(*scenes, strict=True))
+    expected = tail.run(boxes, scores)
+    import openvino
+
+    compiled = openvino.Core().compile_model(str(tmp_path / "tail.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    got = {
+        key.any_name: np.array(value) for key, value in compiled({"head_boxes": boxes, "head_scores": scores}).items()
+    }
+    for name, values in expected.items():
+        np.testing.assert_array_equal(got[name], values, err_msg=name)
+    assert expected["num_detections"].sum() > 200
+
+
+def test_a_difference_is_seen(tmp_path):
+    """The comparison can fail."""
+    path = fuse(SHAPES / "shapes.pt", size=256).save(tmp_path / "m.onnx")
+    images = to_tensor([letterbox(read_picture(SHAPES / "shapes0.jpg"), 256, 256)[0]])
+    from fusenms.artifacts import load_fused
+    from fusenms.backends.base import OnnxRuntimeRunner
+
+    def shifted(file: Path, batch: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = OnnxRuntimeRunner(load_fused(file).model).infer(batch)
+        return outputs | {"boxes": outputs["boxes"] + 0.5}
+
+    row = compare.compare(path, "shifted", shifted, images)
+    assert row.differing == row.detections > 0
