@@ -7,6 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Settings of the models/% rules:  make models/yolov8n.ort.onnx SIZE=640 ARGS="--score-threshold 0.3"
 SIZE ?=
+BATCH ?= 1,8,32
 ARGS ?=
 CHECKPOINT ?=
 PICTURE ?=
@@ -20,7 +21,9 @@ help: ## Show this help
 	@sed -n 's/^\([a-z][a-z/%.-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-22s %s\n", $$1, $$2}'
 	@echo "  make models/%.ort.onnx      models/%.pt or models/%.raw.onnx, fused for ONNX Runtime"
 	@echo "  make models/%.trt.onnx      the same, fused for TensorRT (EfficientNMS_TRT)"
-	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) SIZE= ARGS="
+	@echo "  make models/%.portable.onnx the same, with neither NMS operator nor plugin"
+	@echo "  make models/%.rtx           a TensorRT-RTX engine of models/%.portable.onnx"
+	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) SIZE= ARGS= BATCH=$(BATCH)"
 
 demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land in fusenms-demo/
 	$(BIN)/python -m fusenms demo
@@ -50,11 +53,20 @@ models/%.ort.onnx: models/%.pt | $(VENV)/.run
 models/%.trt.onnx: models/%.pt | $(VENV)/.run
 	$(FUSE) --backend trt
 
+models/%.portable.onnx: models/%.pt | $(VENV)/.run
+	$(FUSE) --backend portable
+
 models/%.ort.onnx: models/%.raw.onnx | $(VENV)/.run
 	$(FUSE) --backend ort
 
 models/%.trt.onnx: models/%.raw.onnx | $(VENV)/.run
 	$(FUSE) --backend trt
+
+models/%.portable.onnx: models/%.raw.onnx | $(VENV)/.run
+	$(FUSE) --backend portable
+
+models/%.rtx: models/%.portable.onnx | $(VENV)/.rtx
+	$(BIN)/python -m fusenms engine $< -o $@ --builder rtx --batch $(BATCH)
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("fusenms needs Python 3.10 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
@@ -65,6 +77,10 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/.rtx: $(VENV)/.run
+	$(BIN)/python -m pip install -q -e '.[rtx]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.run tests/benchmarks/requirements.txt
