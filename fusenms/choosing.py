@@ -30,24 +30,26 @@ def choose(
         total: candidates per image, None where that is open.
         adaptive: let the number of chosen candidates follow the data.
     """
+    multi_label = config.multi_label or not layout.suppress
+    most = config.max_candidates if layout.suppress else config.max_detections
     pool, origin = _Pool.of_head(g, layout, widths), None
     if layout.objectness is not None and layout.activation is Activation.SIGMOID and adaptive:
         origin = _pass_objectness(g, pool, config, total)
         pool = pool.take(origin)
-    scores, activation = _scores(g, pool, config.multi_label)
+    scores, activation = _scores(g, pool, multi_label)
     threshold = g.const(strict_threshold(config.score_threshold, activation), np.float32)
     passes = g.op("And", g.op("Greater", scores, threshold), g.op("Less", scores, g.floats(np.inf)))
     eligible = g.where(passes, scores, g.floats(-np.inf))
     if adaptive:
         count = None
-        best, place = g.top_k(eligible, _most_passing(g, passes, config.max_candidates))
+        best, place = g.top_k(eligible, _most_passing(g, passes, most))
     else:
-        count = config.max_candidates
+        count = most
         if total is None:  # an open number of candidates: add as many that nobody wants
             end = g.cast(g.slice(g.op("Shape", eligible), 0, 1, 2), INT32)
             eligible = g.op("Pad", eligible, g.const([0, 0, 0, count], np.int64), g.floats(-np.inf))
         else:
-            count = min(count, total * (layout.num_classes if config.multi_label else 1))
+            count = min(count, total * (layout.num_classes if multi_label else 1))
         best, place = g.top_k(eligible, g.const([count], np.int64))
         if total is None:
             place = g.where(g.op("Less", place, end), place, g.ints(0))
@@ -55,7 +57,7 @@ def choose(
 
     def rows(columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         at, valid = (x if columns is None else g.op("Gather", x, columns, axis=1) for x in (place, passing))
-        if config.multi_label:
+        if multi_label:
             classes = g.ints(layout.num_classes)
             anchor = g.op("Div", at, classes)
             labels = g.op("Sub", at, g.op("Mul", anchor, classes))

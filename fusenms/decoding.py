@@ -24,13 +24,11 @@ def decode_boxes(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, ind
         return _ordered(g, _corners(g, terms) if decode.format is BoxFormat.CXCYWH else terms)
     cell, stride, slot = _locate(g, decode, image, index)
     if isinstance(decode, Distances):
+        if decode.bins == 1:
+            return _ordered(g, _around(g, cell, terms, stride))
         spread = g.op("Softmax", g.reshape(terms, 0, 0, 4, decode.bins), axis=3)
         bins = g.const(np.arange(decode.bins), np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
-        distance = g.reduce("ReduceSum", g.op("Mul", spread, bins), 3)
-        center = g.op("Add", cell, g.floats(0.5))
-        low = g.op("Sub", center, g.slice(distance, 2, 0, 2))
-        high = g.op("Add", center, g.slice(distance, 2, 2, 4))
-        return g.op("Mul", g.concat([low, high], 2), stride)
+        return _around(g, cell, g.reduce("ReduceSum", g.op("Mul", spread, bins), 3), stride)
     doubled = g.op("Mul", g.op("Sigmoid", terms), g.floats(2.0))
     offset = g.op("Sub", g.slice(doubled, 2, 0, 2), g.floats(0.5))
     center = g.op("Mul", g.op("Add", offset, cell), stride)
@@ -38,6 +36,14 @@ def decode_boxes(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, ind
     anchors = g.const(np.asarray(decode.anchors).reshape(-1, 2), np.float32)
     size = g.op("Mul", g.op("Mul", factor, factor), g.op("Gather", anchors, slot, axis=0))
     return _corners(g, g.concat([center, size], 2))
+
+
+def _around(g: Graph, cell: Tensor, distance: Tensor, stride: Tensor) -> Tensor:
+    """Distances from the cell's center to corners."""
+    center = g.op("Add", cell, g.floats(0.5))
+    low = g.op("Sub", center, g.slice(distance, 2, 0, 2))
+    high = g.op("Add", center, g.slice(distance, 2, 2, 4))
+    return g.op("Mul", g.concat([low, high], 2), stride)
 
 
 def _corners(g: Graph, boxes: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from fusenms.artifacts import FusedModel, ImageInput, RawModel
 from fusenms.backends import get_backend
+from fusenms.backends.base import select
 from fusenms.choosing import choose
 from fusenms.config import PostprocessConfig
-from fusenms.errors import SourceError
+from fusenms.errors import ConfigError, SourceError
 from fusenms.graph import Graph, declared_shape
 from fusenms.heads.evidence import Evidence
 from fusenms.layout import Layout
@@ -26,6 +27,8 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
         SourceError: a tensor of the layout is not in the model.
     """
     emitter = get_backend(backend, config)
+    if config.rounds is not None and not layout.suppress:
+        raise ConfigError(f"rounds is {config.rounds}, but this head needs no suppression; leave it out")
     g = Graph(raw.model)
     _check_taps(raw, layout)
     shapes = _head_shapes(raw, layout)
@@ -34,8 +37,10 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     widths = {new: shapes[old][layout.channel_axis(new) - 1] for old, new in zip(tensors, layout.tensors, strict=True)}
     _join(g, layout)
     layout = replace(layout, joins=())
-    chosen = choose(g, layout, image, config, widths, total, emitter.adaptive)
-    outputs = emitter.suppress(g, chosen, config)
+    if layout.suppress:
+        outputs = emitter.suppress(g, choose(g, layout, image, config, widths, total, emitter.adaptive), config)
+    else:
+        outputs = select(g, choose(g, layout, image, config, widths, total, adaptive=False), config)
     g.set_outputs(
         [
             (tensor, name, spec.dtype, spec.shape_for("batch", config.max_detections))

@@ -61,7 +61,7 @@ class Decoded:
 class Distances:
     """Distances from the cell's center to left, top, right, bottom in units of the stride (one anchor per cell).
 
-    Each distance is a distribution over ``bins`` integers: ``4 * bins`` channels, side by side.
+    Each distance is a distribution over ``bins`` integers: ``4 * bins`` channels, side by side; with one bin, the number itself.
     Source: Li et al., "Generalized Focal Loss", 2020.
     """
 
@@ -119,6 +119,8 @@ class Layout:
         objectness: where the objectness stands, where the head has one (a single channel).
         activation: how class scores and objectness become probabilities.
         decode: how box terms become boxes.
+        suppress: false where the head gives each object once (end-to-end), so that nothing is suppressed and every class of a
+            candidate counts, as the papers of such heads have it.
         joins: head tensors that the raw model has in parts; none in a fused model, which has them whole.
     """
 
@@ -129,6 +131,7 @@ class Layout:
     activation: Activation
     decode: BoxDecode
     joins: tuple[Join, ...] = ()
+    suppress: bool = True
 
     @property
     def num_classes(self) -> int:
@@ -189,6 +192,7 @@ class Layout:
                 activation=Activation(values["activation"]),
                 decode=kind(**decode),
                 joins=tuple(Join(**join | {"parts": tuple(join["parts"])}) for join in values["joins"]),
+                suppress=bool(values["suppress"]),
             )
         except (KeyError, TypeError, ValueError, StopIteration, AssertionError) as error:
             raise SourceError(

@@ -25,6 +25,7 @@ def fuse(
     dynamic_size: bool = False,
     opset: int | None = None,
     make_dynamic: bool = False,
+    one_to_many: bool = False,
     family: str | None = None,
     images: np.ndarray | None = None,
     unverified: bool = False,
@@ -35,7 +36,7 @@ def fuse(
     Args:
         weights: a checkpoint (`.pt`), a raw `.onnx`, or a loaded `RawModel`.
         backend: ``ort``, ``trt`` or ``portable``.
-        size, dynamic_size, opset, make_dynamic: as `fusenms.load` takes them.
+        size, dynamic_size, opset, make_dynamic, one_to_many: as `fusenms.load` takes them.
         family: name of the detector family, where the file leaves more than one open.
         images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
         unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
@@ -49,12 +50,15 @@ def fuse(
     """
     settings = PostprocessConfig.from_dict(config)
     get_backend(backend, settings)
-    if isinstance(weights, RawModel) and (size is not None or dynamic_size or opset is not None or make_dynamic):
+    if isinstance(weights, RawModel) and (
+        size is not None or dynamic_size or opset is not None or make_dynamic or one_to_many
+    ):
         raise ConfigError(
-            "size, dynamic_size, opset and make_dynamic are for loading; these weights are loaded already: give them to fusenms.load"
+            "size, dynamic_size, opset, make_dynamic and one_to_many are for loading; "
+            "these weights are loaded already: give them to fusenms.load"
         )
     raw = weights if isinstance(weights, RawModel) else load(
-        weights, size=size, dynamic_size=dynamic_size, opset=opset, make_dynamic=make_dynamic
+        weights, size=size, dynamic_size=dynamic_size, opset=opset, make_dynamic=make_dynamic, one_to_many=one_to_many
     )  # fmt: skip
     fused = fuse_head(raw, recognize(raw, family), settings, backend)
     return fused if unverified else prove(fused, verify(fused, images=images))

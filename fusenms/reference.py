@@ -3,11 +3,11 @@
 It shares no code with the graph's emitters. Per image:
 
 1. score of a candidate = its highest class probability (times objectness, where the head has one); with
-   `multi_label` each class is a candidate of its own. A class score that is NaN or +infinity never wins: the
+   `multi_label`, and of an end-to-end head, each class is a candidate of its own. A class score that is NaN or +infinity never wins: the
    candidate is left out.
 2. keep score > `score_threshold`.
 3. keep the `max_candidates` best; among equals the lower candidate number (then the lower class) wins.
-4. by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if
+4. unless the head is end-to-end, by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if
    `class_agnostic`) is > `iou_threshold`. Degenerate boxes have IoU 0 with everything.
 5. keep the best `max_detections`.
 
@@ -76,7 +76,7 @@ class Candidates:
     """All candidates of one image: boxes ``[N, 4]`` xyxy in pixels, class values ``[N, C]``.
 
     ``keys`` order the candidates and meet ``threshold``: logits where those are exact, else probabilities.
-    A class value that never wins is NaN in ``keys``; ``rounding`` is the relative rounding of the keys.
+    A class value that never wins is NaN in ``keys``; ``rounding`` is the relative rounding of the keys. ``suppress`` is the layout's.
     """
 
     boxes: Floats
@@ -85,6 +85,7 @@ class Candidates:
     labels_by: Floats
     logits: bool
     rounding: float
+    suppress: bool
 
 
 def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size: tuple[int, int]) -> Candidates:
@@ -103,7 +104,13 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
         usable = usable & ~np.isnan(probabilities) & (probabilities != np.inf)
     logits = sigmoid and layout.objectness is None
     return Candidates(
-        _boxes(terms, layout, size), np.where(usable, keys, np.nan), probabilities, values, logits, rounding
+        _boxes(terms, layout, size),
+        np.where(usable, keys, np.nan),
+        probabilities,
+        values,
+        logits,
+        rounding,
+        layout.suppress,
     )
 
 
@@ -131,6 +138,8 @@ def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | N
                 continue
         alive[best] = False
         picked.append(best)
+        if not found.suppress:
+            continue
         rivals = np.flatnonzero(alive & (True if config.class_agnostic else labels == labels[best]))
         if not len(rivals):
             continue
@@ -169,7 +178,7 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
     if found.logits:
         with np.errstate(divide="ignore"):
             threshold = float(np.log(threshold) - np.log1p(-threshold))
-    if config.multi_label:
+    if config.multi_label or not found.suppress:
         anchor, label = (i.ravel() for i in np.indices(found.keys.shape))
         usable = ~np.isnan(found.keys)
     else:
@@ -237,10 +246,13 @@ def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
     if isinstance(decode, Distances):
         cells, strides, _ = _grid(decode.strides, size, 1)
         spread = terms.reshape(len(terms), 4, decode.bins)
-        weight = np.exp(spread - spread.max(2, keepdims=True))
-        distance = (weight * np.arange(decode.bins)).sum(2) / weight.sum(2)
+        if decode.bins == 1:
+            distance = spread[:, :, 0]
+        else:
+            weight = np.exp(spread - spread.max(2, keepdims=True))
+            distance = (weight * np.arange(decode.bins)).sum(2) / weight.sum(2)
         center = cells + 0.5
-        return np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None]
+        return ordered(np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None])
     assert isinstance(decode, AnchorBoxes)
     table = np.array(decode.anchors)
     cells, strides, slots = _grid(decode.strides, size, table.shape[1])

@@ -31,6 +31,12 @@ def distances(classes: int = 5) -> Layout:
     return Layout("yolov8", boxes, scores, None, Activation.SIGMOID, Distances(STRIDES, 16))
 
 
+def end_to_end(classes: int = 5) -> Layout:
+    """YOLO26's one-to-one head: plain distances, nothing to suppress."""
+    boxes, scores = Tap("dist", 1, 0, 4), Tap("logits", 1, 0, classes)
+    return Layout("yolov8", boxes, scores, None, Activation.SIGMOID, Distances(STRIDES, 1), suppress=False)
+
+
 def anchor_boxes(classes: int = 5) -> Layout:
     """YOLOv5 at its earliest tap."""
     taps = (Tap("head", 1, 0, 4), Tap("head", 1, 5, 5 + classes), Tap("head", 1, 4, 5))
@@ -56,7 +62,7 @@ def corners_rows(classes: int = 5) -> Layout:
 
 
 LAYOUTS: dict[str, Callable[..., Layout]] = {
-    f.__name__: f for f in (distances, anchor_boxes, decoded, decoded_objectness, corners_rows)
+    f.__name__: f for f in (distances, end_to_end, anchor_boxes, decoded, decoded_objectness, corners_rows)
 }
 
 

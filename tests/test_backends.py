@@ -121,6 +121,26 @@ def test_plugin_body_is_not_in_the_file():
     assert [entry.domain for entry in fused.model.opset_import] == ["", "TRT"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_end_to_end_head_gives_all_that_passes(backend):
+    """Two equal boxes of one class, and one box with two classes: four rows, by score."""
+    layout = LAYOUTS["end_to_end"]()
+    tensors = head(layout, 1) | {"dist": np.full((1, 4, candidates_of(layout)), 2, np.float32)}
+    for place, label, logit in ((0, 1, 2.0), (1, 1, 3.0), (40, 2, 1.0), (40, 4, 4.0)):
+        tensors["logits"][0, label, place] = logit
+    fused = fused_model(layout, backend)
+    assert not {"NonMaxSuppression", "EfficientNMS_TRT", "Loop"} & {node.op_type for node in fused.model.graph.node}
+    outputs = tail_of(fused).run(tensors)
+    assert outputs["num_detections"].tolist() == [[4]]
+    assert outputs["labels"][0, :4].tolist() == [4, 1, 1, 2]
+    np.testing.assert_allclose(outputs["boxes"][0, 1:3], [[-4, -12, 28, 20], [-12, -12, 20, 20]])
+
+
+def test_error_when_an_end_to_end_head_is_given_rounds():
+    with pytest.raises(ConfigError, match="rounds is 4, but this head needs no suppression"):
+        fused_model(LAYOUTS["end_to_end"](), "portable", rounds=4)
+
+
 def test_error_when_backend_has_no_rounds():
     with pytest.raises(ConfigError, match="rounds is 4, but backend ort has none"):
         fused_model(LAYOUTS["decoded"](), "ort", rounds=4)

@@ -18,7 +18,7 @@ import torch
 from conftest import SHAPES
 from torch import nn
 
-from fusenms.errors import SourceError
+from fusenms.errors import ConfigError, SourceError
 from fusenms.layout import Activation, AnchorBoxes, Distances, Layout, Tap
 from fusenms.reference import candidates
 from fusenms.sources import modules
@@ -58,11 +58,28 @@ def test_equals_ultralytics_on_a_photo(zoo):
     assert_equal(got, corners(golden["raw"]))
 
 
-@pytest.mark.parametrize("name", ["yolov8-p", "yolov5u-p"])
+ONE_HEAD = ["yolov3-tinyu-p", "yolov5u-p", "yolov6-p", "yolov8-p", "yolov9-p", "yolo11-p", "yolo12-p"]
+TWO_HEADS = ["yolov10-p", "yolo26-p"]
+
+
+@pytest.mark.parametrize("name", [*ONE_HEAD, *TWO_HEADS])
 def test_equals_ultralytics_with_trained_batch_normalization(zoo, name):
     golden = np.load(zoo / "shapes" / "golden" / f"{name}.npz")
-    got = decoded(load_checkpoint(zoo / "shapes" / f"{name}.pt"), nchw(golden["input"]))
+    got = decoded(load_checkpoint(zoo / "shapes" / f"{name}.pt", one_to_many=name in TWO_HEADS), nchw(golden["input"]))
     assert_equal(got, corners(golden["output"]))
+
+
+@pytest.mark.parametrize("name", TWO_HEADS)
+def test_one_to_one_head_equals_ultralytics(zoo, name):
+    golden = np.load(zoo / "shapes" / "golden" / f"{name}.npz")
+    checkpoint = load_checkpoint(zoo / "shapes" / f"{name}.pt")
+    assert not _layout(checkpoint).suppress
+    assert_equal(decoded(checkpoint, nchw(golden["input"])), corners(golden["one2one"]))
+
+
+def test_error_when_there_is_one_head_only(zoo):
+    with pytest.raises(ConfigError, match="has one head, which is one-to-many"):
+        load_checkpoint(zoo / "shapes" / "yolov8-p.pt", one_to_many=True)
 
 
 def test_equals_the_yolov5_export_on_a_photo(zoo):

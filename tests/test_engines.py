@@ -40,6 +40,8 @@ def written(model, tmp_path):
     "settings", [{}, {"rounds": 4}, {"multi_label": True, "class_agnostic": True}, {"max_candidates": 20, "max_detections": 3}], ids=str
 )  # fmt: skip
 def test_portable_graph_builds(tmp_path, layout, settings):
+    if layout == "end_to_end" and "rounds" in settings:
+        pytest.skip("nothing to suppress, so no rounds")
     engine = build_rtx(written(fused_model(LAYOUTS[layout](), "portable", **settings).model, tmp_path), BATCH)
     assert engine.info["engine"]["bytes"] == len(engine.data) > 10_000
     rows = settings.get("max_detections", 300)
@@ -53,14 +55,14 @@ def test_portable_graph_builds(tmp_path, layout, settings):
     }
 
 
-@pytest.mark.parametrize("weights", ["derived/yolov8n.pt", "yolov5n.pt"])
+@pytest.mark.parametrize("weights", ["derived/yolov8n.pt", "yolov5n.pt", "shapes/yolov10-p.pt", "shapes/yolo26-p.pt"])
 def test_real_detector_builds(tmp_path, zoo, weights):
-    path = fuse(zoo / weights, backend="portable", unverified=True).save(tmp_path / "m.onnx", unverified=True)
+    path = fuse(zoo / weights, size=640, backend="portable", unverified=True).save(tmp_path / "m.onnx", unverified=True)
     engine = build_rtx(str(path), EngineSettings(compute_capabilities=("8.6", "12.0")))
     assert engine.info["inputs"]["images"] == {
         key: [b, 3, 640, 640] for key, b in (("min", 1), ("opt", 8), ("max", 32))
     }
-    assert len(engine.data) > 5_000_000
+    assert len(engine.data) > 3_000_000
 
 
 def test_end_to_end_detector_builds(tmp_path, zoo):
@@ -140,7 +142,7 @@ def test_nothing_is_written_when_the_build_fails(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trt_graph_passes_the_parser_and_the_plugin_its_interface(tmp_path, layout, settings):
     checked = check_trt_graph(written(fused_model(LAYOUTS[layout](), "trt", **settings).model, tmp_path))
-    assert checked.plugin
+    assert bool(checked.plugin) == LAYOUTS[layout]().suppress
     assert checked.nodes > 50
 
 

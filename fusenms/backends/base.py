@@ -12,7 +12,7 @@ import onnx
 from fusenms import contract
 from fusenms.config import PostprocessConfig
 from fusenms.errors import BackendUnavailableError, SourceError
-from fusenms.graph import INT32, Graph, Tensor
+from fusenms.graph import BOOL, FLOAT, INT32, Graph, Tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,21 @@ def masked_outputs(g: Graph, valid: Tensor, boxes: Tensor, scores: Tensor, label
     boxes = g.where(g.unsqueeze(valid, 2), boxes, g.floats(0.0))
     scores = g.where(valid, scores, g.floats(0.0))
     return count, boxes, scores, g.where(valid, labels, g.ints(contract.NO_LABEL))
+
+
+def select(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
+    """The outputs where nothing is to be suppressed: at most K chosen ones, and blank rows after them."""
+    assert chosen.count is not None and chosen.count <= config.max_detections
+    boxes, labels, valid = chosen.rows(None)
+    scores, lacking = chosen.scores, config.max_detections - chosen.count
+    if lacking:
+        boxes = g.op("Pad", boxes, g.const([0, 0, 0, 0, lacking, 0], np.int64), g.floats(0.0))
+        scores = g.op("Pad", scores, g.const([0, 0, 0, lacking], np.int64), g.floats(0.0))
+        labels, valid = (
+            g.cast(g.op("Pad", g.cast(x, FLOAT), g.const([0, 0, 0, lacking], np.int64), g.floats(0.0)), kind)
+            for x, kind in ((labels, INT32), (valid, BOOL))
+        )
+    return masked_outputs(g, valid, boxes, scores, labels)
 
 
 def one_class_each(g: Graph, scores: Tensor, labels: Tensor, valid: Tensor, classes: Tensor, class_axis: int) -> Tensor:

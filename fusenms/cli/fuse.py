@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--make-dynamic", action="store_true", help="open the frozen batch of an .onnx, where that is shown to be safe"
     )
     model.add_argument(
+        "--one-to-many",
+        action="store_true",
+        help="YOLOv10, YOLO26: take the head that needs suppression (default: the other one)",
+    )
+    model.add_argument(
         "--family",
         choices=[head.name for head in HEADS],
         help="detector family, where the file leaves more than one open",
@@ -134,7 +139,9 @@ def make(
 ) -> tuple[RawModel, FusedModel]:
     """Load, recognize and fuse, with a line for each."""
     chosen = (
-        {name: getattr(options, name) for name in ("size", "dynamic_size", "opset", "make_dynamic")} if options else {}
+        {name: getattr(options, name) for name in ("size", "dynamic_size", "opset", "make_dynamic", "one_to_many")}
+        if options
+        else {}
     )
     raw = load(weights, **chosen)
     layout = recognize(raw, options.family if options else None)
@@ -144,10 +151,8 @@ def make(
     for note in raw.notes:
         steps.line("export" if checkpoint else "read", note)
     fused = fuse_head(raw, layout, config, backend)
-    steps.line(
-        "fuse",
-        f"{layout.decode_stage} decode · {get_backend(backend).suppresses_by} · {', '.join(name for name, _ in config.outputs)}",
-    )
+    how = get_backend(backend).suppresses_by if layout.suppress else "no suppression"
+    steps.line("fuse", f"{layout.decode_stage} decode · {how} · {', '.join(name for name, _ in config.outputs)}")
     steps.values |= {
         "source": raw.source, "family": layout.family, "task": raw.task, "classes": list(fused.names), "notes": list(raw.notes),
         "backend": backend, "decode": layout.decode_stage, "layout": layout.to_dict(), "config": config.to_dict(),

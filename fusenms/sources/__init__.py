@@ -19,6 +19,7 @@ def load(
     dynamic_size: bool = False,
     opset: int | None = None,
     make_dynamic: bool = False,
+    one_to_many: bool = False,
 ) -> RawModel:
     """Read a detector's weights; export them to ONNX where they are a checkpoint.
 
@@ -28,6 +29,7 @@ def load(
         dynamic_size: leave height and width open.
         opset: ONNX operator set of an export.
         make_dynamic: open the frozen batch of an `.onnx`, where that is shown to be safe.
+        one_to_many: of a checkpoint with two heads (YOLOv10, YOLO26) take the one that needs suppression.
 
     Raises:
         SourceError: the weights are missing, damaged, unsafe, or no detector.
@@ -50,6 +52,10 @@ def load(
     if path.suffix.lower() == ".onnx":
         from fusenms.sources.onnx_file import load_onnx
 
+        if one_to_many:
+            raise ConfigError(
+                "one_to_many is for checkpoints with two heads; an .onnx file has what it has: leave it out"
+            )
         if opset is not None:
             raise ConfigError("opset is for exporting a checkpoint; an .onnx file keeps its own: leave it out")
         return load_onnx(path, size=sides, dynamic_size=dynamic_size, make_dynamic=make_dynamic)
@@ -61,7 +67,7 @@ def load(
             raise BackendUnavailableError(
                 f"{path}: a checkpoint needs PyTorch ({error}); install it with: pip install 'fusenms[export]'"
             ) from error
-        return export(load_checkpoint(path), path.name, size=sides, dynamic_size=dynamic_size, opset=opset)
+        return export(load_checkpoint(path, one_to_many), path.name, size=sides, dynamic_size=dynamic_size, opset=opset)
     raise SourceError(
         f"{path}: unknown kind of file ({path.suffix or 'no suffix'}); expected a checkpoint (.pt) or an .onnx file"
     )

@@ -21,17 +21,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusenms.errors import SourceError
+from fusenms.errors import ConfigError, SourceError
 from fusenms.sources import modules
+from fusenms.sources.blocks import BLOCKS
 
 _BLOCKS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL)
+    for cls in (
+        *(modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL),
+        *BLOCKS,
+    )
 }
 
 _TORCH: tuple[type[nn.Module], ...] = (
     *(nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.Identity, nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d),
-    *(nn.Upsample, nn.Sequential, nn.ModuleList),
+    *(nn.Upsample, nn.Sequential, nn.ModuleList, nn.ConvTranspose2d, nn.ZeroPad2d, nn.GELU),
 )
 
 
@@ -69,6 +73,8 @@ def _stand_ins() -> dict[str, Any]:
             table[f"ultralytics.nn.modules.{home}{name}"] = cls
         table[f"models.common.{name}"] = cls
     for name in ("ultralytics.nn.modules.Detect", "ultralytics.nn.modules.head.Detect"):
+        table[name] = modules.AnchorFreeDetect
+    for name in ("ultralytics.nn.modules.v10Detect", "ultralytics.nn.modules.head.v10Detect"):
         table[name] = modules.AnchorFreeDetect
     table["models.yolo.Detect"] = modules.AnchorDetect
     for name in ("ultralytics.nn.tasks.DetectionModel", "models.yolo.Model", "models.yolo.DetectionModel"):
@@ -118,8 +124,11 @@ class Checkpoint:
         return self.module.model[-1]  # type: ignore[return-value]
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Load an Ultralytics (YOLOv8, YOLOv5u) or original YOLOv5 checkpoint of the detection task.
+def load_checkpoint(path: Path, one_to_many: bool = False) -> Checkpoint:
+    """Load an Ultralytics or original YOLOv5 checkpoint of the detection task.
+
+    Args:
+        one_to_many: of a head with two branches (YOLOv10, YOLO26) take the one that needs suppression.
 
     Raises:
         SourceError: the file is no checkpoint, is damaged, names code that is not known, holds another kind of
@@ -138,11 +147,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise SourceError(f"{path}: found a {type(model).__name__}; expected a detection model")
     try:
         _check_tree(path, model)
-        return _finish(model)
+        checkpoint = _finish(model, one_to_many)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise SourceError(
             f"{path}: the network in this checkpoint is incomplete ({error}); expected one of the detection task"
         ) from error
+    if one_to_many and "one2one_cv2" not in checkpoint.head._modules:
+        raise ConfigError(f"{path}: has one head, which is one-to-many; leave one_to_many (--one-to-many) out")
+    return checkpoint
 
 
 def _read(path: Path) -> Any:
@@ -200,10 +212,10 @@ def _refusal(path: Path, unknown: list[str]) -> str:
     for name in unknown:
         for word, what in _OTHER_TASKS.items():
             if word in name.rsplit(".", 1)[-1]:
-                return f"{path}: found {what} ({listed}); expected a YOLOv8, YOLOv5u or YOLOv5 detection checkpoint"
+                return f"{path}: found {what} ({listed}); expected a detection checkpoint of YOLOv3u to YOLO26, or of the original YOLOv5"
     return (
         f"{path}: refused, because it names code that fusenms does not know: {listed}. Nothing of it was run. "
-        "Expected a YOLOv8, YOLOv5u or YOLOv5 detection checkpoint; export other models to .onnx where you trust them and pass that"
+        "Expected a detection checkpoint of YOLOv3u to YOLO26, or of the original YOLOv5; export other models to .onnx where you trust them and pass that"
     )
 
 
@@ -250,7 +262,7 @@ def _check_tree(path: Path, model: nn.Module) -> None:
             )
 
 
-def _finish(model: modules.DetectionModel) -> Checkpoint:
+def _finish(model: modules.DetectionModel, one_to_many: bool) -> Checkpoint:
     model = model.float().eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, modules.Conv):
@@ -260,10 +272,14 @@ def _finish(model: modules.DetectionModel) -> Checkpoint:
     head = model.model[-1]
     if not isinstance(head, (modules.AnchorFreeDetect, modules.AnchorDetect)):
         raise ValueError(f"its last layer is a {type(head).__name__}, not a detection head")
-    if isinstance(head, modules.AnchorFreeDetect) and not torch.equal(
-        head.dfl.conv.weight.flatten(), torch.arange(head.reg_max).float()
+    if (
+        isinstance(head, modules.AnchorFreeDetect)
+        and head.reg_max > 1
+        and not torch.equal(head.dfl.conv.weight.flatten(), torch.arange(head.reg_max).float())
     ):
         raise ValueError("the bins of its box distribution are not 0, 1, 2, …")
+    if isinstance(head, modules.AnchorFreeDetect):
+        head.one_to_one = "one2one_cv2" in head._modules and not one_to_many
     strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride).tolist())
     _check_head(model, head, strides)
     return Checkpoint(model, _names(model, int(head.nc)), strides, _size(model), str(getattr(model, "task", "detect")))

@@ -81,7 +81,8 @@ def _layout(checkpoint: Checkpoint) -> Layout:
     head, count = checkpoint.head, len(checkpoint.names)
     if isinstance(head, AnchorFreeDetect):
         boxes, classes = Tap(HEAD_BOXES, 1, 0, 4 * head.reg_max), Tap(HEAD_CLASSES, 1, 0, count)
-        return Layout("yolov8", boxes, classes, None, Activation.SIGMOID, Distances(checkpoint.strides, head.reg_max))
+        decode = Distances(checkpoint.strides, head.reg_max)
+        return Layout("yolov8", boxes, classes, None, Activation.SIGMOID, decode, suppress=not head.one_to_one)
     pixels = head.anchors.double() * torch.tensor(checkpoint.strides, dtype=torch.float64)[:, None, None]
     anchors = tuple(tuple((round(w, 4), round(h, 4)) for w, h in level) for level in pixels.tolist())
     boxes, objectness, classes = Tap(HEAD, 1, 0, 4), Tap(HEAD, 1, 4, 5), Tap(HEAD, 1, 5, 5 + count)

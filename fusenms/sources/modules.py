@@ -154,9 +154,12 @@ class DFL(nn.Module):
 
 
 class AnchorFreeDetect(nn.Module):
-    """Head of YOLOv8 and YOLOv5u: per level, distance bins (`cv2`) and class logits (`cv3`)."""
+    """Head of the Ultralytics families: per level, distance bins (`cv2`) and class logits (`cv3`); of some, a one-to-one branch beside it."""
 
-    parts: ClassVar[frozenset[str]] = frozenset({"cv2", "cv3", "dfl"})
+    parts: ClassVar[frozenset[str]] = frozenset({"cv2", "cv3", "dfl", "one2one_cv2", "one2one_cv3"})
+    one_to_one = False  # which branch runs, where there are two
+    one2one_cv2: nn.ModuleList
+    one2one_cv3: nn.ModuleList
     nc: int
     reg_max: int
     stride: Tensor
@@ -178,8 +181,8 @@ class AnchorFreeDetect(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return box distances ``[B, 4 * bins, N]`` (left, top, right, bottom) and class logits ``[B, C, N]``."""
-        boxes = [branch(x).flatten(2) for branch, x in zip(self.cv2, levels, strict=True)]
-        classes = [branch(x).flatten(2) for branch, x in zip(self.cv3, levels, strict=True)]
+        branches = (self.one2one_cv2, self.one2one_cv3) if self.one_to_one else (self.cv2, self.cv3)
+        boxes, classes = ([branch(x).flatten(2) for branch, x in zip(part, levels, strict=True)] for part in branches)
         return torch.cat(boxes, 2), torch.cat(classes, 2)
 
 
