@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -63,12 +64,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to time: ``prepare(images)`` makes what a round calls."""
+    """Something to time: ``prepare(images)`` makes what a round calls. ``file`` and ``threads`` are for measuring its memory."""
 
     name: str
     part: str
     prepare: Callable[[np.ndarray], Callable[[], Any]]
     file: Path | None = None
+    threads: int | None = None
 
 
 def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: bool = True) -> list[Contestant]:
@@ -81,13 +83,17 @@ def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: boo
     Raises:
         SourceError: a file cannot be read.
         UnsupportedByBackendError: a file does not run in ONNX Runtime.
+        InputError: the number of threads is not positive.
     """
 
     def runner(model: Any) -> OnnxRuntimeRunner:
         return OnnxRuntimeRunner(model, threads=threads, arena=arena)
 
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; expected a positive number")
     found = []
     for path in paths:
+        name = path.name if [p.name for p in paths].count(path.name) == 1 else str(path)
         model = read_onnx(path)
         fused = load_fused(path) if contract.KEY_BACKEND in read_metadata(model) else None
         if fused is not None and not get_backend(fused.backend).runs_on_onnxruntime:
@@ -95,9 +101,11 @@ def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: boo
                 f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; fuse it with --backend ort"
             )
         whole = runner(model)
-        found.append(Contestant(path.name, WHOLE, lambda images, whole=whole: lambda: whole.infer(images), path))  # type: ignore[misc]
+        run = lambda images, whole=whole: lambda: whole.infer(images)  # noqa: E731
+        found.append(Contestant(name, WHOLE, run, path, threads))
         if fused is not None:
-            found.append(Contestant(path.name, TAIL, lambda images, fused=fused: _tail(fused, images, runner), path))  # type: ignore[misc]
+            tail = lambda images, fused=fused: _tail(fused, images, runner)  # noqa: E731
+            found.append(Contestant(name, TAIL, tail, path, threads))
     return found
 
 
@@ -155,38 +163,62 @@ def measure(
                 call()
                 seconds[i].append(time.perf_counter() - start)
         timings += [
-            _timing(entry, batch, seconds.get(i), seconds.get(0), notes.get(i, ""), memory)
+            _timing(entry, filled, seconds.get(i), seconds.get(0), notes.get(i, ""), memory)
             for i, entry in enumerate(entries)
         ]
     return timings
 
 
 def _timing(
-    entry: Contestant, batch: int, seconds: list[float] | None, first: list[float] | None, note: str, memory: bool
+    entry: Contestant,
+    images: np.ndarray,
+    seconds: list[float] | None,
+    first: list[float] | None,
+    note: str,
+    memory: bool,
 ) -> Timing:
-    nan = float("nan")
+    batch, nan = len(images), float("nan")
     if seconds is None:
         return Timing(entry.name, entry.part, batch, nan, nan, nan, nan, None, note)
     low, middle, high = (float(v) * 1e3 for v in np.percentile(seconds, [25, 50, 75]))
     ratio = nan if first is None else float(np.median(np.divide(seconds, first)))
-    peak = peak_memory(entry.file, entry.part, batch) if memory and entry.file is not None else None
+    peak = None
+    if memory and entry.file is not None:
+        peak = peak_memory(entry.file, entry.part, batch, images, entry.threads)
     return Timing(entry.name, entry.part, batch, middle, low, high, ratio, peak)
 
 
-def peak_memory(path: Path, part: str, batch: int) -> float | None:
-    """Megabytes that a run needs at its peak beyond the loaded model and its input, measured in a process of its own; None off Linux."""
+def peak_memory(
+    path: Path, part: str, batch: int, images: np.ndarray | None = None, threads: int | None = None
+) -> float | None:
+    """Megabytes that a run needs at its peak beyond the loaded model and its input, measured in a process of its own; None off Linux.
+
+    What it needs less than half a megabyte of may be hidden in memory that the process has kept.
+    """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "fusenms.benchmark", os.fspath(path), part, str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder) / "images.npy"
+        np.save(pictures, picture(*default_shape(path)) if images is None else images)
+        command = [
+            sys.executable,
+            "-m",
+            "fusenms.benchmark",
+            os.fspath(path),
+            part,
+            str(batch),
+            str(pictures),
+            str(threads or 0),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
     return float(json.loads(done.stdout)) if done.returncode == 0 else None
 
 
-def _measure_peak(path: Path, part: str, batch: int) -> float:
+def _measure_peak(path: Path, part: str, batch: int, pictures: Path, threads: int) -> float:
     """In a process of its own: highest resident memory during a run, less that before it."""
-    entry = next(e for e in contestants([path], None, arena=False) if e.part == part)
-    shape = default_shape(path)
-    run = entry.prepare(np.repeat(picture(*shape), batch, 0))
+    entry = next(e for e in contestants([path], threads or None, arena=False) if e.part == part)
+    images = np.load(pictures)
+    run = entry.prepare(images[np.arange(batch) % len(images)])
     run()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -200,12 +232,21 @@ def _status(key: str) -> float:
 
 
 def default_shape(path: Path) -> tuple[int, int]:
-    """Height and width that a model takes; 640 where they are open."""
-    dims = read_onnx(path).graph.input[0].type.tensor_type.shape.dim
-    if len(dims) != 4:
+    """Height and width that a model takes; where they are open, those that a fused file names as usual, or 640.
+
+    Raises:
+        SourceError: the file cannot be read.
+        InputError: it does not take pictures.
+    """
+    model = read_onnx(path)
+    weights = {entry.name for entry in model.graph.initializer}
+    shapes = [entry.type.tensor_type.shape.dim for entry in model.graph.input if entry.name not in weights]
+    if not shapes or len(shapes[0]) != 4:
         raise InputError(f"{path}: does not take a batch of pictures [batch, 3, height, width]")
-    return dims[2].dim_value or 640, dims[3].dim_value or 640
+    usual = json.loads(read_metadata(model).get(contract.KEY_IMAGE, "{}"))
+    return shapes[0][2].dim_value or usual.get("height", 640), shapes[0][3].dim_value or usual.get("width", 640)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure_peak(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
+    path, part, batch, pictures, threads = sys.argv[1:]
+    print(json.dumps(_measure_peak(Path(path), part, int(batch), Path(pictures), int(threads))))

@@ -4,7 +4,7 @@ It shares no code with the graph's emitters. Per image:
 
 1. score of a candidate = its highest class probability (times objectness, where the head has one); with
    `multi_label`, and of an end-to-end head, each class is a candidate of its own. A class score that is NaN or +infinity never wins: the
-   candidate is left out.
+   candidate is left out. (Whether it has taken a place in step 3 is open: runtimes differ in what a maximum makes of NaN.)
 2. keep score > `score_threshold`.
 3. keep the `max_candidates` best; among equals the lower candidate number (then the lower class) wins.
 4. unless the head is end-to-end, by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if

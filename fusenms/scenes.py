@@ -89,8 +89,9 @@ def crowded(stage: Stage, rng: np.random.Generator) -> Scene:
 
 
 def unusable(stage: Stage, rng: np.random.Generator) -> Scene:
-    """NaN and infinities among the class scores."""
-    scene = random(stage, rng)
+    """NaN and infinities among the class scores; few enough that no place is short (see `reference`)."""
+    scene = empty(stage, rng)
+    _raise_some(stage, scene, rng, min(stage.count, 250, stage.config.max_candidates), -3.0, 5.0)
     for value in (np.nan, np.inf, -np.inf):
         rows = rng.choice(stage.count, min(stage.count, 40), replace=False)
         scene.classes[rows, rng.integers(stage.layout.num_classes, size=len(rows))] = value

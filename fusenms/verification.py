@@ -200,6 +200,10 @@ class _Verification:
         whole.close()
         if shapes:
             self._on_scenes(shapes, batches)
+        unsettled = sum(not check.converged for check in self.checks)
+        if 2 * unsettled > len(self.checks):
+            problem = f"{unsettled} of {len(self.checks)} images say that they did not converge: too little was compared; take more rounds"
+            self.checks.append(Check(0, 0, "all", 0, 0, 0.0, 0.0, (problem,)))
         if not any(check.detections or check.problems for check in self.checks) and self.config.score_threshold < 1:
             self.checks.append(
                 Check(0, 0, "all", 0, 0, 0.0, 0.0, ("no detection in any picture or scene: nothing was proven",))

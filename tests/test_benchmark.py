@@ -99,6 +99,10 @@ def test_peak_memory_sees_what_a_run_needs(tmp_path, megabytes):
 
 def test_default_shape(tmp_path, fused_file):
     assert default_shape(fused_file) == (64, 64)
+    fuse(SHAPES / "shapes.pt", size=96, dynamic_size=True, unverified=True).save(
+        tmp_path / "open.onnx", unverified=True
+    )
+    assert default_shape(tmp_path / "open.onnx") == (96, 96)
     model = parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17]> m (float[a] x) => (float[a] y) { y = Abs (x) }'
     )
@@ -126,15 +130,24 @@ def test_command_gives_json(raw_file, fused_file, capsys):
 
 
 def test_command_refuses_before_it_measures(tmp_path, fused_file, capsys):
+    frozen = write(Decoded(), tmp_path / "frozen.onnx", dynamic=False)
     other = fuse(SHAPES / "shapes.pt", size=128).save(tmp_path / "other.ort.onnx")
     for arguments, message in (
         ([str(fused_file), str(other)], "pictures of different sizes (64x64, 128x128)"),
         ([str(fused_file), "--plot", "x.jpg"], "unknown format '.jpg'; expected .png, .svg or .pdf"),
         ([str(fused_file), "--plot", "nowhere/x.png"], "the folder nowhere does not exist"),
         (["missing.onnx"], "cannot be read"),
+        ([str(fused_file), "--threads", "0"], "threads is 0; expected a positive number"),
+        ([str(frozen), "--batch", "3"], "none of the files runs at batch 3: "),
     ):
         assert main(["bench", *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, raw_file):
+    (tmp_path / "raw.onnx").write_bytes(raw_file.read_bytes())
+    names = {t.name for t in measure(contestants([raw_file, tmp_path / "raw.onnx"]), IMAGES, batches=[1], runs=1)}
+    assert names == {str(raw_file), str(tmp_path / "raw.onnx")}
 
 
 def test_error_when_a_file_is_no_model(tmp_path):

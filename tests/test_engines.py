@@ -14,7 +14,7 @@ from raw_heads import LAYOUTS, fused_model
 from fusenms import fuse
 from fusenms.backends.trt import PLUGIN
 from fusenms.cli import main
-from fusenms.engines import EngineSettings, get_builder
+from fusenms.engines import Engine, EngineSettings, get_builder
 from fusenms.engines import rtx as rtx_module
 from fusenms.engines.rtx import build_rtx
 from fusenms.engines.trt_check import check_trt_graph
@@ -85,6 +85,38 @@ def test_refusal_names_the_node_and_the_cure(tmp_path, backend, operator):
         build_rtx(str(path), BATCH)
 
 
+def test_refusal_blames_the_right_operator(tmp_path, zoo):
+    path = zoo / "yolov8n_dynint8_640.onnx"
+    fused = fuse(path, backend="trt", make_dynamic=True, unverified=True).save(tmp_path / "m.onnx", unverified=True)
+    with pytest.raises(UnsupportedByBackendError, match="take the float file"):
+        check_trt_graph(str(fused))
+
+
+def test_error_when_a_size_is_asked_for_that_is_fixed(tmp_path):
+    path = fuse(SHAPES / "shapes.pt", size=128, backend="portable", unverified=True).save(
+        tmp_path / "m.onnx", unverified=True
+    )
+    with pytest.raises(ConfigError, match=r"height is 320,320,320, but the file's is fixed at 128"):
+        build_rtx(str(path), EngineSettings(height=(320, 320, 320)))
+
+
+def test_usual_size_is_that_of_the_file(tmp_path):
+    path = fuse(SHAPES / "shapes.pt", size=128, backend="portable", dynamic_size=True, unverified=True)
+    engine = build_rtx(str(path.save(tmp_path / "m.onnx", unverified=True)), EngineSettings(batch=(1, 1, 1)))
+    assert engine.info["inputs"]["images"]["opt"] == [1, 3, 128, 128]
+
+
+def test_saving_leaves_no_half_and_no_old_layers(tmp_path):
+    engine = Engine(b"plan", {"a": 1})
+    (tmp_path / "m.rtx.layers.json").write_text("of another engine")
+    engine.save(tmp_path / "m.rtx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.rtx", "m.rtx.json"]
+    (tmp_path / "n.rtx.layers.json").mkdir()
+    with pytest.raises(SourceError, match="is a directory"):
+        Engine(b"plan", {}, "layers").save(tmp_path / "n.rtx")
+    assert not (tmp_path / "n.rtx").exists()
+
+
 def test_refusal_of_a_stranger_says_what_to_do(zoo):
     with pytest.raises(UnsupportedByBackendError, match=r"DynamicQuantizeLinear .* more nodes .* take the float file"):
         build_rtx(str(zoo / "yolov8n_dynint8_640.onnx"), BATCH)
@@ -124,7 +156,7 @@ def test_command_writes_engine_and_sidecar(tmp_path, monkeypatch, capsys):
     data = (tmp_path / "shapes.rtx").read_bytes()
     assert sidecar["engine"]["sha256"] == hashlib.sha256(data).hexdigest()
     assert sidecar["inputs"]["images"]["opt"] == [4, 3, 64, 64]
-    assert sidecar["settings"]["compute_capabilities"] == ["8.9"]
+    assert sidecar["builder"]["compute_capabilities"] == ["8.9"]
     assert sidecar["metadata"]["names"] == "{0: 'circle', 1: 'square', 2: 'triangle'}"
 
 
@@ -176,6 +208,10 @@ def swap_inputs(model, plugin):
     plugin.input[:] = plugin.input[::-1]
 
 
+def one_input(model, plugin):
+    plugin.input[1] = plugin.input[0]
+
+
 def unknown_node(model, plugin):
     next(node for node in model.graph.node if node.op_type == "Sigmoid").op_type = "Sigmoidal"
 
@@ -188,6 +224,8 @@ def unknown_node(model, plugin):
         (set_attribute("max_output_boxes", 0), "max_output_boxes is 0"),
         (set_attribute("plugin_version", "2"), "plugin_version is b'2'"),
         (add_attribute, "share_location is not one of its attributes"),
+        (one_input, "stands for both boxes and scores"),
+        (set_attribute("background_class", 5), "background_class is 5, but there are 5 classes"),
         (swap_inputs, r"boxes are \[-1, 84, 5\], not \[batch, candidates, 4\]"),
         (unknown_node, r"does not take Sigmoidal \(node"),
     ],

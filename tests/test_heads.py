@@ -79,6 +79,48 @@ def test_decode_that_is_not_quite_the_known_one_stays(tmp_path):
     assert fused.report
 
 
+class Permuted(Decoded):
+    """Two classes change places behind the sigmoid; the tensor before it is not the one to take."""
+
+    def forward(self, images):
+        joined = super().forward(images)
+        return torch.cat((joined[:, :4], joined[:, 5:6], joined[:, 4:5], joined[:, 6:]), 1)
+
+
+def test_classes_that_change_places_stay_where_the_file_has_them(tmp_path):
+    fused = fuse(write(Permuted(), tmp_path / "m.onnx"), family="yolov8")
+    assert (fused.layout.decode_stage, fused.layout.activation) == ("full", Activation.NONE)
+    assert fused.layout.classes.tensor == fused.layout.boxes.tensor
+
+
+def test_half_precision_inside_falls_back_to_the_decoded_output(tmp_path):
+    model = onnx.load(write(Decoded(), tmp_path / "m.onnx"))
+    graph, half = model.graph, onnx.TensorProto.FLOAT16
+    scales = {name for node in model.graph.node if node.op_type == "Resize" for name in node.input[1:]}
+    for weight in graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT:
+            weight.CopyFrom(
+                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight).astype("float16"), weight.name)
+            )
+    for node in graph.node:
+        for attribute in node.attribute if node.output[0] not in scales else ():
+            if attribute.name == "value" and attribute.t.data_type == onnx.TensorProto.FLOAT:
+                attribute.t.CopyFrom(
+                    onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(attribute.t).astype("float16"))
+                )
+        node.input[:] = ["half_images" if name == "images" else name for name in node.input]
+        node.output[:] = ["half_out" if name == "out" else name for name in node.output]
+        if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT:
+            node.attribute[0].i = half
+    graph.node.insert(0, helper.make_node("Cast", ["images"], ["half_images"], to=half))
+    graph.node.append(helper.make_node("Cast", ["half_out"], ["out"], to=onnx.TensorProto.FLOAT))
+    del graph.value_info[:]
+    onnx.save(model, tmp_path / "half.onnx")
+    fused = fuse(tmp_path / "half.onnx", family="yolov8")
+    assert fused.report
+    assert fused.layout.decode_stage == "full"
+
+
 def test_foreign_file_finds_what_our_export_finds(tmp_path):
     import numpy as np
 

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         timings = measure(
             entries, images, batches=args.batch, runs=args.runs, memory=not args.no_memory, progress=progress
         )
+    if all(timing.note for timing in timings):
+        raise InputError(f"none of the files runs at batch {', '.join(map(str, args.batch))}: {timings[0].note}")
     if not args.json:
         print_table(timings, args.runs)
     if args.plot is not None:
@@ -69,9 +71,9 @@ def print_table(timings: list[Timing], runs: int) -> None:
     )
     for t in timings:
         if t.note:
-            table.add_row(str(t.batch), t.name, t.part, "-", f"does not run: {t.note[:60]}", "-", "-")
+            table.add_row(str(t.batch), t.name, t.part, "-", f"does not run: {t.note}", "-", "-")
             continue
-        peak = "-" if t.memory_mb is None else f"{t.memory_mb:.1f}"
+        peak = "-" if t.memory_mb is None else f"{t.memory_mb:.1f}" if t.memory_mb >= 0.5 else "< 0.5"
         table.add_row(
             str(t.batch),
             t.name,

@@ -6,11 +6,11 @@ import argparse
 import time
 from pathlib import Path
 
-from fusenms.artifacts import check_writable, read_metadata, read_onnx
-from fusenms.benchmark import default_shape
+from fusenms.artifacts import read_metadata, read_onnx
 from fusenms.cli.printing import Steps, megabytes, progress_bar
 from fusenms.contract import KEY_BACKEND
 from fusenms.engines import BUILDERS, EngineSettings, get_builder
+from fusenms.engines.base import check_places
 from fusenms.engines.trt_check import check_trt_graph
 
 NAME = "engine"
@@ -18,7 +18,6 @@ HELP = "build an engine of a fused file (or of any .onnx), with a sidecar that s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = EngineSettings()
     parser.add_argument(
         "file", metavar="FILE", type=Path, help="an .onnx; for builder rtx, fused with --backend portable"
     )
@@ -27,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="where to write (default: NAME.BUILDER in this folder)"
     )
     parser.add_argument(
-        "--batch", type=three, default=defaults.batch, metavar="N|MIN,OPT,MAX", help="batch sizes (default: 1,8,32)"
+        "--batch",
+        type=three,
+        metavar="N|MIN,OPT,MAX",
+        help="batch sizes (default: 1,8,32 where the file leaves that open)",
     )
     for side in ("height", "width"):
         parser.add_argument(
@@ -45,14 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--check", action="store_true",
-        help="build nothing: show that TensorRT's parser takes the file; the plugin of a trt file is compared with its published interface",
+        help="build nothing: show that the parser of TensorRT-RTX, which is TensorRT's own without plugins, takes the file; the "
+        "plugin node of a trt file is compared with its published interface",
     )  # fmt: skip
 
 
 def three(text: str) -> tuple[int, int, int]:
     """Parse ``8`` or ``1,8,32``."""
-    sizes = [int(word) for word in text.split(",")]
-    if len(sizes) not in (1, 3):
+    sizes = [int(word) for word in text.split(",") if word.strip().isdigit()]
+    if len(sizes) not in (1, 3) or len(sizes) != len(text.split(",")):
         raise argparse.ArgumentTypeError(f"found {text!r}; expected one size (8) or MIN,OPT,MAX (1,8,32)")
     return (sizes[0], sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1], sizes[2])
 
@@ -64,19 +67,18 @@ def run(args: argparse.Namespace) -> int:
         steps.line("check", checked.summary)
         steps.finish(file=str(args.file), parser=checked.parser, nodes=checked.nodes, plugin=checked.plugin)
         return 0
-    height, width = default_shape(args.file)
     settings = EngineSettings(
-        batch=args.batch, height=args.height or (height,) * 3, width=args.width or (width,) * 3,
-        compute_capabilities=tuple(args.compute_capability),
-    )  # fmt: skip
+        batch=args.batch, height=args.height, width=args.width, compute_capabilities=tuple(args.compute_capability)
+    )
     output = args.output or Path(args.file.name.removesuffix(".onnx").removesuffix(".portable") + f".{args.builder}")
-    check_writable(output, args.file)
+    check_places(output, args.file)
     backend = read_metadata(read_onnx(args.file)).get(KEY_BACKEND)
     steps.line("read", f"{args.file.name} · {f'fused, backend {backend}' if backend else 'not fused by fusenms'}")
     with progress_bar("engine") as progress:
         engine = get_builder(args.builder)(str(args.file), settings, progress)
     builder, inputs = engine.info["builder"], engine.info["inputs"]
-    targets = ", ".join(settings.compute_capabilities) or "the builder's choice"
+    targets = builder["compute_capabilities"]
+    targets = targets if isinstance(targets, str) else ", ".join(targets)
     steps.line(
         "engine", f"{builder['name']} {builder['version']} · compute capability {targets} · {builder['layers']} layers"
     )

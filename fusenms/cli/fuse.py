@@ -102,13 +102,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rounds_argument(text: str) -> int | None:
     """Rounds from their text; None for auto."""
+    if text != "auto" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected auto or a number of rounds")
     return None if text == "auto" else int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     start, steps = time.monotonic(), Steps(args.json)
     config = PostprocessConfig(**{field.name: getattr(args, field.name) for field in fields(PostprocessConfig)})
-    output = args.output or Path(Path(args.weights).stem + get_backend(args.backend, config).suffix)
+    backend = get_backend(args.backend, config)
+    output = args.output or Path(Path(args.weights).stem + backend.suffix)
     check_writable(output, Path(args.weights))
     if args.images is not None:
         list_pictures(args.images)  # fails early

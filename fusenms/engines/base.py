@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,24 @@ class EngineSettings:
     """Settings of an engine build, checked on construction.
 
     Attributes:
-        batch: least, usual and most pictures of a run.
-        height, width: the same for the picture's sides, where the model leaves them open.
+        batch: least, usual and most pictures of a run; None: 1, 8 and 32 where the model leaves that open.
+        height, width: the same for the picture's sides; None: the file's usual ones where the model leaves them open.
         compute_capabilities: GPUs to build for, as ``8.6``; empty: the builder's own choice.
 
     Raises:
         ConfigError: a value is out of its range.
     """
 
-    batch: Sizes = (1, 8, 32)
-    height: Sizes = (640, 640, 640)
-    width: Sizes = (640, 640, 640)
+    batch: Sizes | None = None
+    height: Sizes | None = None
+    width: Sizes | None = None
     compute_capabilities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "height", "width"):
             sizes = getattr(self, name)
+            if sizes is None:
+                continue
             if len(sizes) != 3 or sorted(sizes) != list(sizes) or sizes[0] < 1:
                 raise ConfigError(f"{name} is {list(sizes)}; expected least, usual and most, rising, from 1 on")
 
@@ -54,20 +56,37 @@ class Engine:
         """Write the engine, ``PATH.json`` beside it, and ``PATH.layers.json`` where there is one; return the paths.
 
         Raises:
-            SourceError: a path cannot be written.
+            SourceError: a path cannot be written; then nothing is.
         """
-        sidecar, layers = (path.with_name(path.name + suffix) for suffix in (".json", ".layers.json"))
-        check_writable(sidecar)
+        check_places(path)
+        sidecar, layers = beside(path)
         written = [write_atomically(path, self.data)]
         written.append(write_atomically(sidecar, (json.dumps(self.info, indent=2) + "\n").encode()))
         if self.layers is not None:
             written.append(write_atomically(layers, self.layers.encode()))
+        else:
+            layers.unlink(missing_ok=True)  # of another engine
         return written
 
 
+def beside(path: Path) -> tuple[Path, Path]:
+    """Where the sidecar and the layers of an engine stand."""
+    return path.with_name(path.name + ".json"), path.with_name(path.name + ".layers.json")
+
+
+def check_places(path: Path, source: Path | None = None) -> None:
+    """Fail early where `Engine.save` would, and where it would destroy ``source``.
+
+    Raises:
+        SourceError: a path cannot be written.
+    """
+    for place in (path, *beside(path)):
+        check_writable(place, source)
+
+
 def describe(
-    model: onnx.ModelProto, source: str, data: bytes, settings: EngineSettings, builder: dict[str, Any], network: dict[str, Any]
-) -> dict[str, Any]:  # fmt: skip
+    path: Path, model: onnx.ModelProto, data: bytes, builder: dict[str, Any], network: dict[str, Any]
+) -> dict[str, Any]:
     """What the sidecar says of an engine: how it was built, from what, and all that the ONNX file says of itself."""
     from fusenms import __version__
 
@@ -75,8 +94,7 @@ def describe(
         "fusenms": __version__,
         "builder": builder,
         "engine": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
-        "source": {"file": source, "sha256": hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()},
-        "settings": asdict(settings),
+        "source": {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
         **network,
         "metadata": read_metadata(model),
     }

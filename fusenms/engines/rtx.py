@@ -6,6 +6,7 @@ models that need no suppression. Its networks are strongly typed: an engine comp
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def build_rtx(path: str, settings: EngineSettings, progress: Progress | None = N
         BackendUnavailableError: TensorRT-RTX is not installed.
         UnsupportedByBackendError: it refuses an operator; the message names the node, and what to do.
         EngineBuildError: it cannot build the network; the message has its words.
-        ConfigError: a compute capability is not one that it builds for.
+        ConfigError: a compute capability is not one that it builds for, or a size is asked for that the file does not leave open.
         SourceError: the file cannot be read, or has an input that no setting gives a size.
     """
     rtx = load_rtx()
@@ -63,7 +64,7 @@ def build_rtx(path: str, settings: EngineSettings, progress: Progress | None = N
     profile, inputs = builder.create_optimization_profile(), {}
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        inputs[tensor.name] = shapes = _profile_shapes(path, tensor.name, tuple(tensor.shape), settings)
+        inputs[tensor.name] = shapes = _profile_shapes(path, tensor.name, tuple(tensor.shape), settings, model)
         profile.set_shape(tensor.name, *shapes)
     if any(-1 in tuple(network.get_input(i).shape) for i in range(network.num_inputs)):
         config.add_optimization_profile(profile)
@@ -73,8 +74,11 @@ def build_rtx(path: str, settings: EngineSettings, progress: Progress | None = N
         raise EngineBuildError(f"{path}: TensorRT-RTX {rtx.__version__} cannot build the engine: {logger.text}{cure}")
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     info = describe(
-        model, Path(path).name, bytes(plan), settings,
-        {"name": "TensorRT-RTX", "version": rtx.__version__, "layers": network.num_layers},
+        Path(path), model, bytes(plan),
+        {
+            "name": "TensorRT-RTX", "version": rtx.__version__, "layers": network.num_layers,
+            "compute_capabilities": list(dict.fromkeys(settings.compute_capabilities)) or "the builder's choice",
+        },
         {
             "inputs": {name: {"min": least, "opt": usual, "max": most} for name, (least, usual, most) in inputs.items()},
             "outputs": {t.name: {"dtype": t.dtype.name.lower(), "shape": list(t.shape)} for t in outputs},
@@ -114,17 +118,30 @@ def parse(rtx: Any, network: Any, logger: Any, model: onnx.ModelProto, path: str
         raise UnsupportedByBackendError(f"{path}: TensorRT-RTX {rtx.__version__} cannot read the file: {said}")
     operators = Counter(operator for operator, _ in nodes)
     cures = list(dict.fromkeys(CURES[operator] for operator in operators if operator in CURES))
-    if read_metadata(model).get(contract.KEY_BACKEND) in ("ort", "trt"):
-        cures = [CURES["NonMaxSuppression"]]
     first = ", ".join(f"{operator} (node {name!r})" for operator, name in nodes[:3])
     more = f" and {len(nodes) - 3} more nodes ({', '.join(operators)})" if len(nodes) > 3 else ""
     cure = "; ".join(cures) or f"it says: {errors[0].desc()}"
     raise UnsupportedByBackendError(f"{path}: TensorRT-RTX {rtx.__version__} does not take {first}{more}; {cure}")
 
 
-def _profile_shapes(path: str, name: str, shape: tuple[int, ...], settings: EngineSettings) -> tuple[list[int], ...]:
-    """Least, usual and most shape of an input: the first open size is the batch's, the third and fourth are a picture's."""
-    named: dict[int, Sizes] = {0: settings.batch, 2: settings.height, 3: settings.width}
+def _profile_shapes(
+    path: str, name: str, shape: tuple[int, ...], settings: EngineSettings, model: onnx.ModelProto
+) -> tuple[list[int], ...]:
+    """Least, usual and most shape of an input: its first size is the batch's, its third and fourth are a picture's."""
+    usual = json.loads(read_metadata(model).get(contract.KEY_IMAGE, "{}"))
+    height, width = ((usual.get(side, 640),) * 3 for side in ("height", "width"))
+    named: dict[int, Sizes] = {
+        0: settings.batch or (1, 8, 32),
+        2: settings.height or height,
+        3: settings.width or width,
+    }
+    asked = {0: ("batch", settings.batch), 2: ("height", settings.height), 3: ("width", settings.width)}
+    for axis, (what, sizes) in asked.items():
+        if sizes is not None and len(shape) == 4 and shape[axis] >= 0 and set(sizes) != {shape[axis]}:
+            raise ConfigError(
+                f"{path}: {what} is {','.join(map(str, sizes))}, but the file's is fixed at {shape[axis]}; leave it out, or fuse the "
+                "weights again with an open one"
+            )
     if any(size < 0 and (axis not in named or (axis > 0 and len(shape) != 4)) for axis, size in enumerate(shape)):
         raise SourceError(
             f"{path}: input {name!r} has the shape {list(shape)} (-1: open); expected an open batch, and open sides of a picture at most"

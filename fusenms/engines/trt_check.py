@@ -22,7 +22,7 @@ from fusenms.errors import SourceError, UnsupportedByBackendError
 FLOAT_KIND, INT_KIND, STRING_KIND = onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT, onnx.AttributeProto.STRING
 ATTRIBUTES: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "score_threshold": (FLOAT_KIND, lambda x: x >= 0),
-    "iou_threshold": (FLOAT_KIND, lambda x: x >= 0),
+    "iou_threshold": (FLOAT_KIND, lambda x: 0 <= x <= 1.0001),  # strictly above 1 says that nothing is suppressed
     "max_output_boxes": (INT_KIND, lambda x: x > 0),
     "background_class": (INT_KIND, lambda x: x >= -1),
     "score_activation": (INT_KIND, lambda x: x in (0, 1)),
@@ -120,6 +120,11 @@ def _check_inputs(path: str, plugin: onnx.NodeProto, outputs: list[Any]) -> None
     problems = [f"{t.name} is {t.dtype.name}" for t in (boxes, scores) if t.dtype.name not in ("FLOAT", "HALF")]
     if len(shapes[0]) != 3 or shapes[0][2] != 4:
         problems.append(f"boxes are {list(shapes[0])}, not [batch, candidates, 4]")
+    if plugin.input[0] == plugin.input[1]:
+        problems.append(f"{plugin.input[0]} stands for both boxes and scores")
+    background = next(a.i for a in plugin.attribute if a.name == "background_class")
+    if len(shapes[1]) == 3 and background >= shapes[1][2]:
+        problems.append(f"background_class is {background}, but there are {shapes[1][2]} classes")
     if len(shapes[1]) != 3 or shapes[1][1] != shapes[0][1] or not 0 < shapes[1][2] <= MOST_CLASSES:
         problems.append(f"scores are {list(shapes[1])}, not [batch, {shapes[0][1]}, classes]")
     _refuse(path, plugin, problems)

@@ -15,6 +15,7 @@ from onnx import helper
 
 from fusenms.artifacts import RawModel
 from fusenms.errors import SourceError
+from fusenms.graph import cut_before
 from fusenms.layout import Join, Layout
 
 LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
@@ -81,12 +82,27 @@ class Evidence:
         found = self._run(outputs, [name for name in tensors if name not in outputs])
         return {name: found[name] for name in tensors}
 
-    def _run(self, outputs: list[str], inner: list[str]) -> dict[str, np.ndarray]:
-        import onnxruntime
+    def run_behind(self, taps: dict[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Run what is behind some tensors of the model, given their values ``[1, …]`` float32.
 
+        Raises:
+            SourceError: it does not run.
+        """
+        model = cut_before(self.raw.model, {name: value.shape[1:] for name, value in taps.items()})
+        return self._infer(model, list(outputs), taps)
+
+    def _run(self, outputs: list[str], inner: list[str]) -> dict[str, np.ndarray]:
         model = onnx.ModelProto()
         model.CopyFrom(self.raw.model)
         model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in inner)
+        return self._infer(model, [*outputs, *inner], {})
+
+    def _infer(
+        self, model: onnx.ModelProto, outputs: list[str], inputs: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Run on these values, and on the test picture where the model asks for one."""
+        import onnxruntime
+
         image = self.raw.image
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
@@ -94,12 +110,14 @@ class Evidence:
             session = onnxruntime.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
-            got = session.run([*outputs, *inner], {image.tensor: picture(image.height, image.width)})
+            asked = {entry.name for entry in session.get_inputs()}
+            given = inputs | {image.tensor: picture(image.height, image.width)}
+            got = session.run(outputs, {name: value for name, value in given.items() if name in asked})
         except Exception as error:  # ONNX Runtime raises its own kinds
             raise SourceError(
                 f"{self.raw.source}: the model does not run in ONNX Runtime ({str(error).strip().splitlines()[0][:300]})"
             ) from error
-        return dict(zip([*outputs, *inner], map(np.asarray, got), strict=True))
+        return dict(zip(outputs, map(np.asarray, got), strict=True))
 
     def strides(self, anchors: int, count: int) -> tuple[int, ...] | None:
         """Strides of the levels of a head with so many anchors per cell and so many candidates; None where none fit."""

@@ -1,7 +1,8 @@
 """Find the tensors before a decode that a stranger's graph contains, and show by value that they are the ones.
 
-The graph only suggests tensors: what goes into the sigmoids, and into the softmax of the box distribution.
-The proof is that the reference, decoding them, gives the model's own output for every candidate of the test picture.
+The graph only suggests tensors: what goes into the sigmoids, and into the softmax of the box distribution. For the proof the
+graph is cut there, and what is left of it runs on random values, so that every class and every bin counts: the reference,
+decoding the same values, must give the model's own output for every candidate.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
+from fusenms.errors import SourceError
 from fusenms.heads.evidence import MOVES, Evidence, inputs_of, joined, joined_parts, producers_of
 from fusenms.layout import Activation, AnchorBoxes, Distances, Join, Layout, Tap
 from fusenms.reference import candidates
@@ -45,14 +47,14 @@ def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
                 continue
             decode = Distances(strides, box_tap.channels // 4)
             late = Layout(layout.family, box_tap, class_tap, None, Activation.SIGMOID, decode)
-            if _same(evidence, layout, late, values):
+            if _same(evidence, layout, late):
                 return late
     parts = joined_parts(producers, layout.boxes.tensor)
     values |= evidence.values(parts)
     for class_tap in _taps(values, logits, count, layout.num_classes):
         for box_tap in _taps(values, parts, count, 4):
             half = replace(layout, boxes=box_tap, classes=class_tap, activation=Activation.SIGMOID)
-            if _same(evidence, layout, half, values):
+            if _same(evidence, layout, half):
                 return half
     return layout
 
@@ -82,7 +84,7 @@ def earliest_anchors(evidence: Evidence, layout: Layout, anchors: int) -> Layout
     boxes, classes, objectness = (Tap(join.tensor, 2, *span) for span in ((0, 4), (5, channels), (4, 5)))
     decode = AnchorBoxes(strides, tuple(sizes))
     late = Layout(layout.family, boxes, classes, objectness, Activation.SIGMOID, decode, (join,))
-    return late if _same(evidence, layout, late, {join.tensor: head}) else layout
+    return late if _same(evidence, layout, late) else layout
 
 
 def _count(evidence: Evidence, layout: Layout) -> int:
@@ -109,8 +111,18 @@ def _taps(values: dict[str, np.ndarray], names: Sequence[str], count: int, chann
                 yield Tap(name, axis, 0, shape[axis])
 
 
-def _same(evidence: Evidence, decoded: Layout, late: Layout, values: dict[str, np.ndarray]) -> bool:
+def _same(evidence: Evidence, decoded: Layout, late: Layout) -> bool:
+    """Whether the graph behind the taps of ``late`` makes of random values what the reference makes of them."""
+    rng = np.random.default_rng(11)
+    values = evidence.values(late.sources)
+    if any(value.dtype != np.float32 for value in values.values()):  # half precision: the tail is float32
+        return False
+    taps = {name: rng.normal(0, 2.5, value.shape).astype(np.float32) for name, value in values.items()}
+    try:
+        got = evidence.run_behind(taps, decoded.tensors)
+    except SourceError:  # what is behind does not stand alone
+        return False
     size = (evidence.raw.image.height, evidence.raw.image.width)
-    own = candidates({s.tensor: s.value for s in evidence.samples}, 0, decoded, size)
-    ours = candidates(values, 0, late, size)
+    own = candidates(got, 0, decoded, size)
+    ours = candidates(taps | {join.tensor: joined(taps, join) for join in late.joins}, 0, late, size)
     return bool(np.abs(own.boxes - ours.boxes).max() <= PIXELS and np.abs(own.scores - ours.scores).max() <= SCORES)

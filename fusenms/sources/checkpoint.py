@@ -215,7 +215,8 @@ def _refusal(path: Path, unknown: list[str]) -> str:
                 return f"{path}: found {what} ({listed}); expected a detection checkpoint of YOLOv3u to YOLO26, or of the original YOLOv5"
     return (
         f"{path}: refused, because it names code that fusenms does not know: {listed}. Nothing of it was run. "
-        "Expected a detection checkpoint of YOLOv3u to YOLO26, or of the original YOLOv5; export other models to .onnx where you trust them and pass that"
+        "Expected a detection checkpoint of YOLOv3u to YOLO26, or of the original YOLOv5; export other models to .onnx "
+        "where you trust them and pass that"
     )
 
 

@@ -154,7 +154,10 @@ class DFL(nn.Module):
 
 
 class AnchorFreeDetect(nn.Module):
-    """Head of the Ultralytics families: per level, distance bins (`cv2`) and class logits (`cv3`); of some, a one-to-one branch beside it."""
+    """Head of the Ultralytics families: per level, distance bins (`cv2`) and class logits (`cv3`).
+
+    Some have a one-to-one branch beside it, whose candidates need no suppression.
+    """
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv2", "cv3", "dfl", "one2one_cv2", "one2one_cv3"})
     one_to_one = False  # which branch runs, where there are two
