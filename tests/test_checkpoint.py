@@ -112,7 +112,7 @@ def test_no_package_of_the_checkpoint_is_imported():
 def archive(data: bytes, storages: dict[str, int], path: Path) -> Path:
     """A checkpoint file from a bare pickle, its storages made up: zeros, but for what is bins (0 to 15) or strides by its size."""
     known = {32: np.arange(16, dtype=np.float16).tobytes(), 6: np.array([8, 16, 32], np.float16).tobytes()}
-    known[12] = np.array([8, 16, 32], np.float32).tobytes()
+    known |= {64: np.arange(16, dtype=np.float32).tobytes(), 12: np.array([8, 16, 32], np.float32).tobytes()}
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", data)
         file.writestr("archive/version", "3\n")
@@ -150,10 +150,18 @@ def test_flat_class_paths_of_the_first_release_load(zoo, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["yolo11n", "yolo12n", "yolov10n", "yolo26n"])
-def test_error_names_what_is_unknown_in_newer_families(zoo, tmp_path, name):
+def test_trees_of_real_checkpoints_load(zoo, tmp_path, name):
     data = (zoo / "pickles" / f"{name}.data.pkl").read_bytes()
-    with pytest.raises(SourceError, match=r"names code that fusenms does not know: ultralytics\.nn\.modules\.block\."):
-        load_checkpoint(archive(data, storages_of(data), tmp_path / "new.pt"))
+    checkpoint = load_checkpoint(archive(data, storages_of(data), tmp_path / "new.pt"))
+    assert checkpoint.names[:3] == ("person", "bicycle", "car")
+    assert decoded(checkpoint, np.zeros((1, 3, 64, 64), np.float32)).shape == (1, 84, 84)
+
+
+def test_error_names_what_is_unknown(zoo, tmp_path):
+    data = (zoo / "pickles" / "yolo11n.data.pkl").read_bytes()
+    renamed = data.replace(b"ultralytics.nn.modules.block\nC2PSA\n", b"ultralytics.nn.modules.block\nC9PSA\n")
+    with pytest.raises(SourceError, match=r"names code that fusenms does not know: ultralytics\.nn\.modules\.block\.C9PSA"):
+        load_checkpoint(archive(renamed, storages_of(data), tmp_path / "new.pt"))
 
 
 class Bomb:

@@ -77,7 +77,9 @@ def _stand_ins() -> dict[str, Any]:
     for name in ("ultralytics.nn.modules.v10Detect", "ultralytics.nn.modules.head.v10Detect"):
         table[name] = modules.AnchorFreeDetect
     table["models.yolo.Detect"] = modules.AnchorDetect
-    for name in ("ultralytics.nn.tasks.DetectionModel", "models.yolo.Model", "models.yolo.DetectionModel"):
+    for name in ("ultralytics.nn.tasks.DetectionModel", "ultralytics.nn.tasks.YOLOv10DetectionModel"):
+        table[name] = modules.DetectionModel
+    for name in ("models.yolo.Model", "models.yolo.DetectionModel"):
         table[name] = modules.DetectionModel
     ours = (*_BLOCKS.values(), modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
     table |= {f"{cls.__module__}.{cls.__name__}": cls for cls in ours}
