@@ -160,7 +160,9 @@ def test_trees_of_real_checkpoints_load(zoo, tmp_path, name):
 def test_error_names_what_is_unknown(zoo, tmp_path):
     data = (zoo / "pickles" / "yolo11n.data.pkl").read_bytes()
     renamed = data.replace(b"ultralytics.nn.modules.block\nC2PSA\n", b"ultralytics.nn.modules.block\nC9PSA\n")
-    with pytest.raises(SourceError, match=r"names code that fusenms does not know: ultralytics\.nn\.modules\.block\.C9PSA"):
+    with pytest.raises(
+        SourceError, match=r"names code that fusenms does not know: ultralytics\.nn\.modules\.block\.C9PSA"
+    ):
         load_checkpoint(archive(renamed, storages_of(data), tmp_path / "new.pt"))
 
 
