@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fusenms import contract
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, SourceError, VerificationError
@@ -23,12 +25,55 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """What a network wants for a picture ``p`` (RGB, 0 to 1): ``(p * scale - mean) / std``, with the channels in this order.
+
+    ``mean`` and ``std`` are in the order of ``channels``, "rgb" or "bgr".
+    """
+
+    channels: str = "rgb"
+    scale: float = 1.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.channels not in ("rgb", "bgr"):
+            raise ConfigError(f"channels is {self.channels!r}; expected 'rgb' or 'bgr'")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
+            raise ConfigError(f"mean is {self.mean!r}, std is {self.std!r}; expected three numbers each, std not 0")
+
+    def apply(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures ``[B, 3, height, width]`` float32 (RGB, 0 to 1) as the network wants them."""
+        ordered = pictures[:, ::-1] if self.channels == "bgr" else pictures
+        factor, offset = self.terms
+        return ordered * factor + offset
+
+    @property
+    def terms(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same as a factor and a summand, ``[1, 3, 1, 1]`` float32 each."""
+        mean, std = (np.array(values, np.float64).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
+        return (self.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PIXELS: dict[str, Pixels] = {
+    "rgb": Pixels(),
+    "bgr": Pixels("bgr"),
+    "rgb255": Pixels(scale=255.0),
+    "bgr255": Pixels("bgr", 255.0),
+    "imagenet": Pixels("rgb", 1.0, *_IMAGENET),
+    "bgr255-imagenet": Pixels("bgr", 255.0, (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)),
+}
+"""By name: 0 to 1 or 0 to 255, RGB or BGR, normalized with the mean and deviation of ImageNet or not."""
+
+
+@dataclass(frozen=True)
 class ImageInput:
     """The picture input of a model: float32 ``[B, 3, height, width]``, RGB, 0 to 1.
 
     ``height`` and ``width`` are the sizes it works at by default; with ``dynamic_size`` other
     multiples of ``stride`` work too. ``independent`` is false where the images of a batch change each other's results
-    (dynamic quantization, whose ranges span the batch).
+    (dynamic quantization, whose ranges span the batch). ``stretch``: pictures are stretched to the size, not letterboxed.
     """
 
     tensor: str
@@ -37,6 +82,7 @@ class ImageInput:
     stride: int
     dynamic_size: bool = False
     independent: bool = True
+    stretch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "stride"):
@@ -50,10 +96,11 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class RawModel:
-    """A detector as ONNX, up to its raw head, with dynamic batch.
+    """A detector as ONNX, up to its raw head, with dynamic batch; or with a ``frozen_batch``, which `fusenms.batch` opens.
 
     ``layout`` is set where the source knows it (our own export, a module described by hand);
-    otherwise `fusenms.recognize` finds it. ``notes`` are lines for the user on how it came about.
+    otherwise `fusenms.recognize` finds it. ``notes`` are lines for the user on how it came about. ``pixels`` and ``stretch`` say how
+    the network wants its pictures; None: as its family usually does.
     """
 
     model: onnx.ModelProto
@@ -63,6 +110,9 @@ class RawModel:
     source: str
     layout: Layout | None = None
     notes: tuple[str, ...] = ()
+    pixels: Pixels | None = None
+    stretch: bool | None = None
+    frozen_batch: int | None = None
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ def choose(
         total: candidates per image, None where that is open.
         adaptive: let the number of chosen candidates follow the data.
     """
-    multi_label = config.multi_label or not layout.suppress
+    multi_label = layout.every_class or (config.multi_label and layout.labels is None)
     most = config.max_candidates if layout.suppress else config.max_detections
     pool, origin = _Pool.of_head(g, layout, widths), None
-    if layout.objectness is not None and layout.activation is Activation.SIGMOID and adaptive:
+    bounded = layout.objectness is not None and layout.objectness_weight is None
+    if bounded and layout.activation is Activation.SIGMOID and adaptive:
         origin = _pass_objectness(g, pool, config, total)
         pool = pool.take(origin)
     scores, activation = _scores(g, pool, multi_label)
@@ -65,7 +66,10 @@ def choose(
         else:
             anchor, chosen = at, pool.take(at)
             class_scores = chosen.part(layout.classes)
-            labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
+            if layout.labels is None:
+                labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
+            else:
+                labels = g.cast(g.reshape(chosen.part(layout.labels), 0, -1), INT32)
             # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
             valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
         index = anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
@@ -129,21 +133,37 @@ def _scores(g: Graph, pool: _Pool, multi_label: bool) -> tuple[Tensor, Activatio
 
     ``[B, n]``: the best class of each box; with ``multi_label`` ``[B, n * C]``, classes of a box side by side.
     """
-    layout = pool.layout
+    layout, activation = pool.layout, pool.layout.activation
     classes, axis = pool.part(layout.classes), pool.channel_axis(layout.classes)
+    if activation is Activation.SOFTMAX:
+        classes, axis, activation = _softmax(g, pool), 2, Activation.NONE
     if multi_label:
         scores: Tensor = g.op("Transpose", classes, perm=[0, 2, 1]) if axis == 1 else classes
     else:
         scores = g.reduce("ReduceMax", classes, axis)
-    activation = layout.activation
     if layout.objectness is not None:
         if activation is Activation.SIGMOID:
             usable = g.op("Less", scores, g.floats(np.inf))  # false for NaN; the sigmoid would hide an infinity
             scores = g.where(usable, g.op("Sigmoid", scores), g.floats(0.0))
         objectness = _objectness(g, pool, layout.objectness)
+        if (weight := layout.objectness_weight) is not None:
+            scores = g.op("Pow", g.op("Relu", scores), g.floats(1 - weight))
+            objectness = g.op("Pow", g.op("Relu", objectness), g.floats(weight))
         scores = g.op("Mul", scores, g.unsqueeze(objectness, 2) if multi_label else objectness)
         activation = Activation.NONE
     return (g.reshape(scores, 0, -1) if multi_label else scores), activation
+
+
+def _softmax(g: Graph, pool: _Pool) -> Tensor:
+    """Class probabilities ``[B, n, C]`` of a softmax over the classes and the background, where there is one."""
+    layout = pool.layout
+    parts = [
+        g.op("Transpose", pool.part(tap), perm=[0, 2, 1]) if pool.channel_axis(tap) == 1 else pool.part(tap)
+        for tap in (layout.classes, layout.background)
+        if tap is not None
+    ]
+    shares = g.op("Softmax", g.concat(parts, 2) if len(parts) > 1 else parts[0], axis=2)
+    return g.slice(shares, 2, 0, layout.classes.channels) if len(parts) > 1 else shares
 
 
 def _objectness(g: Graph, pool: _Pool, tap: Tap) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fusenms.artifacts import ImageInput
 from fusenms.graph import FLOAT, INT32, Graph, Tensor
-from fusenms.layout import AnchorBoxes, BoxFormat, Decoded, Distances, Layout
+from fusenms.layout import AnchorBoxes, BoxFormat, Decoded, Distances, Gridded, GridOffsets, Layout, TanhOffsets
 
 
 def decode_boxes(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor) -> Tensor:
@@ -21,26 +21,34 @@ def decode_boxes(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, ind
     """
     decode = layout.decode
     if isinstance(decode, Decoded):
-        return _ordered(g, _corners(g, terms) if decode.format is BoxFormat.CXCYWH else terms)
+        boxes = _corners(g, terms) if decode.format is BoxFormat.CXCYWH else terms
+        return _ordered(g, g.op("Mul", boxes, _sides(g, image, 4)) if decode.normalized else boxes)
     cell, stride, slot = _locate(g, decode, image, index)
     if isinstance(decode, Distances):
-        if decode.bins == 1:
-            return _ordered(g, _around(g, cell, terms, stride))
-        spread = g.op("Softmax", g.reshape(terms, 0, 0, 4, decode.bins), axis=3)
-        bins = g.const(np.arange(decode.bins), np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
-        return _around(g, cell, g.reduce("ReduceSum", g.op("Mul", spread, bins), 3), stride)
-    doubled = g.op("Mul", g.op("Sigmoid", terms), g.floats(2.0))
-    offset = g.op("Sub", g.slice(doubled, 2, 0, 2), g.floats(0.5))
+        distance: Tensor = terms
+        if decode.bins > 1:
+            spread = g.op("Softmax", g.reshape(terms, 0, 0, 4, decode.bins), axis=3)
+            bins = g.const(np.arange(decode.bins), np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
+            distance = g.reduce("ReduceSum", g.op("Mul", spread, bins), 3)
+        return _ordered(g, _around(g, cell, distance, stride, decode.point))
+    offset, extent = g.slice(terms, 2, 0, 2), g.slice(terms, 2, 2, 4)
+    if isinstance(decode, GridOffsets):
+        size = g.op("Mul", g.op("Exp", extent), stride)
+    elif isinstance(decode, TanhOffsets):
+        offset = g.op("Tanh", offset)
+        size = g.op("Mul", g.op("Sigmoid", extent), _sides(g, image, 2))
+    else:
+        offset = g.op("Sub", g.op("Mul", g.op("Sigmoid", offset), g.floats(2.0)), g.floats(0.5))
+        factor = g.op("Mul", g.op("Sigmoid", extent), g.floats(2.0))
+        anchors = g.const(np.asarray(decode.anchors).reshape(-1, 2), np.float32)
+        size = g.op("Mul", g.op("Mul", factor, factor), g.op("Gather", anchors, slot, axis=0))
     center = g.op("Mul", g.op("Add", offset, cell), stride)
-    factor = g.slice(doubled, 2, 2, 4)
-    anchors = g.const(np.asarray(decode.anchors).reshape(-1, 2), np.float32)
-    size = g.op("Mul", g.op("Mul", factor, factor), g.op("Gather", anchors, slot, axis=0))
     return _corners(g, g.concat([center, size], 2))
 
 
-def _around(g: Graph, cell: Tensor, distance: Tensor, stride: Tensor) -> Tensor:
-    """Distances from the cell's center to corners."""
-    center = g.op("Add", cell, g.floats(0.5))
+def _around(g: Graph, cell: Tensor, distance: Tensor, stride: Tensor, point: float) -> Tensor:
+    """Distances from a point of the cell to corners."""
+    center = g.op("Add", cell, g.floats(point)) if point else cell
     low = g.op("Sub", center, g.slice(distance, 2, 0, 2))
     high = g.op("Add", center, g.slice(distance, 2, 2, 4))
     return g.op("Mul", g.concat([low, high], 2), stride)
@@ -58,9 +66,15 @@ def _ordered(g: Graph, boxes: Tensor) -> Tensor:
     return g.concat([low, g.op("Max", low, g.slice(boxes, 2, 2, 4))], 2)
 
 
-def _locate(
-    g: Graph, decode: Distances | AnchorBoxes, image: ImageInput, index: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sides(g: Graph, image: ImageInput, count: int) -> Tensor:
+    """Width, height (and both again) of the input in pixels, ``[count]`` float32."""
+    if not image.dynamic_size:
+        return g.const(np.resize([image.width, image.height], count), np.float32)
+    shape = g.cast(g.op("Shape", g.tensor(image.tensor)), FLOAT)
+    return g.op("Gather", shape, g.const(np.resize([3, 2], count), np.int32), axis=0)
+
+
+def _locate(g: Graph, decode: Gridded, image: ImageInput, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where each candidate stands on the grid.
 
     Candidates are numbered by level, anchor, row, column.

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusenms.artifacts import FusedModel, ImageInput, RawModel
+import numpy as np
+
+from fusenms.artifacts import FusedModel, ImageInput, Pixels, RawModel
 from fusenms.backends import get_backend
 from fusenms.backends.base import select
 from fusenms.choosing import choose
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, SourceError
-from fusenms.graph import Graph, declared_shape
+from fusenms.graph import FLOAT, Graph, Tensor, declared_shape, declared_type
+from fusenms.heads import spec_of
 from fusenms.heads.evidence import Evidence
 from fusenms.layout import Layout
 
 
 def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend: str) -> FusedModel:
-    """Return the model with the outputs of the contract. It is not verified yet.
+    """Return the model with the outputs of the contract, for pictures in RGB from 0 to 1. It is not verified yet.
 
     Raises:
         ConfigError: no backend of that name, or a setting that it does not have.
@@ -33,9 +36,12 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     _check_taps(raw, layout)
     shapes = _head_shapes(raw, layout)
     total = None if raw.image.dynamic_size else shapes[layout.classes.tensor][2 - layout.classes.channel_axis]
+    spec, types = spec_of(layout), [declared_type(raw.model, part) for join in layout.joins for part in join.parts]
+    _feed_pixels(g, raw.image, spec.pixels if raw.pixels is None else raw.pixels)
     tensors, (layout, image) = layout.tensors, _free_names(g, layout, raw.image, config)
+    image = replace(image, stretch=spec.stretch if raw.stretch is None else raw.stretch)
     widths = {new: shapes[old][layout.channel_axis(new) - 1] for old, new in zip(tensors, layout.tensors, strict=True)}
-    _join(g, layout)
+    _join(g, layout, types)
     layout = replace(layout, joins=())
     if layout.suppress:
         outputs = emitter.suppress(g, choose(g, layout, image, config, widths, total, emitter.adaptive), config)
@@ -78,10 +84,29 @@ def _free_names(g: Graph, layout: Layout, image: ImageInput, config: Postprocess
     return Layout.from_dict(values), replace(image, tensor=renamed.get(image.tensor, image.tensor))
 
 
-def _join(g: Graph, layout: Layout) -> None:
-    """Emit the head tensors that the model has in parts."""
+def _feed_pixels(g: Graph, image: ImageInput, pixels: Pixels) -> None:
+    """Emit what makes the network's own pixels of a picture in RGB from 0 to 1; nothing where it takes those."""
+    if pixels == Pixels():
+        return
+    factor, offset = (g.const(values, np.float32) for values in pixels.terms)
+
+    def make(picture: Tensor) -> Tensor:
+        if pixels.channels == "bgr":
+            picture = g.op("Gather", picture, g.const([2, 1, 0], np.int64), axis=1)
+        scaled = g.op("Mul", picture, factor)
+        return g.op("Add", scaled, offset) if any(pixels.mean) else scaled
+
+    g.feed(image.tensor, make)
+
+
+def _join(g: Graph, layout: Layout, types: list[int]) -> None:
+    """Emit the head tensors that the model has in parts. ``types`` are those of the parts, in order, 0 where it declares none."""
+    kinds = iter(types)
     for join in layout.joins:
-        parts = [g.reshape(g.tensor(part), *join.part_shape) for part in join.parts]
+        parts = []
+        for part in join.parts:
+            whole = g.tensor(part) if next(kinds) in (0, FLOAT) else g.cast(g.tensor(part), FLOAT)
+            parts.append(g.reshape(whole, *join.part_shape))
         g.name(g.concat(parts, 3 - join.channel_axis), join.tensor)
 
 

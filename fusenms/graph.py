@@ -51,6 +51,16 @@ class Graph:
         tensor.name = name
         self._tensors[name] = tensor
 
+    def feed(self, name: str, make: Callable[[Tensor], Tensor]) -> None:
+        """Give the nodes that read a tensor what ``make`` emits from it instead."""
+        tensor = self._tensors[name]
+        readers = list(tensor.outputs)
+        made = make(tensor)
+        for node in readers:
+            for i, given in enumerate(node.inputs):
+                if given is tensor:
+                    node.inputs[i] = made
+
     @property
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -218,3 +228,9 @@ def declared_shape(model: onnx.ModelProto, tensor: str) -> tuple[int, ...]:
     entry = next((entry for entry in model.graph.output if entry.name == tensor), None)
     dims = entry.type.tensor_type.shape.dim[1:] if entry is not None else []
     return tuple(dim.dim_value for dim in dims) if all(dim.dim_value for dim in dims) else ()
+
+
+def declared_type(model: onnx.ModelProto, tensor: str) -> int:
+    """Element type of an output; 0 where the tensor is no output."""
+    entry = next((entry for entry in model.graph.output if entry.name == tensor), None)
+    return 0 if entry is None else int(entry.type.tensor_type.elem_type)

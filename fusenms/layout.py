@@ -20,10 +20,11 @@ class Activation(str, Enum):
 
     NONE = "none"
     SIGMOID = "sigmoid"
+    SOFTMAX = "softmax"
 
 
 class BoxFormat(str, Enum):
-    """Corners, or center and size; both in pixels of the model's input."""
+    """Corners, or center and size."""
 
     XYXY = "xyxy"
     CXCYWH = "cxcywh"
@@ -51,23 +52,26 @@ class Tap:
 
 @dataclass(frozen=True)
 class Decoded:
-    """The four box channels are finished boxes."""
+    """The four box channels are finished boxes, in pixels of the model's input or ``normalized`` to its size."""
 
     kind: ClassVar[str] = "decoded"
     format: BoxFormat
+    normalized: bool = False
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Distances from the cell's center to left, top, right, bottom in units of the stride (one anchor per cell).
+    """Distances from a point of the cell to left, top, right, bottom in units of the stride (one anchor per cell).
 
     Each distance is a distribution over ``bins`` integers: ``4 * bins`` channels, side by side; with one bin, the number itself.
+    ``point`` is where in the cell they start: 0.5 at its center, 0 at its low corner (NanoDet-Plus).
     Source: Li et al., "Generalized Focal Loss", 2020.
     """
 
     kind: ClassVar[str] = "distances"
     strides: tuple[int, ...]
     bins: int
+    point: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,25 @@ class AnchorBoxes:
     anchors: tuple[tuple[tuple[float, float], ...], ...]
 
 
-BoxDecode = Decoded | Distances | AnchorBoxes
-BOX_DECODES: tuple[type[Decoded] | type[Distances] | type[AnchorBoxes], ...] = (Decoded, Distances, AnchorBoxes)
+@dataclass(frozen=True)
+class GridOffsets:
+    """Offsets to the cell: center = (t + cell) * stride; size = exp(t) * stride (one anchor per cell). Source: YOLOX, 2021."""
+
+    kind: ClassVar[str] = "grid_offsets"
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TanhOffsets:
+    """Center = (tanh(t) + cell) * stride; size = sigmoid(t) * size of the input (one anchor per cell). Source: FastestDet, 2022."""
+
+    kind: ClassVar[str] = "tanh_offsets"
+    strides: tuple[int, ...]
+
+
+BoxDecode = Decoded | Distances | AnchorBoxes | GridOffsets | TanhOffsets
+Gridded = Distances | AnchorBoxes | GridOffsets | TanhOffsets
+BOX_DECODES: tuple[type[BoxDecode], ...] = (Decoded, Distances, AnchorBoxes, GridOffsets, TanhOffsets)
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,7 @@ class Join:
     """A head tensor that fusing makes out of several of the model's, one for each level, by reshaping and joining alone.
 
     With ``channel_axis`` 2 a part is ``[B, anchors, rows, columns, C]`` or ``[B, n, C]``; with 1
-    ``[B, C, rows, columns]`` or ``[B, C, n]``.
+    ``[B, C, rows, columns]`` or ``[B, C, n]``. Parts of another type become float32.
     """
 
     tensor: str
@@ -119,9 +140,11 @@ class Layout:
         objectness: where the objectness stands, where the head has one (a single channel).
         activation: how class scores and objectness become probabilities.
         decode: how box terms become boxes.
-        suppress: false where the head gives each object once (end-to-end), so that nothing is suppressed and every class of a
-            candidate counts, as the papers of such heads have it.
+        suppress: false where the head gives each object once (end-to-end), so that nothing is suppressed.
         joins: head tensors that the raw model has in parts; none in a fused model, which has them whole.
+        background: channel that says "nothing here", which a softmax counts among the classes.
+        labels: of end-to-end heads that give finished rows, the class's number; `classes` is then one channel, the score.
+        objectness_weight: w, where the score is objectness^w * class^(1 - w); None for their product.
     """
 
     family: str
@@ -132,19 +155,37 @@ class Layout:
     decode: BoxDecode
     joins: tuple[Join, ...] = ()
     suppress: bool = True
+    background: Tap | None = None
+    labels: Tap | None = None
+    objectness_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.labels is None or (self.classes.channels == 1 and not self.suppress), self
+        assert self.background is None or self.activation is Activation.SOFTMAX, self
+        assert self.activation is not Activation.SOFTMAX or self.objectness is None, self
 
     @property
     def num_classes(self) -> int:
-        return self.classes.channels
+        """How many classes there are; 0 where the head does not show it."""
+        return self.classes.channels if self.labels is None else 0
+
+    @property
+    def every_class(self) -> bool:
+        """Whether each class of a candidate counts, without being asked for: so the papers of end-to-end heads have it.
+
+        Not of those with a softmax, whose classes exclude each other.
+        """
+        return not self.suppress and self.labels is None and self.activation is not Activation.SOFTMAX
 
     @property
     def decode_stage(self) -> str:
         """``late``: boxes are decoded for chosen candidates only. ``full``: the source decodes all of them."""
-        return "full" if isinstance(self.decode, Decoded) else "late"
+        return "full" if isinstance(self.decode, Decoded) and not self.decode.normalized else "late"
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        return tuple(tap for tap in (self.boxes, self.classes, self.objectness) if tap is not None)
+        every = (self.boxes, self.classes, self.objectness, self.background, self.labels)
+        return tuple(tap for tap in every if tap is not None)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -188,16 +229,23 @@ class Layout:
                 family=values["family"],
                 boxes=Tap(**values["boxes"]),
                 classes=Tap(**values["classes"]),
-                objectness=Tap(**values["objectness"]) if values["objectness"] else None,
+                objectness=_tap(values["objectness"]),
                 activation=Activation(values["activation"]),
                 decode=kind(**decode),
                 joins=tuple(Join(**join | {"parts": tuple(join["parts"])}) for join in values["joins"]),
                 suppress=bool(values["suppress"]),
+                background=_tap(values["background"]),
+                labels=_tap(values["labels"]),
+                objectness_weight=values["objectness_weight"],
             )
         except (KeyError, TypeError, ValueError, StopIteration, AssertionError) as error:
             raise SourceError(
                 f"the layout stored in the file is unreadable ({error!r}); export the model again"
             ) from error
+
+
+def _tap(values: dict[str, Any] | None) -> Tap | None:
+    return None if values is None else Tap(**values)
 
 
 def _tuples(value: Any) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fusenms.artifacts import FusedModel, RawModel
 from fusenms.backends import get_backend
+from fusenms.batch import open_batch
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, VerificationError
 from fusenms.fusion import fuse_head
@@ -60,7 +61,8 @@ def fuse(
     raw = weights if isinstance(weights, RawModel) else load(
         weights, size=size, dynamic_size=dynamic_size, opset=opset, make_dynamic=make_dynamic, one_to_many=one_to_many
     )  # fmt: skip
-    fused = fuse_head(raw, recognize(raw, family), settings, backend)
+    layout = recognize(raw, family)
+    fused = fuse_head(open_batch(raw, layout), layout, settings, backend)
     return fused if unverified else prove(fused, verify(fused, images=images))
 
 

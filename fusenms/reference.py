@@ -3,8 +3,9 @@
 It shares no code with the graph's emitters. Per image:
 
 1. score of a candidate = its highest class probability (times objectness, where the head has one); with
-   `multi_label`, and of an end-to-end head, each class is a candidate of its own. A class score that is NaN or +infinity never wins: the
-   candidate is left out. (Whether it has taken a place in step 3 is open: runtimes differ in what a maximum makes of NaN.)
+   `multi_label`, and of an end-to-end head whose classes are not a softmax, each class is a candidate of its own. A class score
+   that is NaN or +infinity never wins: the candidate is left out. (Whether it has taken a place in step 3 is open: runtimes
+   differ in what a maximum makes of NaN.)
 2. keep score > `score_threshold`.
 3. keep the `max_candidates` best; among equals the lower candidate number (then the lower class) wins.
 4. unless the head is end-to-end, by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from fusenms.boxes import cxcywh_to_xyxy, ordered, pairwise_iou
 from fusenms.config import PostprocessConfig
-from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
+from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, TanhOffsets, Tap
 
 Floats = NDArray[np.float64]
 
@@ -76,7 +77,8 @@ class Candidates:
     """All candidates of one image: boxes ``[N, 4]`` xyxy in pixels, class values ``[N, C]``.
 
     ``keys`` order the candidates and meet ``threshold``: logits where those are exact, else probabilities.
-    A class value that never wins is NaN in ``keys``; ``rounding`` is the relative rounding of the keys. ``suppress`` is the layout's.
+    A class value that never wins is NaN in ``keys``; ``rounding`` is the relative rounding of the keys. ``suppress`` and ``every_class``
+    are the layout's. ``given`` ``[N]`` are labels that the head itself has chosen.
     """
 
     boxes: Floats
@@ -86,6 +88,8 @@ class Candidates:
     logits: bool
     rounding: float
     suppress: bool
+    every_class: bool
+    given: NDArray[np.int64] | None
 
 
 def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size: tuple[int, int]) -> Candidates:
@@ -93,16 +97,27 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
     terms, raw = _channels(head, image, layout.boxes), _channels(head, image, layout.classes)
     usable = ~np.isnan(raw) & (raw != np.inf)
     values = np.where(usable, raw, -np.inf)
-    sigmoid = layout.activation is Activation.SIGMOID
-    probabilities = _sigmoid(values) if sigmoid else values
-    if layout.objectness is None:
-        keys, rounding = values, 0.0
+    logits, rounding = False, SCORE_ROUNDING
+    if layout.activation is Activation.SOFTMAX:
+        every = (
+            raw if layout.background is None else np.concatenate((raw, _channels(head, image, layout.background)), 1)
+        )
+        usable = usable & (~np.isnan(every) & (every != np.inf)).all(1, keepdims=True)
+        probabilities = _softmax(np.where(usable.all(1, keepdims=True), every, 0))[:, : raw.shape[1]]
+        keys = probabilities
+    elif layout.objectness is None:
+        logits, rounding = layout.activation is Activation.SIGMOID, 0.0
+        probabilities, keys = _sigmoid(values) if logits else values, values
     else:
         objectness = _channels(head, image, layout.objectness)
-        probabilities = probabilities * (_sigmoid(objectness) if sigmoid else objectness)
-        keys, rounding = probabilities, SCORE_ROUNDING
+        if layout.activation is Activation.SIGMOID:
+            probabilities, objectness = _sigmoid(values), _sigmoid(objectness)
+        else:
+            probabilities = values
+        if (weight := layout.objectness_weight) is not None:
+            probabilities, objectness = probabilities.clip(0) ** (1 - weight), objectness.clip(0) ** weight
+        keys = probabilities = probabilities * objectness
         usable = usable & ~np.isnan(probabilities) & (probabilities != np.inf)
-    logits = sigmoid and layout.objectness is None
     return Candidates(
         _boxes(terms, layout, size),
         np.where(usable, keys, np.nan),
@@ -111,6 +126,8 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
         logits,
         rounding,
         layout.suppress,
+        layout.every_class,
+        None if layout.labels is None else _channels(head, image, layout.labels)[:, 0].astype(np.int64),
     )
 
 
@@ -178,17 +195,18 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
     if found.logits:
         with np.errstate(divide="ignore"):
             threshold = float(np.log(threshold) - np.log1p(-threshold))
-    if config.multi_label or not found.suppress:
-        anchor, label = (i.ravel() for i in np.indices(found.keys.shape))
+    if found.every_class or (config.multi_label and found.given is None):
+        anchor, column = (i.ravel() for i in np.indices(found.keys.shape))
         usable = ~np.isnan(found.keys)
     else:
-        anchor, label = np.arange(len(found.keys)), found.labels_by.argmax(1)
+        anchor, column = np.arange(len(found.keys)), found.labels_by.argmax(1)
         usable = np.broadcast_to(~np.isnan(found.keys).any(axis=1, keepdims=True), found.keys.shape)
-    key, score = found.keys[anchor, label], found.scores[anchor, label]
-    near: NDArray[np.bool_] = np.asarray(np.abs(key - threshold) <= _key_rounding(threshold, rounding))
-    near = near if rounding else np.zeros_like(near)
+    label = column if found.given is None else found.given[anchor]
+    key, score = found.keys[anchor, column], found.scores[anchor, column]
     with np.errstate(invalid="ignore"):
-        keep = usable[anchor, label] & ((key > threshold) | near)
+        near: NDArray[np.bool_] = np.asarray(np.abs(key - threshold) <= _key_rounding(threshold, rounding))
+        near = near if rounding else np.zeros_like(near)
+        keep = usable[anchor, column] & ((key > threshold) | near)
     anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]
     order = np.argsort(-key, kind="stable")
     if len(order) > config.max_candidates:
@@ -239,20 +257,30 @@ def _sigmoid(x: Floats) -> Floats:
         return 1 / (1 + np.exp(-x))
 
 
+def _softmax(x: Floats) -> Floats:
+    weight = np.exp(x - x.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
+
+
 def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
     decode = layout.decode
+    sides = np.array([size[1], size[0]] * 2, np.float64)
     if isinstance(decode, Decoded):
-        return ordered(cxcywh_to_xyxy(terms) if decode.format is BoxFormat.CXCYWH else terms)
+        boxes = cxcywh_to_xyxy(terms) if decode.format is BoxFormat.CXCYWH else terms
+        return ordered(boxes * sides if decode.normalized else boxes)
     if isinstance(decode, Distances):
         cells, strides, _ = _grid(decode.strides, size, 1)
         spread = terms.reshape(len(terms), 4, decode.bins)
-        if decode.bins == 1:
-            distance = spread[:, :, 0]
-        else:
-            weight = np.exp(spread - spread.max(2, keepdims=True))
-            distance = (weight * np.arange(decode.bins)).sum(2) / weight.sum(2)
-        center = cells + 0.5
+        distance = spread[:, :, 0] if decode.bins == 1 else (_softmax(spread) * np.arange(decode.bins)).sum(2)
+        center = cells + decode.point
         return ordered(np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None])
+    if isinstance(decode, (GridOffsets, TanhOffsets)):
+        cells, strides, _ = _grid(decode.strides, size, 1)
+        if isinstance(decode, GridOffsets):
+            offset, extent = terms[:, :2], np.exp(terms[:, 2:]) * strides[:, None]
+        else:
+            offset, extent = np.tanh(terms[:, :2]), _sigmoid(terms[:, 2:]) * sides[:2]
+        return cxcywh_to_xyxy(np.concatenate(((offset + cells) * strides[:, None], extent), 1))
     assert isinstance(decode, AnchorBoxes)
     table = np.array(decode.anchors)
     cells, strides, slots = _grid(decode.strides, size, table.shape[1])

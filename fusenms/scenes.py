@@ -10,7 +10,7 @@ import numpy as np
 from fusenms.artifacts import ImageInput
 from fusenms.choosing import strict_threshold
 from fusenms.config import PostprocessConfig
-from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Distances, Layout
+from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout
 
 LOW = -9.0  # logit of "nothing here"
 
@@ -46,7 +46,7 @@ def dense(stage: Stage, rng: np.random.Generator) -> Scene:
     scene = empty(stage, rng)
     middle = rng.integers(stage.count, size=24)
     rows = np.unique((middle[:, None] + np.arange(-20, 20)[None]).clip(0, stage.count - 1))
-    label = (rows // 160) % min(3, stage.layout.num_classes)
+    label = (rows // 160) % min(3, stage.layout.classes.channels)
     scene.classes[rows, label] = rng.uniform(-1, 5, len(rows))
     scene.objectness[rows] = rng.uniform(0, 4, len(rows))
     return scene
@@ -54,15 +54,17 @@ def dense(stage: Stage, rng: np.random.Generator) -> Scene:
 
 def empty(stage: Stage, rng: np.random.Generator) -> Scene:
     """Nothing above any usual threshold."""
-    classes = rng.normal(LOW, 0.5, (stage.count, stage.layout.num_classes))
+    classes = rng.normal(LOW, 0.5, (stage.count, stage.layout.classes.channels))
     return Scene(classes, rng.normal(LOW, 0.5, stage.count), _random_boxes(stage, rng))
 
 
 def ties(stage: Stage, rng: np.random.Generator) -> Scene:
     """Many equal scores, within a box's classes too, and equal boxes."""
-    scene = Scene(np.full((stage.count, stage.layout.num_classes), LOW), np.full(stage.count, 3.0), _even_boxes(stage))
+    scene = Scene(
+        np.full((stage.count, stage.layout.classes.channels), LOW), np.full(stage.count, 3.0), _even_boxes(stage)
+    )
     rows = rng.choice(stage.count, min(stage.count, 400), replace=False)
-    scene.classes[rows] = rng.choice([LOW, 1.0, 2.0], (len(rows), stage.layout.num_classes), p=[0.9, 0.05, 0.05])
+    scene.classes[rows] = rng.choice([LOW, 1.0, 2.0], (len(rows), stage.layout.classes.channels), p=[0.9, 0.05, 0.05])
     return scene
 
 
@@ -73,7 +75,7 @@ def thresholds(stage: Stage, rng: np.random.Generator) -> Scene:
     at = strict_threshold(stage.config.score_threshold, Activation.SIGMOID)
     scores = [at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf))]
     rows = rng.choice(stage.count, min(stage.count, 60), replace=False)
-    scene.classes[rows, rng.integers(stage.layout.num_classes, size=len(rows))] = np.resize(
+    scene.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = np.resize(
         np.clip(scores, -80, 80), len(rows)
     )
     scene.objectness[rows] = 40.0
@@ -94,7 +96,7 @@ def unusable(stage: Stage, rng: np.random.Generator) -> Scene:
     _raise_some(stage, scene, rng, min(stage.count, 250, stage.config.max_candidates), -3.0, 5.0)
     for value in (np.nan, np.inf, -np.inf):
         rows = rng.choice(stage.count, min(stage.count, 40), replace=False)
-        scene.classes[rows, rng.integers(stage.layout.num_classes, size=len(rows))] = value
+        scene.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = value
     return scene
 
 
@@ -121,6 +123,11 @@ def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...
         if layout.objectness is not None:
             objectness = _squash(scene.objectness) if activate else scene.objectness
             parts.append((layout.objectness, objectness[:, None]))
+        if layout.background is not None:
+            parts.append((layout.background, np.zeros((stage.count, 1))))
+        if layout.labels is not None:
+            labels = np.random.default_rng([seed, i]).integers(80, size=(stage.count, 1))
+            parts.append((layout.labels, labels))
         for tap, values in parts:
             target = tensors[tap.tensor][i]
             rows = target.T if tap.channel_axis == 1 else target
@@ -146,7 +153,7 @@ def _squash(logits: np.ndarray) -> np.ndarray:
 
 def _raise_some(stage: Stage, scene: Scene, rng: np.random.Generator, count: int, low: float, high: float) -> None:
     rows = rng.choice(stage.count, count, replace=False)
-    scene.classes[rows, rng.integers(stage.layout.num_classes, size=count)] = rng.uniform(low, high, count)
+    scene.classes[rows, rng.integers(stage.layout.classes.channels, size=count)] = rng.uniform(low, high, count)
     scene.objectness[rows] = rng.uniform(0, 5, count)
 
 
@@ -156,7 +163,7 @@ def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
         bins = layout.decode.bins
         peak = rng.uniform(0, min(6, bins - 1), (count, 4, 1))
         return (-((np.arange(bins) - peak) ** 2) + rng.normal(0, 0.3, (count, 4, bins))).reshape(count, -1)
-    if isinstance(layout.decode, AnchorBoxes):
+    if not isinstance(layout.decode, Decoded):
         return rng.normal(0, 1, (count, 4))
     sides = np.array([stage.image.width, stage.image.height])
     center, size = (
@@ -174,14 +181,19 @@ def _even_boxes(stage: Stage) -> np.ndarray:
         terms = np.zeros((count, 4, layout.decode.bins))
         terms[:, :, min(2, layout.decode.bins - 1)] = 1000.0  # all the weight on one bin
         return terms.reshape(count, -1)
-    if isinstance(layout.decode, AnchorBoxes):
+    if not isinstance(layout.decode, Decoded):
         return np.zeros((count, 4))
     corner = np.stack((np.arange(count) % 13 * 16.0, np.arange(count) % 7 * 16.0), 1)
     return _as_format(stage, corner, corner + 32.0)
 
 
 def _as_format(stage: Stage, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    if getattr(stage.layout.decode, "format", None) is BoxFormat.CXCYWH:
+    decode = stage.layout.decode
+    assert isinstance(decode, Decoded)
+    if decode.normalized:
+        sides = np.array([stage.image.width, stage.image.height])
+        low, high = low / sides, high / sides
+    if decode.format is BoxFormat.CXCYWH:
         return np.concatenate(((low + high) / 2, high - low), 1)
     return np.concatenate((low, high), 1)
 
@@ -192,7 +204,7 @@ def _place_pairs(stage: Stage, scene: Scene) -> None:
     if width != round(width) or not 0 < width < 16 or stage.count < 16:
         return
     decode, rows = stage.layout.decode, [(0, 1), (8, 9)]
-    if isinstance(decode, AnchorBoxes) or (isinstance(decode, Distances) and decode.bins < 16):
+    if not isinstance(decode, (Decoded, Distances)) or (isinstance(decode, Distances) and decode.bins < 16):
         return
     for big, small in rows:
         if isinstance(decode, Distances):

@@ -17,7 +17,7 @@ from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.fusion import fuse_head
 from fusenms.graph import cut_before
-from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
+from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, TanhOffsets, Tap
 
 SIZE = 64
 STRIDES = (8, 16, 32)
@@ -61,8 +61,67 @@ def corners_rows(classes: int = 5) -> Layout:
     return Layout("two-outputs", boxes, scores, None, Activation.NONE, Decoded(BoxFormat.XYXY))
 
 
+def queries(classes: int = 5) -> Layout:
+    """DETR: a softmax with "nothing here" as its last class, boxes normalized, nothing to suppress."""
+    logits = [Tap("logits", 2, *span) for span in ((0, classes), (classes, classes + 1))]
+    decode = Decoded(BoxFormat.CXCYWH, normalized=True)
+    return Layout(
+        "detr",
+        Tap("pred_boxes", 2, 0, 4),
+        logits[0],
+        None,
+        Activation.SOFTMAX,
+        decode,
+        suppress=False,
+        background=logits[1],
+    )
+
+
+def sigmoid_queries(classes: int = 5) -> Layout:
+    """RT-DETR: every class of a query counts."""
+    boxes, logits = Tap("pred_boxes", 2, 0, 4), Tap("logits", 2, 0, classes)
+    decode = Decoded(BoxFormat.CXCYWH, normalized=True)
+    return Layout("rtdetr", boxes, logits, None, Activation.SIGMOID, decode, suppress=False)
+
+
+def background_first(classes: int = 5) -> Layout:
+    """SSD before its softmax, channels first."""
+    boxes, decode = Tap("boxes", 2, 0, 4), Decoded(BoxFormat.XYXY, normalized=True)
+    scores, background = Tap("conf", 1, 1, 1 + classes), Tap("conf", 1, 0, 1)
+    return Layout("ssd", boxes, scores, None, Activation.SOFTMAX, decode, background=background)
+
+
+def grid_offsets(classes: int = 5) -> Layout:
+    """YOLOX as exported without its decode."""
+    taps = (Tap("output", 2, 0, 4), Tap("output", 2, 5, 5 + classes), Tap("output", 2, 4, 5))
+    return Layout("yolox", *taps, Activation.NONE, GridOffsets(STRIDES))
+
+
+def weighted(classes: int = 5) -> Layout:
+    """FastestDet: the score is a weighted mean of objectness and class."""
+    taps = (Tap("output", 1, 1, 5), Tap("output", 1, 5, 5 + classes), Tap("output", 1, 0, 1))
+    return Layout("fastestdet", *taps, Activation.NONE, TanhOffsets(STRIDES), objectness_weight=0.6)
+
+
+def low_corners(classes: int = 5) -> Layout:
+    """NanoDet-Plus: distances from the low corner of the cell."""
+    scores, boxes = Tap("output", 2, 0, classes), Tap("output", 2, classes, classes + 32)
+    return Layout("nanodet", boxes, scores, None, Activation.NONE, Distances(STRIDES, 8, point=0.0))
+
+
+def finished_rows(classes: int = 5) -> Layout:
+    """Rows of box, score and class, as end-to-end exports have them."""
+    taps = (Tap("rows", 2, 0, 4), Tap("rows", 2, 4, 5))
+    decode = Decoded(BoxFormat.XYXY)
+    return Layout("rows", *taps, None, Activation.NONE, decode, suppress=False, labels=Tap("rows", 2, 5, 6))
+
+
 LAYOUTS: dict[str, Callable[..., Layout]] = {
-    f.__name__: f for f in (distances, end_to_end, anchor_boxes, decoded, decoded_objectness, corners_rows)
+    f.__name__: f
+    for f in (
+        *(distances, end_to_end, anchor_boxes, decoded, decoded_objectness, corners_rows, queries, sigmoid_queries),
+        *(background_first, grid_offsets, weighted, low_corners, finished_rows),
+    )
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fusenms.artifacts import FusedModel, RawModel, check_writable
 from fusenms.backends import BACKENDS, get_backend
+from fusenms.batch import open_batch
 from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
 from fusenms.config import PostprocessConfig
 from fusenms.contract import NAME_PRESETS
@@ -148,6 +149,7 @@ def make(
     )
     raw = load(weights, **chosen)
     layout = recognize(raw, options.family if options else None)
+    raw = open_batch(raw, layout)
     checkpoint = raw.layout is not None
     safe = " · no code executed" if checkpoint else ""
     steps.line("load", f"{raw.source} · {layout.family} {raw.task} · {layout.num_classes} classes{safe}")

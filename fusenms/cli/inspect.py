@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fusenms import contract
-from fusenms.artifacts import load_fused, read_metadata, read_onnx
+from fusenms.artifacts import RawModel, load_fused, read_metadata, read_onnx
+from fusenms.batch import open_batch
 from fusenms.cli.printing import Steps
 from fusenms.errors import HeadError, SourceError
 from fusenms.heads import recognize
+from fusenms.layout import Layout
 from fusenms.sources import load
 
 NAME = "inspect"
@@ -61,22 +63,19 @@ def _raw_onnx(path: Path, steps: Steps, model: Any) -> None:
     steps.values["kind"] = "onnx"
     _tensors(model, steps)
     try:
-        raw = load(path)
-    except SourceError as error:
-        if "--make-dynamic" not in str(error):
-            _no_head(error, steps)
-            return
-        steps.line("batch", "frozen; --make-dynamic may open it")
-        try:
-            raw = load(path, make_dynamic=True)
-        except (SourceError, HeadError) as inner:
-            _no_head(inner, steps)
-            return
-        steps.line("opened", raw.notes[-1])
-    except HeadError as error:
+        raw = load(path, make_dynamic=True)
+    except (SourceError, HeadError) as error:
         _no_head(error, steps)
         return
-    _head(raw, steps)
+    for note in raw.notes[1:]:
+        steps.line("read", note)
+    layout = _head(raw, steps)
+    if raw.frozen_batch is not None and layout is not None:
+        steps.line("batch", f"frozen at {raw.frozen_batch}; --make-dynamic may open it")
+        try:
+            steps.line("opened", open_batch(raw, layout).notes[-1])
+        except SourceError as error:
+            steps.line("opened", f"no: {error}")
 
 
 def _checkpoint(path: Path, steps: Steps) -> None:
@@ -89,14 +88,15 @@ def _checkpoint(path: Path, steps: Steps) -> None:
     steps.values["classes"] = list(raw.names)
 
 
-def _head(raw: Any, steps: Steps) -> None:
+def _head(raw: RawModel, steps: Steps) -> Layout | None:
     try:
         layout = recognize(raw)
     except (HeadError, SourceError) as error:
         _no_head(error, steps)
-        return
+        return None
     steps.line("head", _layout_text(layout.to_dict()))
     steps.values["layout"] = layout.to_dict()
+    return layout
 
 
 def _no_head(error: Exception, steps: Steps) -> None:

@@ -5,14 +5,25 @@ from __future__ import annotations
 from fusenms.artifacts import RawModel
 from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError
 from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.corners import CORNERS
+from fusenms.heads.detr import DETR
 from fusenms.heads.evidence import Evidence
+from fusenms.heads.fastestdet import FASTESTDET
+from fusenms.heads.levels import LEVELS
+from fusenms.heads.nanodet import NANODET
+from fusenms.heads.rows import ROWS
+from fusenms.heads.rtdetr import RTDETR
+from fusenms.heads.ssd import SSD
 from fusenms.heads.yolov5 import YOLOV5
 from fusenms.heads.yolov8 import YOLOV8
+from fusenms.heads.yolox import YOLOX
 from fusenms.layout import Layout
 
-HEADS: tuple[HeadSpec, ...] = (YOLOV8, YOLOV5)
+HEADS: tuple[HeadSpec, ...] = (
+    YOLOV8, YOLOV5, YOLOX, CORNERS, SSD, DETR, RTDETR, ROWS, LEVELS, NANODET, FASTESTDET,
+)  # fmt: skip
 
-__all__ = ["HEADS", "HeadSpec", "Mismatch", "recognize"]
+__all__ = ["HEADS", "HeadSpec", "Mismatch", "recognize", "spec_of"]
 
 
 def recognize(raw: RawModel, family: str | None = None) -> Layout:
@@ -47,3 +58,9 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
         )
     reasons = "".join(f"\n  {name}: {result.reason}" for name, result in found.items() if isinstance(result, Mismatch))
     raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits:{reasons}")
+
+
+def spec_of(layout: Layout) -> HeadSpec:
+    """The family of a layout, as far as there is one: layouts written by hand may name any."""
+    unknown = HeadSpec(layout.family, lambda *_: Mismatch("written by hand"))
+    return next((head for head in HEADS if head.name == layout.family), unknown)

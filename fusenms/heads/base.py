@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from fusenms.artifacts import PIXELS, Pixels
 from fusenms.heads.evidence import Evidence
 from fusenms.layout import Layout
 
@@ -21,8 +22,11 @@ class HeadSpec:
     """A detector family. ``match`` looks at the evidence and never edits; ``certain`` false accepts what only contradicts nothing.
 
     ``match(evidence, certain)``: with ``certain`` the family must be shown by the evidence; without (the user named
-    the family) it is enough that nothing speaks against it.
+    the family) it is enough that nothing speaks against it. ``pixels`` and ``stretch`` are how networks of the family usually want
+    their pictures.
     """
 
     name: str
     match: Callable[[Evidence, bool], Layout | Mismatch]
+    pixels: Pixels = field(default=PIXELS["rgb"])
+    stretch: bool = False

@@ -16,10 +16,13 @@ from onnx import helper
 from fusenms.artifacts import RawModel
 from fusenms.errors import SourceError
 from fusenms.graph import cut_before
-from fusenms.layout import Join, Layout
+from fusenms.layout import Join, Layout, Tap
 
 LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
 """Sets of strides that detectors use, the usual one first."""
+
+MOST_QUERIES = 1000
+"""Of DETR-like heads; they have 100 to 900."""
 
 PASSES_THROUGH = (
     "Identity",
@@ -111,8 +114,10 @@ class Evidence:
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
             asked = {entry.name for entry in session.get_inputs()}
-            given = inputs | {image.tensor: picture(image.height, image.width)}
+            batch = self.raw.frozen_batch or 1
+            given = inputs | {image.tensor: np.repeat(picture(image.height, image.width), batch, 0)}
             got = session.run(outputs, {name: value for name, value in given.items() if name in asked})
+            got = got if batch == 1 else [value[: len(value) // batch] for value in got]
         except Exception as error:  # ONNX Runtime raises its own kinds
             raise SourceError(
                 f"{self.raw.source}: the model does not run in ONNX Runtime ({str(error).strip().splitlines()[0][:300]})"
@@ -130,6 +135,11 @@ class Evidence:
         """Cells of each level."""
         return [len(self._centers(stride)) for stride in strides]
 
+    @property
+    def sides(self) -> np.ndarray:
+        """Width, height, width, height of the input in pixels."""
+        return np.array([self.raw.image.width, self.raw.image.height] * 2, np.float64)
+
     def grid(self, anchors: int, count: int) -> np.ndarray | None:
         """Cell centers ``[count, 2]`` (x, y in pixels) of such a head; None where no set of levels gives ``count``."""
         strides = self.strides(anchors, count)
@@ -137,6 +147,90 @@ class Evidence:
 
     def _centers(self, stride: int) -> np.ndarray:
         return cell_centers(self.raw.image.height, self.raw.image.width, stride)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two outputs that may be boxes and class scores: values ``[N, 4]`` and ``[N, C]``, and where they stand."""
+
+    box_tap: Tap
+    boxes: np.ndarray
+    score_tensor: str
+    score_axis: int
+    scores: np.ndarray
+
+    def classes(self, start: int, stop: int) -> Tap:
+        return Tap(self.score_tensor, self.score_axis, start, stop)
+
+
+def pairs(evidence: Evidence) -> list[Pair] | str:
+    """The ways to read two outputs as boxes and class scores, or why there is none."""
+    samples = evidence.samples
+    shapes = [list(sample.value.shape) for sample in samples]
+    if len(samples) != 2:
+        return f"found {len(samples)} outputs of shape {shapes}; expected two, boxes [batch, candidates, 4] and class scores"
+    found = []
+    for boxes, scores in (samples, samples[::-1]):
+        if boxes.value.ndim != 3 or scores.value.ndim != 3:
+            continue
+        for box_axis in (1, 2):
+            count = boxes.value.shape[3 - box_axis]
+            axes = [axis for axis in (1, 2) if scores.value.shape[3 - axis] == count]
+            if boxes.value.shape[box_axis] != 4 or not axes:
+                continue
+            if len(axes) > 1:
+                return f"found outputs of shape {shapes}; either axis of {list(scores.value.shape)} may be that of the classes"
+            rows, values = (_rows(s.value, axis) for s, axis in ((boxes, box_axis), (scores, axes[0])))
+            found.append(Pair(Tap(boxes.tensor, box_axis, 0, 4), rows, scores.tensor, axes[0], values))
+    return found or f"found outputs of shape {shapes}; expected boxes [batch, candidates, 4] and as many class scores"
+
+
+def _rows(value: np.ndarray, axis: int) -> np.ndarray:
+    """Values ``[1, C, N]`` or ``[1, N, C]`` as ``[N, C]``."""
+    return value[0].T if axis == 1 else value[0]
+
+
+def are_probabilities(values: np.ndarray) -> bool:
+    """Whether all are finite and from 0 to 1."""
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def sum_to_one(values: np.ndarray) -> bool:
+    """Whether rows ``[N, C]`` are what a softmax over C > 1 classes gives."""
+    return values.shape[1] > 1 and are_probabilities(values) and bool((np.abs(values.sum(1) - 1) < 1e-3).all())
+
+
+def are_corners(boxes: np.ndarray) -> bool:
+    """Whether the high corner of boxes ``[N, 4]`` is nowhere below the low one, and not always the same."""
+    return bool((boxes[:, 2:] >= boxes[:, :2]).all() and (boxes[:, 2:] > boxes[:, :2]).any())
+
+
+def are_normalized(boxes: np.ndarray) -> bool:
+    """Whether boxes ``[N, 4]`` are in units of the picture, not in pixels: none reaches far out of 0 to 1."""
+    return bool(np.isfinite(boxes).all() and np.abs(boxes).max() <= 2)
+
+
+def background_of(scores: np.ndarray) -> int | None:
+    """Which class of scores ``[N, C]`` is the background: the first or the last, where it is the best one of most candidates."""
+    share = np.bincount(scores.argmax(1), minlength=scores.shape[1]) / len(scores)
+    place = int(share.argmax())
+    return place if share[place] > 0.5 and place in (0, scores.shape[1] - 1) else None
+
+
+def not_queries(boxes: np.ndarray) -> str | None:
+    """Why boxes ``[N, 4]`` are not those of a DETR's queries (cx, cy, w, h, normalized); None where they may be."""
+    if len(boxes) > MOST_QUERIES:
+        return f"found {len(boxes)} candidates; expected at most {MOST_QUERIES} queries"
+    if not are_probabilities(boxes):
+        return f"found box channels from {boxes.min():.3g} to {boxes.max():.3g}; expected cx, cy, w, h normalized to the input"
+    if are_corners(boxes):
+        return "the boxes are corners; expected cx, cy, w, h"
+    return None
+
+
+def width_of(part: np.ndarray, count: int) -> int:
+    """Channels of a part ``[1, C, N]``, ``[1, N, C]`` or, for one level, ``[1, C, height, width]``."""
+    return int(part.shape[2] if part.ndim == 3 and part.shape[1] == count else part.shape[1])
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -164,7 +258,9 @@ def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
 def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:
     """What a join makes of its parts ``[1, …]``."""
     shape = (1, *join.part_shape[1:])
-    return np.concatenate([values[part].reshape(shape) for part in join.parts], 3 - join.channel_axis)
+    return np.concatenate(
+        [values[part].astype(np.float32).reshape(shape) for part in join.parts], 3 - join.channel_axis
+    )
 
 
 def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

@@ -13,14 +13,16 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
+from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError
 from fusenms.heads.evidence import MOVES, Evidence, inputs_of, joined, joined_parts, producers_of
 from fusenms.layout import Activation, AnchorBoxes, Distances, Join, Layout, Tap
-from fusenms.reference import candidates
+from fusenms.reference import candidates, postprocess
 
 PIXELS = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
 SCORES = 1e-4
 JOINED = "fusenms/head"
+MOST_ROWS = 1000
 
 
 def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
@@ -87,17 +89,97 @@ def earliest_anchors(evidence: Evidence, layout: Layout, anchors: int) -> Layout
     return late if _same(evidence, layout, late) else layout
 
 
+def earliest_rows(evidence: Evidence, layout: Layout) -> Layout:
+    """The layout of the same head before its top-k, where that can be shown; else the layout as it is.
+
+    ``layout`` is that of finished rows. What is shown: of random boxes and scores the graph behind them chooses the rows that the
+    reference chooses. Then the sigmoid is left out too, where there is one.
+    """
+    graph = evidence.raw.model.graph
+    producers = producers_of(graph)
+    every = [node.input[0] for node in graph.node if node.op_type == "TopK"]
+    scores = list(dict.fromkeys(name for start in every for name in _behind(start, producers, ("ReduceMax",))))
+    starts = [node.input[0] for node in graph.node if node.op_type in ("GatherElements", "GatherND", "Gather")]
+    boxes = list(dict.fromkeys(name for start in starts for name in _behind(start, producers)))
+    values = evidence.values([*scores, *boxes])
+    for class_tap in (tap for name in scores for tap in _any_taps(values, name) if tap.channels > 1):
+        count = values[class_tap.tensor].shape[3 - class_tap.channel_axis]
+        for box_tap in _taps(values, boxes, count, 4):
+            early = replace(layout, boxes=box_tap, classes=class_tap, labels=None, joins=())
+            if _same_rows(evidence, layout, early):
+                return _before_sigmoid(evidence, early, producers)
+    return layout
+
+
+def _any_taps(values: dict[str, np.ndarray], name: str) -> Iterator[Tap]:
+    shape = values[name].shape
+    if len(shape) == 3:
+        longer = 1 if shape[1] > shape[2] else 2
+        for axis in (3 - longer, longer):  # candidates are more than classes, as a rule
+            yield Tap(name, axis, 0, shape[axis])
+
+
+def _before_sigmoid(evidence: Evidence, layout: Layout, producers: dict[str, onnx.NodeProto]) -> Layout:
+    """The layout before the sigmoid of its class scores, where that is one operator."""
+    for name in inputs_of("Sigmoid", layout.classes.tensor, producers):
+        values = evidence.values([name, layout.classes.tensor])
+        logits, scores = values[name], values[layout.classes.tensor]
+        for tap in _any_taps(values, name):
+            rows, expected = (
+                v[0].T if axis == 1 else v[0]
+                for v, axis in ((logits, tap.channel_axis), (scores, layout.classes.channel_axis))
+            )
+            if (
+                rows.shape == expected.shape
+                and np.abs(1 / (1 + np.exp(-rows.astype(np.float64))) - expected).max() <= 1e-6
+            ):
+                return replace(layout, classes=tap, activation=Activation.SIGMOID)
+    return layout
+
+
+def _same_rows(evidence: Evidence, rows: Layout, early: Layout) -> bool:
+    """Whether the graph behind the taps of ``early`` makes of random boxes and scores the rows that the reference makes of them."""
+    rng = np.random.default_rng(13)
+    values = evidence.values(early.sources)
+    if any(value.dtype != np.float32 for value in values.values()):
+        return False
+    sides = evidence.sides[:2]
+    shape = values[early.boxes.tensor].shape
+    count = shape[3 - early.boxes.channel_axis]
+    corner = rng.random((1, count, 2)) * sides * 0.5
+    boxes = np.concatenate((corner, corner + rng.random((1, count, 2)) * sides * 0.5), 2).astype(np.float32)
+    taps = {
+        early.boxes.tensor: boxes if early.boxes.channel_axis == 2 else boxes.transpose(0, 2, 1),
+        early.classes.tensor: rng.random(values[early.classes.tensor].shape, dtype=np.float32),
+    }
+    try:
+        got = evidence.run_behind(taps, rows.sources)
+    except SourceError:  # what is behind does not stand alone
+        return False
+    got = dict(got) | {join.tensor: joined(got, join) for join in rows.joins}
+    size = (evidence.raw.image.height, evidence.raw.image.width)
+    found = candidates(got, 0, rows, size)
+    config = PostprocessConfig(score_threshold=0, max_detections=len(found.boxes), max_candidates=MOST_ROWS)
+    expected, own = (postprocess(c, config).rows for c in (candidates(taps, 0, early, size), found))
+    return len(own) == len(expected) and all(
+        np.abs(a - b).max() <= tolerance
+        for a, b, tolerance in (
+            (own.boxes, expected.boxes, PIXELS), (own.scores, expected.scores, SCORES), (own.labels, expected.labels, 0)
+        )
+    )  # fmt: skip
+
+
 def _count(evidence: Evidence, layout: Layout) -> int:
     sample = next(s for s in evidence.samples if s.tensor == layout.classes.tensor)
     return int(sample.value.shape[3 - layout.classes.channel_axis])
 
 
-def _behind(tensor: str, producers: dict[str, onnx.NodeProto]) -> Iterator[str]:
-    """A tensor and those it was moved from, one by one."""
+def _behind(tensor: str, producers: dict[str, onnx.NodeProto], more: tuple[str, ...] = ()) -> Iterator[str]:
+    """A tensor and those it was moved from, one by one; by these ``more`` operators too."""
     while tensor in producers:
         yield tensor
         node = producers[tensor]
-        if node.op_type not in MOVES or node.op_type == "Concat":
+        if node.op_type not in (*MOVES, *more) or node.op_type == "Concat":
             return
         tensor = node.input[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.evidence import Evidence, follows_grid
+from fusenms.heads.evidence import Evidence, follows_grid, width_of
 from fusenms.heads.late import earliest_distances
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
@@ -47,7 +47,7 @@ def _match_channels(evidence: Evidence, certain: bool, axis: int, grid: np.ndarr
     if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
         return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
     if certain and not names:
-        widths = tuple(_width(part, len(rows)) for part in sample.parts if part.ndim > 1)
+        widths = tuple(width_of(part, len(rows)) for part in sample.parts if part.ndim > 1)
         if sorted(widths) != sorted((4, classes)) and classes > 1:
             return Mismatch(
                 f"nothing shows whether channel 5 is objectness (no class names in the metadata; the output is joined "
@@ -56,11 +56,6 @@ def _match_channels(evidence: Evidence, certain: bool, axis: int, grid: np.ndarr
     boxes, scores = Tap(sample.tensor, axis, 0, 4), Tap(sample.tensor, axis, 4, 4 + classes)
     decoded = Layout(NAME, boxes, scores, None, Activation.NONE, Decoded(BoxFormat.CXCYWH))
     return earliest_distances(evidence, decoded)
-
-
-def _width(part: np.ndarray, count: int) -> int:
-    """Channels of a part ``[1, C, N]``, ``[1, N, C]`` or, for one level, ``[1, C, height, width]``."""
-    return int(part.shape[2] if part.ndim == 3 and part.shape[1] == count else part.shape[1])
 
 
 YOLOV8 = HeadSpec(NAME, match)

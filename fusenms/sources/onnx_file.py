@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from fusenms import contract
 from fusenms.artifacts import ImageInput, RawModel, parse_names, read_metadata, read_onnx
 from fusenms.errors import AlreadyFusedError, ConfigError, SourceError
+from fusenms.sources.extra_inputs import fill_extra_inputs
 
 NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "TRTBatchedNMS")
 DEFAULT_SIZE = 640
 DEFAULT_STRIDE = 32
 MIN_OPSET = 11
-ROUNDING = 1e-4  # relative to the largest value of an output
 
 
 def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, make_dynamic: bool) -> RawModel:
@@ -27,7 +24,7 @@ def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, m
     Args:
         size: (height, width) in pixels, for a file that leaves them open.
         dynamic_size: keep the file's open height and width open.
-        make_dynamic: open a frozen batch dimension, where ONNX Runtime shows that images stay independent.
+        make_dynamic: take a file with a frozen batch too, for `fusenms.batch` to open it.
 
     Raises:
         AlreadyFusedError: the graph already holds a non-maximum suppression.
@@ -46,24 +43,25 @@ def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, m
     entry = _picture_input(path, model)
     dims = entry.type.tensor_type.shape.dim
     frozen = [dim.dim_value or None for dim in dims]
+    if frozen[0] is not None and not make_dynamic:
+        raise SourceError(
+            f"{path}: the batch size is frozen at {frozen[0]}; expected a dynamic batch. "
+            "Export again with a dynamic batch, or add --make-dynamic (make_dynamic=True) to open it here and have that proven"
+        )
     image = _image(path, entry.name, (frozen[2], frozen[3]), metadata, size, dynamic_size)
-    notes: list[str] = []
-    if frozen[0] is not None:
-        if not make_dynamic:
-            raise SourceError(
-                f"{path}: the batch size is frozen at {frozen[0]}; expected a dynamic batch. "
-                "Export again with a dynamic batch, or add --make-dynamic (make_dynamic=True) to open it here and have that proven"
-            )
-        model, note, independent = _open_batch(path, model, image, frozen[0])
-        image = replace(image, independent=independent)
-        notes.append(note)
+    if dynamic_size and len(_inputs(model)) > 1:
+        raise ConfigError(
+            f"{path}: asks for the pictures' size as an input, which becomes a constant; leave --dynamic-size out"
+        )
+    notes = fill_extra_inputs(path, model, entry.name, (frozen[0] or 1, image.height, image.width))
     dims = _picture_input(path, model).type.tensor_type.shape.dim
     if not image.dynamic_size:
         dims[2].dim_value, dims[3].dim_value = image.height, image.width
     sides = "height,width" if image.dynamic_size else f"{image.height},{image.width}"
-    notes.insert(0, f"{image.tensor}[batch,3,{sides}] · opset {opset} · {len(model.graph.node)} nodes")
+    notes.insert(0, f"{image.tensor}[{frozen[0] or 'batch'},3,{sides}] · opset {opset} · {len(model.graph.node)} nodes")
     names = parse_names(metadata.get(contract.KEY_NAMES, ""))
-    return RawModel(model, image, names, metadata.get(contract.KEY_TASK, "detect"), path.name, None, tuple(notes))
+    task = metadata.get(contract.KEY_TASK, "detect")
+    return RawModel(model, image, names, task, path.name, None, tuple(notes), frozen_batch=frozen[0])
 
 
 def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) -> None:
@@ -80,23 +78,28 @@ def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) 
             )
 
 
-def _picture_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
+def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     constants = {item.name for item in model.graph.initializer}
-    inputs = [entry for entry in model.graph.input if entry.name not in constants]
+    return [entry for entry in model.graph.input if entry.name not in constants]
+
+
+def _picture_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    """The one input that takes pictures."""
+    inputs = _inputs(model)
     found = ", ".join(f"{entry.name} {_shape_text(entry)}" for entry in inputs) or "none"
-    if len(inputs) != 1:
+    pictures = [entry for entry in inputs if len(entry.type.tensor_type.shape.dim) == 4]
+    if len(pictures) != 1:
         raise SourceError(
             f"{path}: found {len(inputs)} inputs ({found}); expected one batch of pictures [batch, 3, height, width]"
         )
-    tensor = inputs[0].type.tensor_type
+    tensor = pictures[0].type.tensor_type
     if tensor.elem_type != onnx.TensorProto.FLOAT:
         raise SourceError(
             f"{path}: input {found} is {onnx.TensorProto.DataType.Name(tensor.elem_type)}; expected FLOAT (float32)"
         )
-    dims = tensor.shape.dim
-    if len(dims) != 4 or (dims[1].dim_value or 3) != 3:
+    if (tensor.shape.dim[1].dim_value or 3) != 3:
         raise SourceError(f"{path}: input {found}; expected a batch of pictures [batch, 3, height, width]")
-    return inputs[0]
+    return pictures[0]
 
 
 def _shape_text(entry: onnx.ValueInfoProto) -> str:
@@ -143,92 +146,3 @@ def _metadata_size(metadata: dict[str, str]) -> tuple[int, int] | None:
         return (int(height), int(width)) if min(height, width) > 0 else None
     except (ValueError, SyntaxError, TypeError):
         return None
-
-
-def _open_batch(
-    path: Path, model: onnx.ModelProto, image: ImageInput, frozen: int
-) -> tuple[onnx.ModelProto, str, bool]:
-    """Replace the frozen batch size in the inputs, outputs and reshapes, and show that images stay independent."""
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
-    graph = opened.graph
-    constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-    from_image = {image.tensor}
-    for i, node in enumerate(graph.node):
-        if from_image.isdisjoint(node.input):
-            continue  # a constant stays as it is
-        from_image.update(node.output)
-        shape = constants.get(node.input[1]) if node.op_type == "Reshape" else None
-        if shape is not None and shape.size > 1 and shape[0] == frozen:
-            name = f"{node.input[1]}_batch{i}"
-            graph.initializer.append(numpy_helper.from_array(np.array([0, *shape[1:]], np.int64), name))
-            node.input[1] = name
-    del graph.value_info[:]
-    for entry in (_picture_input(path, opened), *graph.output):
-        dims = entry.type.tensor_type.shape.dim
-        if dims and dims[0].dim_value == frozen:
-            dims[0].dim_param = "batch"
-    return opened, *_show_independence(path, model, opened, image, frozen)
-
-
-def _show_independence(
-    path: Path, model: onnx.ModelProto, opened: onnx.ModelProto, image: ImageInput, frozen: int
-) -> tuple[str, bool]:
-    """Run both models: what was found, as a note, and whether each image's rows are those of the original alone.
-
-    Dynamic quantization takes its ranges over the batch; there copies of an image must give what the image gives.
-
-    Raises:
-        SourceError: the opened graph does not run, or mixes images for another reason.
-    """
-    rng = np.random.default_rng(0)
-    pictures = rng.random((3 * frozen, 3, image.height, image.width), dtype=np.float32)
-    cure = "Export the model again with a dynamic batch"
-    try:
-        alone = [
-            np.concatenate(parts) for parts in zip(*(_run(model, image, p) for p in np.split(pictures, 3)), strict=True)
-        ]
-        together = _run(opened, image, pictures)
-        copies = _run(opened, image, np.repeat(pictures[:frozen], 3, 0))
-    except Exception as error:  # ONNX Runtime raises its own kinds
-        message = f"the graph does not run at batch {len(pictures)} ({_first_line(error)})"
-        raise SourceError(f"{path}: the batch cannot be opened, {message}. {cure}") from error
-    for name, got, expected in zip((e.name for e in model.graph.output), together, alone, strict=True):
-        if got.shape != expected.shape:
-            message = f"output {name} keeps the shape {list(got.shape)} at batch {len(pictures)}"
-            raise SourceError(f"{path}: the batch cannot be opened, {message}. {cure}")
-    drift = _worst(together, alone)
-    if drift <= ROUNDING:
-        return f"batch opened (was {frozen}) · 3 images equal to running them alone", True
-    quantized = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
-    if not quantized or _worst(copies, [np.repeat(a[:frozen], 3, 0) for a in alone]) > ROUNDING:
-        raise SourceError(
-            f"{path}: the batch cannot be opened, images of one batch change each other's results. {cure}"
-        )
-    return (
-        f"batch opened (was {frozen}), but images are not independent: dynamic quantization takes its ranges over the "
-        f"batch, which moves raw outputs by up to {drift:.1%} of full scale. Run it at batch 1 where that matters; the Detector does"
-    ), False
-
-
-def _run(model: onnx.ModelProto, image: ImageInput, pictures: np.ndarray) -> list[np.ndarray]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {image.tensor: pictures})
-
-
-def _worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """Largest difference, relative to the largest value of its output."""
-    if any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
-        return float("inf")
-    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-9)) for a, b in zip(got, expected, strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

@@ -1,0 +1,68 @@
+"""RT-DETR, D-FINE, DEIM, Deformable and Conditional DETR before their top-k: sigmoid classes, normalized boxes, no suppression.
+
+Class logits or probabilities ``[B, queries, C]`` and boxes ``[B, queries, 4]``, cx, cy, w, h normalized to the input, in two
+outputs; or both in one ``[B, queries, 4 + C]``, as Ultralytics exports RT-DETR. Every class of a query counts, as in the papers
+(Zhu et al., 2020; Zhao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.evidence import Evidence, are_probabilities, background_of, not_queries, pairs, sum_to_one
+from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
+
+NAME = "rtdetr"
+
+
+def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+    """Recognize queries with independent classes."""
+    if len(evidence.samples) == 1:
+        return _match_joined(evidence)
+    found = pairs(evidence)
+    if isinstance(found, str):
+        return Mismatch(found)
+    results = []
+    for pair in found:
+        reason = not_queries(pair.boxes) or _not_sigmoid(evidence, pair.scores, certain)
+        classes = pair.classes(0, pair.scores.shape[1])
+        results.append(Mismatch(reason) if reason else _layout(pair.box_tap, classes, pair.scores))
+    layouts = [result for result in results if isinstance(result, Layout)]
+    if len(layouts) > 1:
+        return Mismatch("either output may be the boxes")
+    return layouts[0] if layouts else results[0]
+
+
+def _match_joined(evidence: Evidence) -> Layout | Mismatch:
+    sample = evidence.samples[0]
+    shape = list(sample.value.shape)
+    if len(shape) != 3 or shape[2] < 5:
+        return Mismatch(f"found an output of shape {shape}; expected [batch, queries, 4 + classes]")
+    boxes, scores = sample.value[0, :, :4], sample.value[0, :, 4:]
+    if reason := not_queries(boxes) or _not_sigmoid(evidence, scores, True):
+        return Mismatch(reason)
+    if not are_probabilities(scores):
+        return Mismatch("the channels after the box are no probabilities")
+    return _layout(Tap(sample.tensor, 2, 0, 4), Tap(sample.tensor, 2, 4, shape[2]), scores)
+
+
+def _layout(boxes: Tap, classes: Tap, scores: np.ndarray) -> Layout:
+    activation = Activation.NONE if are_probabilities(scores) else Activation.SIGMOID
+    decode = Decoded(BoxFormat.CXCYWH, normalized=True)
+    return Layout(NAME, boxes, classes, None, activation, decode, suppress=False)
+
+
+def _not_sigmoid(evidence: Evidence, scores: np.ndarray, certain: bool) -> str | None:
+    """Why these are no class scores of their own sigmoids; None where they may be."""
+    names = evidence.raw.names
+    if names and len(names) != scores.shape[1]:
+        return f"found {scores.shape[1]} classes, but {len(names)} class names in the metadata"
+    if sum_to_one(scores):
+        return "the class scores of each query sum to 1; expected independent ones"
+    if certain and not names and background_of(scores) == scores.shape[1] - 1 and scores.shape[1] > 1:
+        return f"the last class is the best one of most queries, as no object would be; if it is a class, say --family {NAME}"
+    return None
+
+
+RTDETR = HeadSpec(NAME, match, stretch=True)

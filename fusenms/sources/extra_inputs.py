@@ -1,0 +1,122 @@
+"""Inputs beside the pictures, of models that scale their own boxes: the pictures' size, or the factor they were scaled by.
+
+A fused model takes pictures alone and gives boxes in pixels of its input, so such an input becomes a constant. What it means is found
+out by changing it: boxes that grow with it are scaled by the size, in the order that the axes show; boxes that shrink are
+divided by a factor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from fusenms.errors import SourceError
+
+NUMBERS: dict[int, Any] = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32, TensorProto.FLOAT: np.float32}
+SEEN = 1000.0
+"""The size told while finding out; any number that floats hold and boxes are not cut at."""
+
+
+def fill_extra_inputs(path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int]) -> list[str]:
+    """Make every input but the pictures a constant, in place; return a note on each.
+
+    Args:
+        picture: name of the picture input.
+        shape: its batch, and its height and width in pixels.
+
+    Raises:
+        SourceError: an input is of another shape, or what it does is not understood.
+    """
+    constants = {item.name for item in model.graph.initializer}
+    extra = [entry for entry in model.graph.input if entry.name not in constants and entry.name != picture]
+    notes = []
+    for entry in extra:
+        found = [dim.dim_value or dim.dim_param or "?" for dim in entry.type.tensor_type.shape.dim]
+        number = NUMBERS.get(entry.type.tensor_type.elem_type)
+        if len(found) != 2 or found[1] != 2 or number is None:
+            raise SourceError(
+                f"{path}: found an input {entry.name} {found} beside the pictures; expected none, or numbers [batch, 2]: "
+                "the size of the pictures, or the factor they were scaled by. Export the model without it"
+            )
+    batch, height, width = shape
+    for entry in extra:
+        others = {other.name: np.full((batch, 2), SEEN) for other in extra if other is not entry}
+        meaning = _meaning(path, model, picture, shape, entry, others)
+        values = {"factor": (1, 1), "height, width": (height, width), "width, height": (width, height)}[meaning]
+        notes.append(f"input {entry.name} is {meaning} of the pictures: constant {values[0]}, {values[1]}")
+        _fill(model, entry, picture, np.array([values], NUMBERS[entry.type.tensor_type.elem_type]))
+    for entry in extra:
+        model.graph.input.remove(entry)
+    return notes
+
+
+def _meaning(
+    path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int], entry: onnx.ValueInfoProto, others: dict[str, np.ndarray]
+) -> str:  # fmt: skip
+    """What the input does to the boxes: "factor", "height, width" or "width, height"."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    kinds = {
+        e.name: NUMBERS[e.type.tensor_type.elem_type] for e in model.graph.input if e.name in (entry.name, *others)
+    }
+    image = np.random.default_rng(7).random((shape[0], 3, *shape[1:]), dtype=np.float32)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        boxes = []
+        for told in ((SEEN, SEEN), (2 * SEEN, SEEN), (SEEN, 2 * SEEN)):
+            given = {
+                name: value.astype(kinds[name])
+                for name, value in (others | {entry.name: np.array([told] * shape[0])}).items()
+            }
+            outputs = session.run(None, {picture: image, **given})
+            boxes.append(next(value for value in outputs if value.ndim == 3 and value.shape[2] == 4)[0])
+    except Exception as error:  # ONNX Runtime raises its own kinds, and there may be no boxes
+        said = (
+            str(error).strip().splitlines()[0][:200]
+            if str(error).strip()
+            else "no output holds boxes [batch, candidates, 4]"
+        )
+        raise SourceError(
+            f"{path}: what its input {entry.name} does could not be found out ({said}); export the model without it"
+        ) from error
+    at, first, second = boxes
+
+    def ratio(changed: np.ndarray, axis: int) -> float:
+        some = np.abs(at[:, axis::2]) > 1e-3 * np.abs(at).max()
+        return float(np.median(changed[:, axis::2][some] / at[:, axis::2][some])) if some.any() else 1.0
+
+    grown = [[round(ratio(changed, axis), 3) for axis in (0, 1)] for changed in (first, second)]
+    if grown == [[2, 1], [1, 2]]:
+        return "width, height"
+    if grown in ([[1, 2], [2, 1]], [[1, 1], [1, 1]]):  # the latter: it does nothing
+        return "height, width"
+    if grown in ([[0.5, 1], [1, 0.5]], [[1, 0.5], [0.5, 1]]):
+        return "factor"
+    raise SourceError(
+        f"{path}: its input {entry.name} [batch, 2] changes x and y of the boxes by {grown} when either number is doubled; expected "
+        "the size of the pictures, or the factor they were scaled by. Export the model without it"
+    )
+
+
+def _fill(model: onnx.ModelProto, entry: onnx.ValueInfoProto, picture: str, values: np.ndarray) -> None:
+    """Add nodes that make the input's tensor: these values, once for each picture."""
+    name = entry.name
+    model.graph.initializer.extend([
+        numpy_helper.from_array(values, f"{name}_values"),
+        numpy_helper.from_array(np.array([0], np.int64), f"{name}_first"),
+        numpy_helper.from_array(np.array([1], np.int64), f"{name}_one"),
+    ])  # fmt: skip
+    nodes = [
+        helper.make_node("Shape", [picture], [f"{name}_shape"]),
+        helper.make_node("Gather", [f"{name}_shape", f"{name}_first"], [f"{name}_batch"], axis=0),
+        helper.make_node("Concat", [f"{name}_batch", f"{name}_one"], [f"{name}_target"], axis=0),
+        helper.make_node("Expand", [f"{name}_values", f"{name}_target"], [name]),
+    ]
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
