@@ -268,7 +268,45 @@ class A2C2f(Block):
         return y if self.gamma is None else x + self.gamma.view(1, -1, 1, 1) * y
 
 
+class SPP(Block):
+    """Spatial pyramid pooling (YOLOv3-SPP, YOLOv5 before release 6)."""
+
+    parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cv1(x)
+        return self.cv2(torch.cat([x, *(pool(x) for pool in self.m)], 1))
+
+
+class GhostConv(Block):
+    """Half of the channels by a convolution, the other half cheaply out of those (GhostNet, 2020)."""
+
+    parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cv1(x)
+        return torch.cat((y, self.cv2(y)), 1)
+
+
+class GhostBottleneck(Block):
+    """A bottleneck of `GhostConv`."""
+
+    parts: ClassVar[frozenset[str]] = frozenset({"conv", "shortcut"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.shortcut(x)
+
+
+class C3Ghost(C3):
+    """A `C3` of `GhostBottleneck`."""
+
+
+class C3x(C3):
+    """A `C3` of bottlenecks with kernels of one row and one column."""
+
+
 BLOCKS: tuple[type[nn.Module], ...] = (
     DWConv, C3k, C3k2, RepConv, RepBottleneck, RepCSP, RepNCSPELAN4, ELAN1, SPPELAN, AConv, ADown, CBLinear, CBFuse, Silence, SCDown,
     RepVGGDW, CIB, C2fCIB, Attention, PSABlock, PSA, C2PSA, AAttn, ABlock, A2C2f,
+    SPP, GhostConv, GhostBottleneck, C3Ghost, C3x,
 )  # fmt: skip

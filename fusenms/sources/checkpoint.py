@@ -22,20 +22,17 @@ import torch
 from torch import nn
 
 from fusenms.errors import ConfigError, SourceError
-from fusenms.sources import modules
-from fusenms.sources.blocks import BLOCKS
+from fusenms.sources import blocks, modules, rtdetr, yolov7
 
-_BLOCKS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls
-    for cls in (
-        *(modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL),
-        *BLOCKS,
-    )
-}
+_BLOCKS: tuple[type[nn.Module], ...] = (
+    *(modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL),
+    *blocks.BLOCKS,
+)
 
 _TORCH: tuple[type[nn.Module], ...] = (
     *(nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.Identity, nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d),
-    *(nn.Upsample, nn.Sequential, nn.ModuleList, nn.ConvTranspose2d, nn.ZeroPad2d, nn.GELU),
+    *(nn.Upsample, nn.Sequential, nn.ModuleList, nn.ConvTranspose2d, nn.ZeroPad2d, nn.GELU, nn.Linear, nn.LayerNorm),
+    *(nn.Dropout, nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear),
 )
 
 
@@ -68,20 +65,23 @@ _INERT = (
 def _stand_ins() -> dict[str, Any]:
     """Map every global that a checkpoint may name to what is used in its place."""
     table: dict[str, Any] = {f"{cls.__module__}.{cls.__name__}": cls for cls in _TORCH}
-    for name, cls in _BLOCKS.items():
-        for home in ("", "conv.", "block.", "head."):
-            table[f"ultralytics.nn.modules.{home}{name}"] = cls
-        table[f"models.common.{name}"] = cls
-    for name in ("ultralytics.nn.modules.Detect", "ultralytics.nn.modules.head.Detect"):
-        table[name] = modules.AnchorFreeDetect
-    for name in ("ultralytics.nn.modules.v10Detect", "ultralytics.nn.modules.head.v10Detect"):
-        table[name] = modules.AnchorFreeDetect
-    table["models.yolo.Detect"] = modules.AnchorDetect
-    for name in ("ultralytics.nn.tasks.DetectionModel", "ultralytics.nn.tasks.YOLOv10DetectionModel"):
-        table[name] = modules.DetectionModel
-    for name in ("models.yolo.Model", "models.yolo.DetectionModel"):
-        table[name] = modules.DetectionModel
-    ours = (*_BLOCKS.values(), modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
+    table["torch.nn.modules.activation.MultiheadAttention"] = rtdetr.MultiheadAttention
+    for cls in (*_BLOCKS, *rtdetr.MODULES):
+        for home in ("", "conv.", "block.", "head.", "transformer."):
+            table[f"ultralytics.nn.modules.{home}{cls.__name__}"] = cls
+    for cls in (*_BLOCKS, *yolov7.MODULES):
+        table[f"models.common.{cls.__name__}"] = cls
+    table |= {"models.common.RepConvN": blocks.RepConv, "models.common.RepNBottleneck": blocks.RepBottleneck}
+    for name in ("Detect", "v10Detect"):
+        for home in ("", "head."):
+            table[f"ultralytics.nn.modules.{home}{name}"] = modules.AnchorFreeDetect
+    table |= {f"models.yolo.{name}": modules.AnchorDetect for name in ("Detect", "IDetect", "IAuxDetect")}
+    table |= {f"models.yolo.{name}": yolov7.AuxiliaryDetect for name in ("DualDDetect", "TripleDDetect", "DualDetect")}
+    table["models.yolo.DDetect"] = modules.AnchorFreeDetect
+    for name in ("DetectionModel", "YOLOv10DetectionModel", "RTDETRDetectionModel"):
+        table[f"ultralytics.nn.tasks.{name}"] = modules.DetectionModel
+    table |= {f"models.yolo.{name}": modules.DetectionModel for name in ("Model", "DetectionModel")}
+    ours = (*_BLOCKS, modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
     table |= {f"{cls.__module__}.{cls.__name__}": cls for cls in ours}
     return table | dict.fromkeys(_INERT, Inert)
 
@@ -97,9 +97,12 @@ _OTHER_TASKS = {
     "Pose": "a pose model",
     "OBB": "an oriented-box model",
     "World": "an open-vocabulary model",
-    "RTDETR": "an RT-DETR model",
 }
 MAX_STRIDE = 128
+Head = modules.AnchorFreeDetect | modules.AnchorDetect | rtdetr.RTDETRDecoder
+EXPECTED = (
+    "a detection checkpoint of YOLOv3u to YOLO26 or RT-DETR (Ultralytics), or of the original YOLOv5, YOLOv7 or YOLOv9"
+)
 _lock = threading.Lock()
 
 
@@ -122,12 +125,12 @@ class Checkpoint:
     task: str
 
     @property
-    def head(self) -> modules.AnchorFreeDetect | modules.AnchorDetect:
+    def head(self) -> Head:
         return self.module.model[-1]  # type: ignore[return-value]
 
 
 def load_checkpoint(path: Path, one_to_many: bool = False) -> Checkpoint:
-    """Load an Ultralytics or original YOLOv5 checkpoint of the detection task.
+    """Load a checkpoint of Ultralytics, or of the original YOLOv5, YOLOv7 or YOLOv9, of the detection task.
 
     Args:
         one_to_many: of a head with two branches (YOLOv10, YOLO26) take the one that needs suppression.
@@ -214,11 +217,10 @@ def _refusal(path: Path, unknown: list[str]) -> str:
     for name in unknown:
         for word, what in _OTHER_TASKS.items():
             if word in name.rsplit(".", 1)[-1]:
-                return f"{path}: found {what} ({listed}); expected a detection checkpoint of YOLOv3u to YOLO26, or of the original YOLOv5"
+                return f"{path}: found {what} ({listed}); expected {EXPECTED}"
     return (
         f"{path}: refused, because it names code that fusenms does not know: {listed}. Nothing of it was run. "
-        "Expected a detection checkpoint of YOLOv3u to YOLO26, or of the original YOLOv5; export other models to .onnx "
-        "where you trust them and pass that"
+        f"Expected {EXPECTED}; export other models to .onnx where you trust them and pass that"
     )
 
 
@@ -253,7 +255,8 @@ def _check_tree(path: Path, model: nn.Module) -> None:
         replaced = sorted(key for key in module.__dict__ if callable(getattr(type(module), key, None)))
         if replaced:
             raise SourceError(f"{where} replaces its own {', '.join(replaced)}; expected plain weights")
-        extra = sorted(set(module._modules) - module.parts) if hasattr(module, "parts") else []
+        children = {key for key, child in module._modules.items() if child is not None}
+        extra = sorted(children - module.parts) if hasattr(module, "parts") else []
         if extra:
             raise SourceError(
                 f"{where} has parts that fusenms does not know: {', '.join(extra)}. This variant is not supported; pass its .onnx"
@@ -273,7 +276,7 @@ def _finish(model: modules.DetectionModel, one_to_many: bool) -> Checkpoint:
         elif isinstance(module, nn.Upsample):
             module.recompute_scale_factor = None  # absent from old checkpoints
     head = model.model[-1]
-    if not isinstance(head, (modules.AnchorFreeDetect, modules.AnchorDetect)):
+    if not isinstance(head, Head):
         raise ValueError(f"its last layer is a {type(head).__name__}, not a detection head")
     if (
         isinstance(head, modules.AnchorFreeDetect)
@@ -288,9 +291,7 @@ def _finish(model: modules.DetectionModel, one_to_many: bool) -> Checkpoint:
     return Checkpoint(model, _names(model, int(head.nc)), strides, _size(model), str(getattr(model, "task", "detect")))
 
 
-def _check_head(
-    model: modules.DetectionModel, head: modules.AnchorFreeDetect | modules.AnchorDetect, strides: tuple[int, ...]
-) -> None:
+def _check_head(model: modules.DetectionModel, head: Head, strides: tuple[int, ...]) -> None:
     """Run it once: what the head says of itself must be what it gives."""
     if not strides or list(strides) != sorted(set(strides)) or min(strides) < 1 or max(strides) > MAX_STRIDE:
         raise ValueError(f"its strides are {list(strides)}; expected them rising, from 1 to {MAX_STRIDE}")
@@ -298,7 +299,10 @@ def _check_head(
     with torch.no_grad():
         shapes = [tuple(tap.shape[1:]) for tap in model(torch.zeros(1, 3, side, side))]
     cells, classes = sum((side // s) ** 2 for s in strides), int(head.nc)
-    if isinstance(head, modules.AnchorFreeDetect):
+    if isinstance(head, rtdetr.RTDETRDecoder):
+        queries = shapes[0][0]
+        expected = [(queries, 4), (queries, classes)]
+    elif isinstance(head, modules.AnchorFreeDetect):
         expected = [(4 * int(head.reg_max), cells), (classes, cells)]
     else:
         anchors = tuple(head.anchors.shape)

@@ -190,9 +190,12 @@ class AnchorFreeDetect(nn.Module):
 
 
 class AnchorDetect(nn.Module):
-    """Head of YOLOv5 (v6/v7 releases): per level, one convolution for every anchor's box, objectness, classes."""
+    """Head of YOLOv5 and YOLOv7: per level, one convolution for every anchor's box, objectness, classes.
 
-    parts: ClassVar[frozenset[str]] = frozenset({"m"})
+    YOLOv7 has a learned summand before and a factor after each (`ia`, `im`), and auxiliary levels that only training uses (`m2`).
+    """
+
+    parts: ClassVar[frozenset[str]] = frozenset({"m", "ia", "im", "m2"})
 
     m: nn.ModuleList
     nc: int
@@ -204,8 +207,11 @@ class AnchorDetect(nn.Module):
     def forward(self, levels: list[Tensor]) -> tuple[Tensor]:
         """Return ``[B, 5 + C, N]``: box terms, objectness logit, class logits; candidates by level, anchor, row, column."""
         rows = []
-        for branch, x in zip(self.m, levels, strict=True):
-            y = branch(x).flatten(2).unflatten(1, (self.na, self.no))
+        before: Any = self._modules.get("ia")
+        after: Any = self._modules.get("im")
+        for i, (branch, x) in enumerate(zip(self.m, levels, strict="m2" not in self._modules)):
+            y = branch(x if before is None else before[i](x))
+            y = (y if after is None else after[i](y)).flatten(2).unflatten(1, (self.na, self.no))
             rows.append(y.transpose(1, 2).flatten(2))
         return (torch.cat(rows, 2),)
 
