@@ -20,6 +20,10 @@ from fusenms.graph import FLOAT, INT32, INT64, Graph, Tensor
 from fusenms.layout import Activation, Layout, Tap
 
 
+FARTHEST = 1e18
+"""Pixels; the area of a box that reaches farther is not finite in float32, and no box of a picture does."""
+
+
 def choose(
     g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig, widths: Mapping[str, int], total: int | None, adaptive: bool
 ) -> Chosen:  # fmt: skip
@@ -73,7 +77,9 @@ def choose(
             # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
             valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
         index = anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
-        return decode_boxes(g, layout, image, chosen.part(layout.boxes), index), labels, valid
+        boxes = decode_boxes(g, layout, image, chosen.part(layout.boxes), index)
+        finite = g.op("Less", g.reduce("ReduceSum", g.op("Abs", boxes), 2), g.floats(FARTHEST))  # false for NaN
+        return boxes, labels, g.op("And", valid, finite)
 
     probabilities = g.op("Sigmoid", best) if activation is Activation.SIGMOID else best
     return Chosen(probabilities, passing, rows, count, layout.num_classes)

@@ -6,7 +6,17 @@ import numpy as np
 
 from fusenms.artifacts import ImageInput
 from fusenms.graph import FLOAT, INT32, Graph, Tensor
-from fusenms.layout import AnchorBoxes, BoxFormat, Decoded, Distances, Gridded, GridOffsets, Layout, TanhOffsets
+from fusenms.layout import (
+    AnchorBoxes,
+    BoxFormat,
+    Decoded,
+    Distances,
+    Gridded,
+    GridOffsets,
+    Layout,
+    TanhOffsets,
+    cells_along,
+)
 
 
 def decode_boxes(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor) -> Tensor:
@@ -114,11 +124,12 @@ def _locate(g: Graph, decode: Gridded, image: ImageInput, index: Tensor) -> tupl
 def _level_sizes(g: Graph, strides: tuple[int, ...], image: ImageInput) -> tuple[Tensor, Tensor]:
     """Columns and cells of each level, ``[levels]`` int32: constants, or computed from the picture's open size."""
     if not image.dynamic_size:
-        columns = [image.width // s for s in strides]
+        columns = [cells_along(image.width, s) for s in strides]
         return g.const(columns, np.int32), g.const(
-            [image.height // s * c for s, c in zip(strides, columns, strict=True)], np.int32
+            [cells_along(image.height, s) * c for s, c in zip(strides, columns, strict=True)], np.int32
         )
     sides = g.cast(g.op("Shape", g.tensor(image.tensor)), INT32)
     height, width = g.slice(sides, 0, 2, 3), g.slice(sides, 0, 3, 4)
-    columns, rows = (g.op("Div", side, g.const(strides, np.int32)) for side in (width, height))
+    reach = g.const([s - 1 for s in strides], np.int32)
+    columns, rows = (g.op("Div", g.op("Add", side, reach), g.const(strides, np.int32)) for side in (width, height))
     return columns, g.op("Mul", columns, rows)

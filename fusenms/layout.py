@@ -30,6 +30,11 @@ class BoxFormat(str, Enum):
     CXCYWH = "cxcywh"
 
 
+def cells_along(side: int, stride: int) -> int:
+    """Cells of one level along a side of the input, both in pixels; the last one may reach over the edge."""
+    return -(-side // stride)
+
+
 @dataclass(frozen=True)
 class Tap:
     """A run of channels of a head tensor ``[B, C, N]`` (``channel_axis`` 1) or ``[B, N, C]`` (``channel_axis`` 2).

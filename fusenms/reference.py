@@ -5,9 +5,10 @@ It shares no code with the graph's emitters. Per image:
 1. score of a candidate = its highest class probability (times objectness, where the head has one); with
    `multi_label`, and of an end-to-end head whose classes are not a softmax, each class is a candidate of its own. A class score
    that is NaN or +infinity never wins: the candidate is left out. (Whether it has taken a place in step 3 is open: runtimes
-   differ in what a maximum makes of NaN.)
+   differ in what a maximum makes of NaN.) The same goes for a candidate whose box is not finite, or whose
+   area would not be in float32.
 2. keep score > `score_threshold`.
-3. keep the `max_candidates` best; among equals the lower candidate number (then the lower class) wins.
+3. keep the `max_candidates` best (of an end-to-end head the `max_detections` best); among equals the lower candidate number (then the lower class) wins.
 4. unless the head is end-to-end, by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if
    `class_agnostic`) is > `iou_threshold`. Degenerate boxes have IoU 0 with everything.
 5. keep the best `max_detections`.
@@ -20,6 +21,7 @@ exactly zero, is never taken from what was observed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,6 +47,8 @@ BOX_TOLERANCE = 1e-3
 """Pixels, plus `BOX_RELATIVE` of the largest coordinate: measured differences stay below a tenth of it."""
 BOX_RELATIVE = 2e-6
 SCORE_TOLERANCE = 1e-5
+FARTHEST = 1e18
+"""Pixels, of a box's coordinates in sum: float32 holds the square of it, and not much more."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,6 @@ def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | N
     doubtful: NDArray[np.bool_] = chosen.doubtful.copy()
     picked: list[int] = []
     close_calls = 0
-    iou_threshold = float(np.float32(config.iou_threshold))
     first = 0
     while len(picked) < config.max_detections:
         while first < len(alive) and not alive[first]:
@@ -161,9 +164,9 @@ def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | N
         if not len(rivals):
             continue
         iou = pairwise_iou(boxes[best][None], boxes[rivals])[0]
-        margin = np.abs(iou - iou_threshold)
+        margin = np.abs(iou - config.iou_threshold)
         close = (margin > 0) & (margin <= _iou_rounding(boxes[best], boxes[rivals])) & (observed is not None)
-        alive[rivals[(iou > iou_threshold) & ~close]] = False
+        alive[rivals[(iou > config.iou_threshold) & ~close]] = False
         doubtful[rivals[close & (iou > 0)]] = True
     order = np.array(picked, np.int64)
     rows = Rows(boxes[order], chosen.score[order], labels[order])
@@ -209,11 +212,14 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
         keep = usable[anchor, column] & ((key > threshold) | near)
     anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]
     order = np.argsort(-key, kind="stable")
-    if len(order) > config.max_candidates:
-        last = key[order[config.max_candidates - 1]]
+    finite = np.abs(found.boxes).sum(1) < FARTHEST
+    most = config.max_candidates if found.suppress else config.max_detections
+    if len(order) > most:
+        last = key[order[most - 1]]
         edge = (np.abs(key - last) <= _key_rounding(last, rounding)) & (rounding > 0)
         doubtful = doubtful | edge
-        order = order[(np.arange(len(order)) < config.max_candidates) | edge[order]]
+        order = order[(np.arange(len(order)) < most) | edge[order]]
+    order = order[finite[anchor[order]]]
     return _Chosen(anchor[order], label[order], key[order], score[order], doubtful[order])
 
 
@@ -258,7 +264,8 @@ def _sigmoid(x: Floats) -> Floats:
 
 
 def _softmax(x: Floats) -> Floats:
-    weight = np.exp(x - x.max(-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        weight = np.exp(x - x.max(-1, keepdims=True))
     return weight / weight.sum(-1, keepdims=True)
 
 
@@ -277,7 +284,8 @@ def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
     if isinstance(decode, (GridOffsets, TanhOffsets)):
         cells, strides, _ = _grid(decode.strides, size, 1)
         if isinstance(decode, GridOffsets):
-            offset, extent = terms[:, :2], np.exp(terms[:, 2:]) * strides[:, None]
+            with np.errstate(over="ignore"):
+                offset, extent = terms[:, :2], np.exp(terms[:, 2:]) * strides[:, None]
         else:
             offset, extent = np.tanh(terms[:, :2]), _sigmoid(terms[:, 2:]) * sides[:2]
         return cxcywh_to_xyxy(np.concatenate(((offset + cells) * strides[:, None], extent), 1))
@@ -294,7 +302,7 @@ def _grid(strides: tuple[int, ...], size: tuple[int, int], anchors: int) -> tupl
     """Cell (column, row), stride and slot (level * anchors + anchor) of every candidate, in their order."""
     cells, steps, slots = [], [], []
     for level, stride in enumerate(strides):
-        shape = (anchors, size[0] // stride, size[1] // stride)
+        shape = (anchors, math.ceil(size[0] / stride), math.ceil(size[1] / stride))
         anchor, row, column = (i.ravel() for i in np.indices(shape))
         cells.append(np.stack((column, row), 1).astype(np.float64))
         steps.append(np.full(len(anchor), float(stride)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -91,12 +92,15 @@ def crowded(stage: Stage, rng: np.random.Generator) -> Scene:
 
 
 def unusable(stage: Stage, rng: np.random.Generator) -> Scene:
-    """NaN and infinities among the class scores; few enough that no place is short (see `reference`)."""
+    """NaN and infinities among the class scores and the boxes; few enough that no place is short (see `reference`)."""
     scene = empty(stage, rng)
     _raise_some(stage, scene, rng, min(stage.count, 250, stage.config.max_candidates), -3.0, 5.0)
     for value in (np.nan, np.inf, -np.inf):
         rows = rng.choice(stage.count, min(stage.count, 40), replace=False)
         scene.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = value
+    for value in (np.nan, np.inf):
+        rows = rng.choice(stage.count, min(stage.count, 20), replace=False)
+        scene.boxes[rows, rng.integers(scene.boxes.shape[1], size=len(rows))] = value
     return scene
 
 
@@ -199,23 +203,32 @@ def _as_format(stage: Stage, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _place_pairs(stage: Stage, scene: Scene) -> None:
-    """Put pairs into the first candidates: the second box lies in the first and has `iou_threshold` of its area."""
-    width = 16 * float(np.float32(stage.config.iou_threshold))
-    if width != round(width) or not 0 < width < 16 or stage.count < 16:
+    """Put pairs into the first candidates: the second box lies in the first and has `iou_threshold` of its area, exactly.
+
+    The threshold is taken as the fraction that it is meant to be, as 9 / 20; there is none with sides that the head can say for some.
+    """
+    decode, most = stage.layout.decode, 28
+    share = Fraction(stage.config.iou_threshold).limit_denominator(most)
+    if float(share) != stage.config.iou_threshold or not 0 < share < 1 or stage.count < 16:
         return
-    decode, rows = stage.layout.decode, [(0, 1), (8, 9)]
     if not isinstance(decode, (Decoded, Distances)) or (isinstance(decode, Distances) and decode.bins < 16):
         return
-    for big, small in rows:
+    if isinstance(decode, Decoded) and decode.normalized:
+        return
+    times = most // share.denominator
+    wide, narrow = share.denominator * times, share.numerator * times
+    for big, small in ((0, 1), (8, 9)):
         if isinstance(decode, Distances):
-            left = int(width) // 2
-            for row, ends in ((big, (8, 2, 8, 2)), (small, (left, 2, int(width) - left, 2))):
+            right = min(narrow // 2, wide // 2 - 1)
+            for row, ends in ((big, (wide - wide // 2, 2, wide // 2, 2)), (small, (narrow - right, 2, right, 2))):
                 terms = np.zeros((4, decode.bins))
                 terms[np.arange(4), ends] = 1000.0
                 scene.boxes[row] = terms.ravel()
         else:
             low = np.array([[64.0 * big, 0.0]] * 2)
-            scene.boxes[[big, small]] = _as_format(stage, low, low + np.array([[128.0, 16.0], [8 * width, 16.0]]))
+            scene.boxes[[big, small]] = _as_format(
+                stage, low, low + np.array([[8.0 * wide, 16.0], [8.0 * narrow, 16.0]])
+            )
         scene.classes[[big, small]] = LOW
         scene.classes[big, 0], scene.classes[small, 0] = 4.0, 3.0
         scene.objectness[[big, small]] = 40.0

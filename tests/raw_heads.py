@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fusenms import PostprocessConfig, RawModel
-from fusenms.artifacts import FusedModel, ImageInput
+from fusenms.artifacts import FusedModel, ImageInput, Pixels
 from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.fusion import fuse_head
@@ -166,7 +166,7 @@ def raw_model(layout: Layout, opset: int = 17) -> RawModel:
     graph = helper.make_graph(nodes, "raw", [images], outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     onnx.checker.check_model(model)
-    return RawModel(model, ImageInput("images", SIZE, SIZE, 32), (), "detect", "tiny.onnx", layout)
+    return RawModel(model, ImageInput("images", SIZE, SIZE, 32), (), "detect", "tiny.onnx", layout, pixels=Pixels())
 
 
 def fused_model(layout: Layout, backend: str = "ort", opset: int = 17, **config: object) -> FusedModel:

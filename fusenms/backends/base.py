@@ -23,7 +23,7 @@ class Chosen:
         scores: ``[B, k]`` float32 probabilities.
         passing: ``[B, k]`` bool: above the threshold; those that are not stand last.
         rows: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4]`` float32 xyxy, labels ``[B, n]`` int32
-            and valid ``[B, n]`` bool: passing, and without a class score that never wins.
+            and valid ``[B, n]`` bool: passing, and without a class score or a box that never wins.
         count: k; None where it depends on the data (`Backend.adaptive`).
         num_classes: how many classes there are.
     """
@@ -76,7 +76,11 @@ def select(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     """The outputs where nothing is to be suppressed: at most K chosen ones, and blank rows after them."""
     assert chosen.count is not None and chosen.count <= config.max_detections
     boxes, labels, valid = chosen.rows(None)
-    scores, lacking = chosen.scores, config.max_detections - chosen.count
+    falling = g.const(np.arange(chosen.count, 0, -1)[None], np.float32)
+    rank, row = g.top_k(g.where(valid, falling, g.floats(0.0)), g.const([chosen.count], np.int64))  # valid ones first
+    boxes, valid = g.take_rows(boxes, row, 1, 4), g.op("Greater", rank, g.floats(0.0))
+    scores, labels = (g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, labels))
+    lacking = config.max_detections - chosen.count
     if lacking:
         boxes = g.op("Pad", boxes, g.const([0, 0, 0, 0, lacking, 0], np.int64), g.floats(0.0))
         scores = g.op("Pad", scores, g.const([0, 0, 0, lacking], np.int64), g.floats(0.0))

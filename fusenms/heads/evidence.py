@@ -16,7 +16,7 @@ from onnx import helper
 from fusenms.artifacts import RawModel
 from fusenms.errors import SourceError
 from fusenms.graph import cut_before
-from fusenms.layout import Join, Layout, Tap
+from fusenms.layout import Join, Layout, Tap, cells_along
 
 LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
 """Sets of strides that detectors use, the usual one first."""
@@ -243,7 +243,7 @@ def picture(height: int, width: int) -> np.ndarray:
 
 def cell_centers(height: int, width: int, stride: int) -> np.ndarray:
     """Centers ``[cells, 2]`` (x, y in pixels) of one level, row by row."""
-    y, x = np.mgrid[: height // stride, : width // stride]
+    y, x = np.mgrid[: cells_along(height, stride), : cells_along(width, stride)]
     return (np.stack((x, y), -1).reshape(-1, 2) + 0.5) * stride
 
 

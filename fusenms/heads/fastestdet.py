@@ -10,7 +10,7 @@ from fusenms.artifacts import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.evidence import Evidence, are_probabilities, sum_to_one
 from fusenms.heads.levels import STRIDES
-from fusenms.layout import Activation, Join, Layout, TanhOffsets, Tap
+from fusenms.layout import Activation, Join, Layout, TanhOffsets, Tap, cells_along
 
 NAME = "fastestdet"
 WEIGHT = 0.6
@@ -23,7 +23,7 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     if len(shapes) != 1 or len(shapes[0]) != 4:
         return Mismatch(f"found outputs of shape {shapes}; expected one [batch, 5 + classes, rows, columns]")
     sample, (_, width, rows, columns) = evidence.samples[0], shapes[0]
-    strides = [s for s in STRIDES if (image.height // s, image.width // s) == (rows, columns)]
+    strides = [s for s in STRIDES if (cells_along(image.height, s), cells_along(image.width, s)) == (rows, columns)]
     if not strides or width < 7:
         return Mismatch(
             f"found an output of shape {shapes[0]}; expected [batch, 5 + classes, rows, columns] of one stride"

@@ -14,7 +14,7 @@ import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.evidence import Evidence, Sample, are_probabilities
-from fusenms.layout import Activation, Distances, Join, Layout, Tap
+from fusenms.layout import Activation, Distances, Join, Layout, Tap, cells_along
 
 NAME = "levels"
 DISTANCES, CLASSES = "fusenms/head_distances", "fusenms/head_classes"
@@ -74,7 +74,7 @@ def _level(evidence: Evidence, sample: Sample) -> Level | None:
     """An output as a level: ``[1, C, rows, columns]``, ``[1, rows, columns, C]``, ``[1, n, C]`` or ``[1, C, n]``."""
     shape, image = sample.value.shape, evidence.raw.image
     for stride in STRIDES:
-        rows, columns = image.height // stride, image.width // stride
+        rows, columns = cells_along(image.height, stride), cells_along(image.width, stride)
         if len(shape) == 4 and shape[2:] == (rows, columns):
             return Level(sample.tensor, stride, 1, sample.value[0].reshape(shape[1], -1).T)
         if len(shape) == 4 and shape[1:3] == (rows, columns):

@@ -268,6 +268,16 @@ class A2C2f(Block):
         return y if self.gamma is None else x + self.gamma.view(1, -1, 1, 1) * y
 
 
+class C2(Block):
+    """Half of the channels through a row of bottlenecks (YOLOv8-P6)."""
+
+    parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.cv1(x).chunk(2, 1)
+        return self.cv2(torch.cat((self.m(left), right), 1))
+
+
 class SPP(Block):
     """Spatial pyramid pooling (YOLOv3-SPP, YOLOv5 before release 6)."""
 
@@ -308,5 +318,5 @@ class C3x(C3):
 BLOCKS: tuple[type[nn.Module], ...] = (
     DWConv, C3k, C3k2, RepConv, RepBottleneck, RepCSP, RepNCSPELAN4, ELAN1, SPPELAN, AConv, ADown, CBLinear, CBFuse, Silence, SCDown,
     RepVGGDW, CIB, C2fCIB, Attention, PSABlock, PSA, C2PSA, AAttn, ABlock, A2C2f,
-    SPP, GhostConv, GhostBottleneck, C3Ghost, C3x,
+    C2, SPP, GhostConv, GhostBottleneck, C3Ghost, C3x,
 )  # fmt: skip
