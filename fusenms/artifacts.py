@@ -162,6 +162,8 @@ class FusedModel:
             VerificationError: the model has no passing report and ``unverified`` is false.
             SourceError: the path cannot be written.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise SourceError(f"found a {type(path).__name__}; expected the path of a file to write")
         if self.report is not None and not self.report:
             raise VerificationError(
                 f"{path} was not written: the fused model differs from the reference\n{self.report}", self.report
@@ -186,6 +188,8 @@ def load_fused(path: str | os.PathLike[str]) -> FusedModel:
     Raises:
         SourceError: the file cannot be read, or is not a fused model.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise SourceError(f"found a {type(path).__name__}; expected the path of a fused .onnx file")
     model = read_onnx(Path(path))
     metadata = read_metadata(model)
     if contract.KEY_BACKEND not in metadata:

@@ -19,7 +19,6 @@ from fusenms.decoding import decode_boxes
 from fusenms.graph import FLOAT, INT32, INT64, Graph, Tensor
 from fusenms.layout import Activation, Layout, Tap
 
-
 FARTHEST = 1e18
 """Pixels; the area of a box that reaches farther is not finite in float32, and no box of a picture does."""
 

@@ -73,5 +73,5 @@ def prove(fused: FusedModel, report: Any) -> FusedModel:
         VerificationError: the report has a difference.
     """
     if not report:
-        raise VerificationError(f"the fused model differs from the reference\n{report}", report)
+        raise VerificationError(f"the fused model could not be proven equal to the reference\n{report}", report)
     return fused.proven(report)

@@ -8,7 +8,8 @@ It shares no code with the graph's emitters. Per image:
    differ in what a maximum makes of NaN.) The same goes for a candidate whose box is not finite, or whose
    area would not be in float32.
 2. keep score > `score_threshold`.
-3. keep the `max_candidates` best (of an end-to-end head the `max_detections` best); among equals the lower candidate number (then the lower class) wins.
+3. keep the `max_candidates` best (of an end-to-end head the `max_detections` best); among equals the lower candidate number (then the
+   lower class) wins.
 4. unless the head is end-to-end, by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if
    `class_agnostic`) is > `iou_threshold`. Degenerate boxes have IoU 0 with everything.
 5. keep the best `max_detections`.

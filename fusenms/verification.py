@@ -86,12 +86,13 @@ class Report:
     @property
     def summary(self) -> str:
         """One line: what was run, and the verdict."""
-        close = f" · {self.close_calls} close calls" if self.close_calls else ""
+        close = f" · {counted(self.close_calls, 'close call')}" if self.close_calls else ""
         if self.unconverged:
-            close += f" · {self.unconverged} images say that they did not converge (more rounds help)"
+            close += f" · {counted(self.unconverged, 'image')} did not converge, as the model says (more rounds help)"
         sizes = ", ".join(map(str, self.batches))
+        wrong = counted(self.mismatches, "mismatch", "mismatches")
         return (
-            f"batch {sizes} · {len(self.checks)} images · {self.detections} detections · {self.mismatches} mismatches · "
+            f"batch {sizes} · {len(self.checks)} images · {self.detections} detections · {wrong} · "
             f"worst box error {self.worst_box:.2g} px{close}"
         )
 
@@ -144,7 +145,7 @@ def verify(
         InputError: the images do not fit the model.
     """
     fused = model if isinstance(model, FusedModel) else load_fused(model)
-    if not batches or any(not isinstance(b, int) or b < 1 for b in batches):
+    if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
         raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
     sizes = [(fused, _pictures(fused, images))]
     if fused.image.dynamic_size:  # another size, where the candidates stand elsewhere
@@ -161,6 +162,11 @@ def verify(
             message = f"the layout in the metadata does not fit the head's tensors ({error})"
             raise SourceError(f"{message}; the file was changed after it was written: fuse the model again") from error
     return Report(tuple(checks), tuple(batches))
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number and what it counts."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _pictures(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
@@ -202,7 +208,7 @@ class _Verification:
             self._on_scenes(shapes, batches)
         unsettled = sum(not check.converged for check in self.checks)
         if 2 * unsettled > len(self.checks):
-            problem = f"{unsettled} of {len(self.checks)} images say that they did not converge: too little was compared; take more rounds"
+            problem = f"{unsettled} of {len(self.checks)} images did not converge, so too little was compared: take more rounds"
             self.checks.append(Check(0, 0, "all", 0, 0, 0.0, 0.0, (problem,)))
         if not any(check.detections or check.problems for check in self.checks) and self.config.score_threshold < 1:
             self.checks.append(

@@ -40,7 +40,7 @@ def written(model, tmp_path):
     "settings", [{}, {"rounds": 4}, {"multi_label": True, "class_agnostic": True}, {"max_candidates": 20, "max_detections": 3}], ids=str
 )  # fmt: skip
 def test_portable_graph_builds(tmp_path, layout, settings):
-    if layout == "end_to_end" and "rounds" in settings:
+    if not LAYOUTS[layout]().suppress and "rounds" in settings:
         pytest.skip("nothing to suppress, so no rounds")
     engine = build_rtx(written(fused_model(LAYOUTS[layout](), "portable", **settings).model, tmp_path), BATCH)
     assert engine.info["engine"]["bytes"] == len(engine.data) > 10_000
@@ -76,12 +76,13 @@ def test_open_size_builds(tmp_path):
     assert engine.info["inputs"]["images"]["max"] == [1, 3, 256, 256]
 
 
-@pytest.mark.parametrize(("backend", "operator"), [("ort", "NonZero"), ("trt", PLUGIN)])
-def test_refusal_names_the_node_and_the_cure(tmp_path, backend, operator):
-    path = fuse(SHAPES / "shapes.pt", size=64, backend=backend).save(tmp_path / "m.onnx")
-    with pytest.raises(
-        UnsupportedByBackendError, match=rf"does not take {operator} \(node 'fusenms/.*--backend portable"
-    ):
+@pytest.mark.parametrize("class_agnostic", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "operator"), [("ort", "has no kernel for NonMaxSuppression"), ("trt", f"does not take {PLUGIN}")]
+)
+def test_refusal_names_the_node_and_the_cure(tmp_path, backend, operator, class_agnostic):
+    path = fuse(SHAPES / "shapes.pt", size=64, backend=backend, class_agnostic=class_agnostic).save(tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedByBackendError, match=rf"{operator} \(node 'fusenms/.*--backend portable"):
         build_rtx(str(path), BATCH)
 
 

@@ -6,7 +6,11 @@ from conftest import SHAPES
 
 from fusenms import fuse, load, verify
 from fusenms.backends import BACKENDS
+from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import ConfigError, SourceError
+from fusenms.graph import with_outputs
+from fusenms.reference import Rows, candidates, postprocess
+from fusenms.runtime.pictures import read_picture, to_tensor
 from fusenms.sources import export as export_module
 
 
@@ -83,3 +87,23 @@ def test_parity_sees_a_wrong_weight(monkeypatch):
     monkeypatch.setattr(export_module, "_to_onnx", spoiled)
     with pytest.raises(SourceError, match="differs from PyTorch"):
         load(SHAPES / "shapes.pt", size=64)
+
+
+@pytest.mark.parametrize("backend", ["ort", "portable"])
+def test_dynamic_size_finds_the_same_at_sizes_that_are_no_multiple_of_the_stride(backend):
+    """The last cells of a level then reach over the edge: a picture cut to 250 pixels keeps its boxes where they were."""
+    fused = fuse(SHAPES / "shapes.pt", size=256, dynamic_size=True, backend=backend, unverified=True)
+    runner = OnnxRuntimeRunner(with_outputs(fused.model, fused.layout.tensors))
+    picture = read_picture(SHAPES / "shapes0.jpg")[:256, :256]
+    for height, width in ((256, 256), (250, 250), (256, 250), (31, 31)):
+        outputs = runner.infer(to_tensor([picture[:height, :width]]))
+        count = int(outputs["num_detections"][0, 0])
+        found = Rows(outputs["boxes"][0, :count], outputs["scores"][0, :count], outputs["labels"][0, :count])
+        head = {name: outputs[name] for name in fused.layout.tensors}
+        expected = postprocess(candidates(head, 0, fused.layout, (height, width)), fused.config, found).rows
+        assert count == len(expected)
+        np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+        if (height, width) == (256, 250):
+            wide = runner.infer(to_tensor([picture]))
+            near = np.abs(wide["boxes"][0][:, None] - found.boxes[None]).max(2).min(1)
+            assert (near < 12).sum() > count / 2  # a cut edge moves boxes a little; a wrong grid moves all of them far

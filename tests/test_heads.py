@@ -188,9 +188,9 @@ def test_frozen_batch_is_refused_with_the_cure_or_opened(tmp_path):
     path = write(AnchorDecoded(), tmp_path / "m.onnx", dynamic=False)
     with pytest.raises(SourceError, match=r"batch size is frozen at 1; .* add --make-dynamic"):
         load(path)
-    raw = load(path, make_dynamic=True)
-    assert "3 images equal to running them alone" in raw.notes[-1]
-    assert fuse(raw).report
+    fused = fuse(path, make_dynamic=True)
+    assert "3 images equal to running them alone" in fused.notes[-1]
+    assert fused.report
 
 
 def test_batch_is_not_opened_where_images_would_mix(tmp_path):
@@ -206,7 +206,7 @@ def test_batch_is_not_opened_where_images_would_mix(tmp_path):
 
     path = write(Mixing(), tmp_path / "m.onnx", dynamic=False)
     with pytest.raises(SourceError, match="images of one batch change each other"):
-        load(path, make_dynamic=True)
+        fuse(path, family="yolov8", make_dynamic=True)
 
 
 def test_file_with_nms_is_told_apart(tmp_path):
@@ -224,26 +224,30 @@ def test_fused_file_is_told_apart(tmp_path, shapes_raw):
         load(path)
 
 
-@pytest.mark.parametrize(
-    ("file", "family", "classes"),
-    [
-        ("derived/yolov8n.onnx", "yolov8", 80),
-        ("derived/yolov5n.onnx", "yolov5", 80),
-        ("yolov8n_dynint8_640.onnx", "yolov8", 80),
-        ("yolo11n_dynint8_320.onnx", "yolov8", 80),
-    ],
-)
-def test_real_file_is_recognized(zoo, file, family, classes):
+REAL = {
+    "derived/yolov8n.onnx": ("yolov8", 80, "late"),
+    "derived/yolov5n.onnx": ("yolov5", 80, "late"),
+    "derived/yolo26n_e2e.onnx": ("rows", 80, "full"),
+    "yolov8n_dynint8_640.onnx": ("yolov8", 80, "full"),
+    "yolo11n_dynint8_320.onnx": ("yolov8", 80, "full"),
+    "yolo26n_dynint8_640_e2e.onnx": ("rows", 80, "full"),
+    "yolox_nano_raw_416.onnx": ("yolox", 80, "late"),
+    "deimv2_atto_320.onnx": ("rows", 80, "full"),
+    "deimv2_femto_416.onnx": ("rows", 80, "full"),
+    "nanodet_m_416.onnx": ("nanodet", 80, "late"),
+    "fastestdet_352.onnx": ("fastestdet", 80, "late"),
+}
+
+
+@pytest.mark.parametrize("file", REAL)
+def test_real_file_is_recognized(zoo, file):
     layout = recognize(load(zoo / file, make_dynamic=True))
-    assert (layout.family, layout.num_classes) == (family, classes)
+    assert (layout.family, layout.num_classes, layout.decode_stage) == REAL[file]
 
 
-@pytest.mark.parametrize(
-    "file", ["yolox_nano_raw_416.onnx", "yolo26n_dynint8_640_e2e.onnx", "yolov8n-seg_dynint8_320.onnx"]
-)
-def test_real_file_of_another_family_is_refused(zoo, file):
+def test_real_file_of_another_task_is_refused(zoo):
     with pytest.raises(HeadNotRecognizedError, match="no known detector head fits"):
-        recognize(load(zoo / file, make_dynamic=True))
+        recognize(load(zoo / "yolov8n-seg_dynint8_320.onnx", make_dynamic=True))
 
 
 def test_real_quantized_file_equals_reference(zoo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from onnx import parser
 
 from fusenms import Detector, PostprocessConfig, RawModel, fuse
 from fusenms.artifacts import ImageInput
-from fusenms.backends import portable
+from fusenms.backends import BACKENDS, get_backend, portable
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.fusion import fuse_head
 from fusenms.graph import cut_before
@@ -37,7 +38,7 @@ def layout(classes: int = CLASSES) -> Layout:
 class Tail:
     """The fused tail of a head of finished boxes ``[B, N, 4]`` and scores ``[B, N, C]``, and the reference."""
 
-    def __init__(self, count: int, classes: int = CLASSES, **config: object) -> None:
+    def __init__(self, count: int, classes: int = CLASSES, backend: str = "portable", **config: object) -> None:
         self.layout, self.config = layout(classes), PostprocessConfig.from_dict(config)
         model = parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
           raw (float[batch, 3, 32, 32] images) => (float[batch, {count}, 4] boxes, float[batch, {count}, {classes}] scores) {{
@@ -50,8 +51,9 @@ class Tail:
             scores = Expand (flat, score_shape)
           }}""")
         raw = RawModel(model, ImageInput("images", 32, 32, 32), (), "detect", "any.onnx", self.layout)
-        self.fused = fuse_head(raw, self.layout, self.config, "portable")
-        tail = cut_before(self.fused.model, {"head_boxes": (count, 4), "head_scores": (count, classes)})
+        self.fused = fuse_head(raw, self.layout, self.config, backend)
+        standard = get_backend(backend).to_standard(self.fused.model)
+        tail = cut_before(standard, {"head_boxes": (count, 4), "head_scores": (count, classes)})
         self.runner = OnnxRuntimeRunner(tail)
 
     def run(self, boxes: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
@@ -191,19 +193,50 @@ score = st.sampled_from([0.0, 0.25, 0.26, 0.5, 0.75, 1.0])
 image = st.tuples(
     st.lists(box, min_size=SMALL, max_size=SMALL), st.lists(st.tuples(score, score, score), min_size=SMALL, max_size=SMALL)
 )  # fmt: skip
-TAILS: dict[tuple[float, bool], Tail] = {}
+TAILS: dict[tuple[str, float, bool], Tail] = {}
+THRESHOLDS = [0.0, 0.1, 0.2, 0.25, 1 / 3, 0.4, 0.45, 0.5, 0.6, 0.65, 0.7, 0.75, 0.9, 1.0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=300, deadline=None)
-@given(st.lists(image, min_size=1, max_size=4), st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.booleans())
-def test_search_finds_no_difference(images, iou_threshold, class_agnostic):
-    """Whole numbers and thresholds in quarters: float32 is exact, so nothing is excused."""
-    key = (iou_threshold, class_agnostic)
+@given(st.lists(image, min_size=1, max_size=4), st.sampled_from(THRESHOLDS), st.booleans())
+def test_search_finds_no_difference(backend, images, iou_threshold, class_agnostic):
+    """Of whole numbers every area is exact in float32, so nothing is excused: an IoU of 9 / 20 is not above 0.45."""
+    key = (backend, iou_threshold, class_agnostic)
     if key not in TAILS:
         portable_block, portable.BLOCK = portable.BLOCK, 5
-        TAILS[key] = Tail(SMALL, iou_threshold=iou_threshold, class_agnostic=class_agnostic, max_detections=7)
+        config = {"iou_threshold": iou_threshold, "class_agnostic": class_agnostic, "max_detections": 7}
+        TAILS[key] = Tail(SMALL, backend=backend, **config)
         portable.BLOCK = portable_block
     TAILS[key].compare(np.array([b for b, _ in images], float), np.array([s for _, s in images], float))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("share", ["1/10", "1/5", "1/4", "3/10", "1/3", "9/20", "1/2", "3/5", "7/10", "9/10"])
+def test_pair_at_the_threshold_is_kept_and_one_above_it_is_not(backend, share):
+    """Nested boxes of whole pixels, of many sizes, whose IoU is the threshold; then one pixel row more."""
+    part = Fraction(share)
+    sizes = [part.denominator * k for k in (1, 2, 3, 5, 7, 11, 16, 20)]
+    boxes, scores = np.zeros((len(sizes), 2, 4)), np.zeros((len(sizes), 2, CLASSES))
+    for i, size in enumerate(sizes):
+        left = 13.0 * i
+        boxes[i] = [[left, 5, left + 31, 5 + size], [left, 5, left + 31, 5 + int(size * part)]]
+    scores[:, :, 1] = [0.9, 0.8]
+    tail = Tail(2, backend=backend, iou_threshold=float(part), max_detections=2)
+    assert tail.compare(boxes, scores)["num_detections"][:, 0].tolist() == [2] * len(sizes)
+    boxes[:, 1, 3] += 1
+    assert tail.compare(boxes, scores)["num_detections"][:, 0].tolist() == [1] * len(sizes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_box_that_is_not_finite_never_wins(backend, value):
+    boxes = np.array([[0, 0, 8, 8], [0, 0, 8, 8], [16, 0, 24, 8]], float)
+    boxes[0, 2] = value
+    tail = Tail(3, backend=backend, max_detections=3)
+    got = tail.compare(boxes[None], np.array([[[0, 0.9, 0], [0, 0.8, 0], [0, 0.7, 0]]]))
+    assert got["num_detections"].tolist() == [[2]]
+    np.testing.assert_allclose(got["scores"][0], [0.8, 0.7, 0])
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5, 30])

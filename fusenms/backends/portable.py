@@ -31,6 +31,9 @@ from fusenms.graph import FLOAT, INT32, Graph, Tensor
 BLOCK, UNROLLED_BLOCK = 64, 960
 """Most candidates of a block: with a `Loop`, whose rounds cost little; unrolled, where each one makes the graph longer."""
 
+SLACK = 2.0**-21
+"""Relative. A threshold and a product are each rounded to 2^-24; the reference calls twenty times as much a close call."""
+
 RANK = 6
 """Column of the rank in a row of what was found: box, label, score, rank."""
 
@@ -144,19 +147,19 @@ class _Blocks:
     def _rivals(self, boxes: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor) -> Tensor:
         """``[B, b, n]`` bool: the IoU of boxes ``[B, b, 4]`` and others ``[B, n, 4]`` is above the threshold, and the class one.
 
-        Divided as `NonMaxSuppression` in ONNX Runtime does, so that both decide alike where float32 decides. Multiplied out, an IoU of
-        9 / 20 would be above a threshold of 0.45.
+        Without a division, which not every runtime rounds as float32 has it (OpenVINO multiplies by a reciprocal): intersection >
+        threshold * union, the threshold raised by `SLACK`, so that no rounding makes an IoU equal to it one above it.
         """
-        g = self.g
+        g, raised = self.g, self.config.iou_threshold * (1 + SLACK)
         x1, y1, x2, y2 = (g.unsqueeze(self.column(boxes, i), 2) for i in range(4))  # [B, b, 1]
         u1, v1, u2, v2 = (g.unsqueeze(self.column(others, i), 1) for i in range(4))  # [B, 1, n]
         width = g.op("Relu", g.op("Sub", g.op("Min", x2, u2), g.op("Max", x1, u1)))
-        height = g.op("Relu", g.op("Sub", g.op("Min", y2, v2), g.op("Max", y1, v1)))
+        height = g.op("Sub", g.op("Min", y2, v2), g.op("Max", y1, v1))  # where negative, so is the intersection
         area = g.op("Mul", g.op("Sub", x2, x1), g.op("Sub", y2, y1))
         other = g.op("Mul", g.op("Sub", u2, u1), g.op("Sub", v2, v1))
         shared = g.op("Mul", width, height)
-        share = g.op("Div", shared, g.op("Sub", g.op("Add", area, other), shared))  # 0 / 0 is above nothing
-        close = g.op("Greater", share, g.floats(self.config.iou_threshold))
+        union = g.op("Sub", g.op("Add", area, other), shared)
+        close = g.op("Greater", shared, g.op("Mul", union, g.floats(raised)))
         if self.config.class_agnostic or self.chosen.num_classes == 1:
             return close
         return g.op("And", close, g.op("Equal", g.unsqueeze(labels, 2), g.unsqueeze(other_labels, 1)))

@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
 def print_table(timings: list[Timing], runs: int) -> None:
     """Print the table: medians, middle half, ratio to the first file, peak memory."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(
-        "batch", "model", "part", "ms", "middle half", "ratio", "peak MB", caption=f"medians of {runs} interleaved runs"
-    )
+    name = Column("model", overflow="fold")
+    caption = f"medians of {runs} interleaved runs"
+    table = Table("batch", name, "part", "ms", "middle half", "ratio", "peak MB", caption=caption)
     for t in timings:
         if t.note:
             table.add_row(str(t.batch), t.name, t.part, "-", f"does not run: {t.note}", "-", "-")

@@ -18,7 +18,9 @@ HELP = "run a fused model on pictures: a table of what was found, and annotated 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="FUSED", help="a fused .onnx of backend ort")
+    parser.add_argument(
+        "model", metavar="FUSED", help="a fused .onnx that runs in ONNX Runtime (backend ort or portable)"
+    )
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="pictures, or folders of pictures")
     parser.add_argument(
         "-o",
@@ -60,6 +62,7 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
             "height": picture.shape[0],
             "width": picture.shape[1],
             "detections": found.to_dicts(),
+            "converged": found.converged,
         }
         if folder is not None:
             make_folder(folder)

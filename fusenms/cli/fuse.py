@@ -13,6 +13,7 @@ from fusenms.batch import open_batch
 from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
 from fusenms.config import PostprocessConfig
 from fusenms.contract import NAME_PRESETS
+from fusenms.errors import ConfigError
 from fusenms.fusion import fuse_head
 from fusenms.heads import HEADS, recognize
 from fusenms.pipeline import prove
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     start, steps = time.monotonic(), Steps(args.json)
     config = PostprocessConfig(**{field.name: getattr(args, field.name) for field in fields(PostprocessConfig)})
     backend = get_backend(args.backend, config)
+    if args.unverified and args.images is not None:
+        raise ConfigError("images are for verifying, and unverified leaves that out; leave one of them out")
     output = args.output or Path(Path(args.weights).stem + backend.suffix)
     check_writable(output, Path(args.weights))
     if args.images is not None:

@@ -20,6 +20,12 @@ NAME = "inspect"
 HELP = "say what a file is: its kind, its head (or why none fits), its metadata"
 
 
+DECODES = {
+    "late": "late: only the chosen candidates are decoded",
+    "full": "full: the file's own decode stays, since no tensor before it was shown to give the same",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a checkpoint (.pt), a raw .onnx or a fused .onnx")
 
@@ -45,6 +51,7 @@ def _fused(path: Path, steps: Steps) -> None:
     _tensors(fused.model, steps)
     steps.line("kind", f"fused model · backend {fused.backend} · from {fused.source}")
     steps.line("head", _layout_text(fused.layout.to_dict()))
+    steps.line("decode", DECODES[fused.layout.decode_stage])
     config = fused.config.to_dict()
     steps.line("settings", " · ".join(f"{key} {value}" for key, value in config.items()))
     proof = read_metadata(fused.model).get(contract.KEY_VERIFICATION, contract.UNVERIFIED)
@@ -95,7 +102,8 @@ def _head(raw: RawModel, steps: Steps) -> Layout | None:
         _no_head(error, steps)
         return None
     steps.line("head", _layout_text(layout.to_dict()))
-    steps.values["layout"] = layout.to_dict()
+    steps.line("decode", DECODES[layout.decode_stage])
+    steps.values |= {"layout": layout.to_dict(), "decode": layout.decode_stage}
     return layout
 
 
@@ -110,11 +118,16 @@ def _layout_text(layout: dict[str, Any]) -> str:
     details = ", ".join(f"{key} {json.dumps(value)}" for key, value in decode.items())
     objectness = " · objectness" if layout["objectness"] else ""
     boxes = f"{layout['decode']['kind']} ({details})"
-    return f"{layout['family']} · {classes} classes{objectness} · scores: {layout['activation']} · boxes: {boxes}"
+    if layout["labels"]:
+        return f"{layout['family']} · finished rows · boxes: {boxes}"
+    nms = "" if layout["suppress"] else " · end-to-end"
+    return f"{layout['family']} · {classes} classes{objectness}{nms} · scores: {layout['activation']} · boxes: {boxes}"
 
 
 def _tensors(model: Any, steps: Steps) -> None:
-    for kind, entries in (("input", model.graph.input), ("output", model.graph.output)):
+    constants = {item.name for item in model.graph.initializer}  # old files list those among their inputs
+    inputs = [entry for entry in model.graph.input if entry.name not in constants]
+    for kind, entries in (("input", inputs), ("output", model.graph.output)):
         texts = []
         for entry in entries:
             dims = ", ".join(str(d.dim_value or d.dim_param or "?") for d in entry.type.tensor_type.shape.dim)

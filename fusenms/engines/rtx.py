@@ -48,6 +48,7 @@ def build_rtx(path: str, settings: EngineSettings, progress: Progress | None = N
     """
     rtx = load_rtx()
     model = read_onnx(Path(path))
+    refuse_nms(path, model, rtx.__version__)
     capabilities = _capabilities(rtx, settings.compute_capabilities)
     logger = make_logger(rtx)
     builder = rtx.Builder(logger)
@@ -71,6 +72,8 @@ def build_rtx(path: str, settings: EngineSettings, progress: Progress | None = N
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         cure = next((f". {cure}" for operator, cure in CURES.items() if operator in logger.text), "")
+        if "current" in settings.compute_capabilities:
+            cure += '. Compute capability "current" is that of this machine\'s GPU: is there one?'
         raise EngineBuildError(f"{path}: TensorRT-RTX {rtx.__version__} cannot build the engine: {logger.text}{cure}")
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     info = describe(
@@ -85,6 +88,18 @@ def build_rtx(path: str, settings: EngineSettings, progress: Progress | None = N
         },
     )  # fmt: skip
     return Engine(bytes(plan), info, _inspect(rtx, bytes(plan)))
+
+
+def refuse_nms(path: str, model: onnx.ModelProto, version: str) -> None:
+    """Refuse what the parser takes and the builder does not: it has no kernel for the operator.
+
+    Raises:
+        UnsupportedByBackendError: the graph has a `NonMaxSuppression` node.
+    """
+    if node := next((node for node in model.graph.node if node.op_type == "NonMaxSuppression"), None):
+        raise UnsupportedByBackendError(
+            f"{path}: TensorRT-RTX {version} has no kernel for NonMaxSuppression (node {node.name!r}); {CURES['NonMaxSuppression']}"
+        )
 
 
 def load_rtx() -> Any:

@@ -18,12 +18,14 @@ class Detections:
         scores: ``[n]`` float32, 0 to 1.
         labels: ``[n]`` int32, index into ``class_names``.
         class_names: names of all classes.
+        converged: false where a model with a fixed number of rounds says that they were too few: boxes may be wrong.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+    converged: bool = True
 
     def __post_init__(self) -> None:
         count = len(self.scores)

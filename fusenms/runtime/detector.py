@@ -89,6 +89,10 @@ class Detector:
             InputError: one of them is not a picture.
         """
         single = isinstance(images, (str, os.PathLike, np.ndarray)) or hasattr(images, "convert")
+        if not single and not isinstance(images, Iterable):
+            raise InputError(
+                f"found {type(images).__name__}; expected a picture (a path, an array or a PIL image), or several"
+            )
         pictures: Iterable[Any] = [images] if single else images
         found: list[Detections] = []
         canvases: list[np.ndarray] = []
@@ -108,11 +112,19 @@ class Detector:
             raise InputError("the detector is closed; open the file again")
         outputs = runner.infer(to_tensor(canvases))
         counts, boxes, scores, labels = (outputs[name] for name in self._names)
-        if contract.CONVERGED in outputs and not outputs[contract.CONVERGED].all():
+        converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
+        if not converged.all():
             _LOG.warning(
-                "a picture needs more rounds of suppression than the model has: boxes may be wrong; fuse it with more --rounds"
-            )
+                "%d of %d pictures need more rounds of suppression than the model has: boxes may be wrong; fuse it with more --rounds",
+                (~converged).sum(), len(converged),
+            )  # fmt: skip
         return [
-            Detections(place.to_picture(boxes[i, :n]), scores[i, :n].copy(), labels[i, :n].copy(), self.class_names)
+            Detections(
+                place.to_picture(boxes[i, :n]),
+                scores[i, :n].copy(),
+                labels[i, :n].copy(),
+                self.class_names,
+                bool(converged[i]),
+            )
             for i, (place, n) in enumerate(zip(places, counts[:, 0].tolist(), strict=True))
         ]

@@ -9,8 +9,10 @@ replaced by data of the file.
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,7 +176,8 @@ def _read(path: Path) -> Any:
         unknown = _unknown_globals(path) if zipped else []
         if unknown:
             raise SourceError(_refusal(path, unknown))
-        with _only_stand_ins():
+        with _only_stand_ins(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle protocol; what matters fails
             return torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,
@@ -192,13 +195,40 @@ def _read(path: Path) -> Any:
         if name := re.search(r"GLOBAL `?([\w.]+)`?", str(error)):
             raise SourceError(_refusal(path, [name[1]])) from error
         said = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
-        reason = said.splitlines()[0][:200] if said else type(error).__name__
+        reason = said.splitlines()[0][:200] if " " in said else type(error).__name__
+        if foreign := sorted(_names_in_pickle(path, zipped) - set(STAND_INS) - _plain_globals()):
+            raise SourceError(_refusal(path, foreign)) from error
         if not zipped and _looks_pickled(path):
-            reason = f"it has PyTorch's format from before 1.6: load it with a PyTorch you trust it in, and save it again; {reason}"
+            reason = f"it may have PyTorch's format from before 1.6, which a newer torch.save replaces; {reason}"
         raise SourceError(
             f"{path}: not a readable PyTorch checkpoint ({reason}); the file is damaged, cut short, or of another kind: "
             "download it again, or pass an .onnx file"
         ) from error
+
+
+def _names_in_pickle(path: Path, zipped: bool) -> set[str]:
+    """What a pickle names as code, read without running it, as far as it can be read: for the message about a file that fails."""
+    try:
+        data = path.read_bytes()
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        found, texts = set(), [""]
+        for operation, argument, _ in pickletools.genops(data):
+            if operation.name in ("GLOBAL", "INST"):
+                found.add(str(argument).replace(" ", "."))
+            elif operation.name == "STACK_GLOBAL":
+                found.add(".".join(texts[-2:]))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    except Exception:  # damaged in any way
+        return set()
+    return found
+
+
+def _plain_globals() -> set[str]:
+    """What torch itself takes for plain data."""
+    return set(torch._weights_only_unpickler._get_allowed_globals()) | {"__builtin__.set", "collections.OrderedDict"}
 
 
 def _looks_pickled(path: Path) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from fusenms import contract
 from fusenms.artifacts import ImageInput, RawModel, parse_names, read_metadata, read_onnx
@@ -40,6 +42,7 @@ def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, m
             f"{path}: opset {opset}; expected at least {MIN_OPSET}. "
             "Export again with a newer opset, or convert it with onnx.version_converter"
         )
+    _refuse_nan(path, model)
     entry = _picture_input(path, model)
     dims = entry.type.tensor_type.shape.dim
     frozen = [dim.dim_value or None for dim in dims]
@@ -75,6 +78,15 @@ def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) 
             raise AlreadyFusedError(
                 f"{path}: already holds a non-maximum suppression ({node.op_type} node {node.name!r}); "
                 "expected the raw head. Export the model again without NMS"
+            )
+
+
+def _refuse_nan(path: Path, model: onnx.ModelProto) -> None:
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    for item in model.graph.initializer:
+        if item.data_type in kinds and np.isnan(numpy_helper.to_array(item)).any():
+            raise SourceError(
+                f"{path}: the weights of {item.name} are not finite (NaN); the training diverged or the file is damaged"
             )
 
 
