@@ -42,6 +42,11 @@ class Pixels:
         if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
             raise ConfigError(f"mean is {self.mean!r}, std is {self.std!r}; expected three numbers each, std not 0")
 
+    def __str__(self) -> str:
+        text = f"{self.channels.upper()} from 0 to {self.scale:g}"
+        normal = ", ".join(f"({v:g})" if v < 0 else f"{v:g}" for v in self.mean), ", ".join(f"{v:g}" for v in self.std)
+        return f"{text}, less ({normal[0]}), over ({normal[1]})" if any(self.mean) or set(self.std) != {1.0} else text
+
     def apply(self, pictures: np.ndarray) -> np.ndarray:
         """Pictures ``[B, 3, height, width]`` float32 (RGB, 0 to 1) as the network wants them."""
         ordered = pictures[:, ::-1] if self.channels == "bgr" else pictures

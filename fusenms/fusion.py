@@ -37,7 +37,8 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     shapes = _head_shapes(raw, layout)
     total = None if raw.image.dynamic_size else shapes[layout.classes.tensor][2 - layout.classes.channel_axis]
     spec, types = spec_of(layout), [declared_type(raw.model, part) for join in layout.joins for part in join.parts]
-    _feed_pixels(g, raw.image, spec.pixels if raw.pixels is None else raw.pixels)
+    pixels = spec.pixels if raw.pixels is None else raw.pixels
+    _feed_pixels(g, raw.image, pixels)
     tensors, (layout, image) = layout.tensors, _free_names(g, layout, raw.image, config)
     image = replace(image, stretch=spec.stretch if raw.stretch is None else raw.stretch)
     widths = {new: shapes[old][layout.channel_axis(new) - 1] for old, new in zip(tensors, layout.tensors, strict=True)}
@@ -54,7 +55,8 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
         ]
     )
     names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
-    return FusedModel(g.to_model(), image, names, raw.task, raw.source, layout, config, backend, None, raw.notes)
+    notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; inside made into {pixels}")
+    return FusedModel(g.to_model(), image, names, raw.task, raw.source, layout, config, backend, None, notes)
 
 
 def _check_taps(raw: RawModel, layout: Layout) -> None:

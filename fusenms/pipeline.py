@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fusenms.artifacts import FusedModel, RawModel
+from fusenms.artifacts import FusedModel, Pixels, RawModel
 from fusenms.backends import get_backend
 from fusenms.batch import open_batch
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, VerificationError
 from fusenms.fusion import fuse_head
 from fusenms.heads import recognize
+from fusenms.layout import Layout
 from fusenms.sources import load
 from fusenms.verification import verify
 
 
 def fuse(
-    weights: str | os.PathLike[str] | RawModel,
+    weights: Any,
     *,
     backend: str = "ort",
     size: int | tuple[int, int] | None = None,
@@ -27,6 +28,11 @@ def fuse(
     opset: int | None = None,
     make_dynamic: bool = False,
     one_to_many: bool = False,
+    pixels: str | Pixels | None = None,
+    stretch: bool | None = None,
+    example: Any = None,
+    layout: Layout | None = None,
+    class_names: Sequence[str] = (),
     family: str | None = None,
     images: np.ndarray | None = None,
     unverified: bool = False,
@@ -35,9 +41,10 @@ def fuse(
     """Load weights, recognize the head, fuse the post-processing and prove the result.
 
     Args:
-        weights: a checkpoint (`.pt`), a raw `.onnx`, or a loaded `RawModel`.
+        weights: a checkpoint (`.pt`), a raw `.onnx`, a directory of a Hugging Face detector, an `nn.Module`, or a loaded `RawModel`.
         backend: ``ort``, ``trt`` or ``portable``.
-        size, dynamic_size, opset, make_dynamic, one_to_many: as `fusenms.load` takes them.
+        size, dynamic_size, opset, make_dynamic, one_to_many, pixels, stretch, example, layout: as `fusenms.load` takes them.
+        class_names: of an `nn.Module`, its classes.
         family: name of the detector family, where the file leaves more than one open.
         images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
         unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
@@ -51,18 +58,22 @@ def fuse(
     """
     settings = PostprocessConfig.from_dict(config)
     get_backend(backend, settings)
-    if isinstance(weights, RawModel) and (
-        size is not None or dynamic_size or opset is not None or make_dynamic or one_to_many
-    ):
-        raise ConfigError(
-            "size, dynamic_size, opset, make_dynamic and one_to_many are for loading; "
-            "these weights are loaded already: give them to fusenms.load"
-        )
-    raw = weights if isinstance(weights, RawModel) else load(
-        weights, size=size, dynamic_size=dynamic_size, opset=opset, make_dynamic=make_dynamic, one_to_many=one_to_many
-    )  # fmt: skip
-    layout = recognize(raw, family)
-    fused = fuse_head(open_batch(raw, layout), layout, settings, backend)
+    loading = {
+        "size": size, "dynamic_size": dynamic_size, "opset": opset, "make_dynamic": make_dynamic, "one_to_many": one_to_many,
+        "pixels": pixels, "stretch": stretch, "example": example, "layout": layout, "names": class_names,
+    }  # fmt: skip
+    if isinstance(weights, RawModel):
+        if given := [
+            name for name, value in loading.items() if value is not None and value is not False and value != ()
+        ]:
+            raise ConfigError(
+                f"{', '.join(given)}: for loading, but these weights are loaded already: give them to fusenms.load"
+            )
+        raw = weights
+    else:
+        raw = load(weights, **loading)
+    found = recognize(raw, family)
+    fused = fuse_head(open_batch(raw, found), found, settings, backend)
     return fused if unverified else prove(fused, verify(fused, images=images))
 
 

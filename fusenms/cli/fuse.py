@@ -7,7 +7,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from fusenms.artifacts import FusedModel, RawModel, check_writable
+from fusenms.artifacts import PIXELS, FusedModel, RawModel, check_writable
 from fusenms.backends import BACKENDS, get_backend
 from fusenms.batch import open_batch
 from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
@@ -58,6 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YOLOv10, YOLO26: take the head that needs suppression (default: the other one)",
     )
     model.add_argument(
+        "--pixels",
+        choices=list(PIXELS),
+        help="what the network wants for pixels (default: what the weights say, or what is usual in the family); "
+        "the fused model takes RGB from 0 to 1 in any case",
+    )
+    model.add_argument(
+        "--stretch",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="pictures are stretched to the size of the model, not letterboxed (default: as for --pixels)",
+    )
+    model.add_argument(
         "--family",
         choices=[head.name for head in HEADS],
         help="detector family, where the file leaves more than one open",
@@ -102,6 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+LOADING = ("size", "dynamic_size", "opset", "make_dynamic", "one_to_many", "pixels", "stretch")
+"""What `fusenms.load` takes of the command line."""
+
+
 def rounds_argument(text: str) -> int | None:
     """Rounds from their text; None for auto."""
     if text != "auto" and not text.isdigit():
@@ -119,11 +135,11 @@ def run(args: argparse.Namespace) -> int:
     check_writable(output, Path(args.weights))
     if args.images is not None:
         list_pictures(args.images)  # fails early
-    raw, fused = make(args.weights, args.backend, config, steps, args)
+    _, fused = make(args.weights, args.backend, config, steps, args)
     if not args.unverified:
         images = None
         if args.images is not None:
-            images = load_tensor(args.images, raw.image.height, raw.image.width)
+            images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch)
         with progress_bar("verify") as progress:
             report = verify(fused, images=images, progress=progress)
         steps.values["verification"] = report.to_dict()
@@ -145,11 +161,7 @@ def make(
     options: argparse.Namespace | None = None,
 ) -> tuple[RawModel, FusedModel]:
     """Load, recognize and fuse, with a line for each."""
-    chosen = (
-        {name: getattr(options, name) for name in ("size", "dynamic_size", "opset", "make_dynamic", "one_to_many")}
-        if options
-        else {}
-    )
+    chosen = {name: getattr(options, name) for name in LOADING} if options else {}
     raw = load(weights, **chosen)
     layout = recognize(raw, options.family if options else None)
     raw = open_batch(raw, layout)
@@ -160,9 +172,11 @@ def make(
         steps.line("export" if checkpoint else "read", note)
     fused = fuse_head(raw, layout, config, backend)
     how = get_backend(backend).suppresses_by if layout.suppress else "no suppression"
+    for note in fused.notes[len(raw.notes) :]:
+        steps.line("input", note)
     steps.line("fuse", f"{layout.decode_stage} decode · {how} · {', '.join(name for name, _ in config.outputs)}")
     steps.values |= {
-        "source": raw.source, "family": layout.family, "task": raw.task, "classes": list(fused.names), "notes": list(raw.notes),
+        "source": raw.source, "family": layout.family, "task": raw.task, "classes": list(fused.names), "notes": list(fused.notes),
         "backend": backend, "decode": layout.decode_stage, "layout": layout.to_dict(), "config": config.to_dict(),
     }  # fmt: skip
     return raw, fused

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images is not None:
         from fusenms.runtime.pictures import load_tensor
 
-        images = load_tensor(args.images, fused.image.height, fused.image.width)
+        images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch)
     with progress_bar("verify") as progress:
         report = verify(fused, images=images, batches=args.batch, progress=progress)
     steps.line("verify" if report else "DIFFERS", str(report))

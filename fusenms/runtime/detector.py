@@ -15,7 +15,7 @@ from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import InputError, UnsupportedByBackendError
 from fusenms.runtime.detections import Detections
-from fusenms.runtime.pictures import Placement, letterbox, read_picture, to_tensor
+from fusenms.runtime.pictures import Placement, letterbox, read_picture, stretched, to_tensor
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,11 +94,12 @@ class Detector:
                 f"found {type(images).__name__}; expected a picture (a path, an array or a PIL image), or several"
             )
         pictures: Iterable[Any] = [images] if single else images
+        fit = stretched if self._image.stretch else letterbox
         found: list[Detections] = []
         canvases: list[np.ndarray] = []
         places: list[Placement] = []
         for source in pictures:
-            canvas, place = letterbox(read_picture(source), self._image.height, self._image.width)
+            canvas, place = fit(read_picture(source), self._image.height, self._image.width)
             canvases.append(canvas)
             places.append(place)
             if len(canvases) == self._batch_size:

@@ -136,15 +136,25 @@ def letterbox(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray,
     return canvas, Placement(picture.shape[0], picture.shape[1], left, top, inner[1], inner[0])
 
 
+def stretched(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
+    """Scale a picture ``[h, w, 3]`` uint8 to ``[height, width, 3]``, whatever its sides, and say so."""
+    cv2 = opencv()
+    whole = Placement(picture.shape[0], picture.shape[1], 0, 0, height, width)
+    if picture.shape[:2] == (height, width):
+        return picture, whole
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR), whole
+
+
 def to_tensor(canvases: list[np.ndarray]) -> np.ndarray:
     """Pictures ``[height, width, 3]`` uint8 RGB of one size to ``[B, 3, height, width]`` float32, 0 to 1."""
     return np.ascontiguousarray(np.stack(canvases).transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
 
 
-def load_tensor(folder: Path, height: int, width: int) -> np.ndarray:
-    """All pictures of a folder, letterboxed: ``[n, 3, height, width]`` float32, 0 to 1.
+def load_tensor(folder: Path, height: int, width: int, stretch: bool) -> np.ndarray:
+    """All pictures of a folder, letterboxed or stretched: ``[n, 3, height, width]`` float32, 0 to 1.
 
     Raises:
         InputError: the folder has no pictures, or one of them is unreadable.
     """
-    return to_tensor([letterbox(read_picture(path), height, width)[0] for path in list_pictures(folder)])
+    fit = stretched if stretch else letterbox
+    return to_tensor([fit(read_picture(path), height, width)[0] for path in list_pictures(folder)])

@@ -1,16 +1,19 @@
-"""Export a loaded checkpoint to ONNX, cut at the head's taps, and check it against PyTorch."""
+"""Export a PyTorch detector to ONNX, cut at the head's taps, and check it against PyTorch."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import threading
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
-from fusenms.artifacts import ImageInput, RawModel
+from fusenms.artifacts import ImageInput, Pixels, RawModel
 from fusenms.errors import ConfigError, SourceError
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
 from fusenms.sources.checkpoint import Checkpoint
@@ -20,6 +23,7 @@ from fusenms.sources.rtdetr import RTDETRDecoder
 DEFAULT_OPSET = 17
 """The newest opset that every supported TensorRT reads (8.5 reads 17 at most)."""
 OPSETS = range(13, 21)  # what PyTorch's TorchScript exporter writes
+FIRST_OPSET_OF_DYNAMO = 18
 DEFAULT_SIZE = 640
 PARITY_BATCHES = (1, 2, 3)
 PARITY_TOLERANCE = 1e-3  # absolute, on logits of magnitude ten; float32 rounding gives about 1e-4
@@ -29,63 +33,94 @@ _exporting = threading.Lock()  # the TorchScript exporter keeps global state
 IMAGE, HEAD, HEAD_BOXES, HEAD_CLASSES = "images", "head", "head_boxes", "head_classes"
 
 
-def export(
-    checkpoint: Checkpoint, source: str, *, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None
-) -> RawModel:
+@dataclass(frozen=True)
+class Network:
+    """A PyTorch detector, ready for export.
+
+    Attributes:
+        module: in evaluation mode, float32, on the CPU; takes ``[B, 3, height, width]``, returns the tensors that ``layout.sources`` names,
+            in that order.
+        layout: what they mean.
+        names, task, source: for the records.
+        size: (height, width) in pixels that it works at by default.
+        stride: what height and width must be multiples of.
+        open_size: whether it works at sizes other than the one that it was traced at.
+        pixels, stretch: as `RawModel` has them.
+    """
+
+    module: nn.Module
+    layout: Layout
+    names: tuple[str, ...]
+    task: str
+    source: str
+    size: tuple[int, int]
+    stride: int
+    open_size: bool = True
+    pixels: Pixels | None = None
+    stretch: bool | None = None
+
+
+def network_of(checkpoint: Checkpoint, source: str) -> Network:
+    """The network of a checkpoint; ``source`` is its file's name."""
+    size = (checkpoint.size or DEFAULT_SIZE,) * 2
+    stride, queries = max(checkpoint.strides), isinstance(checkpoint.head, RTDETRDecoder)
+    return Network(
+        checkpoint.module, _layout(checkpoint), checkpoint.names, checkpoint.task, source, size, stride, not queries
+    )
+
+
+def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None) -> RawModel:
     """Export to ONNX with dynamic batch; compare ONNX Runtime with PyTorch at batch 1, 2, 3.
 
+    PyTorch's TorchScript exporter writes it. What that cannot take goes to the newer exporter, where onnxscript is installed and
+    the opset is not asked to be an older one.
+
     Args:
-        source: file name, for the records.
-        size: (height, width) in pixels; default: what the checkpoint was trained at, or 640.
+        size: (height, width) in pixels; default: the network's.
         dynamic_size: leave height and width open.
         opset: ONNX operator set; default `DEFAULT_OPSET`.
 
     Raises:
-        ConfigError: the size is no multiple of the stride, or the opset cannot be written.
+        ConfigError: the size is no multiple of the stride or cannot be left open, or the opset cannot be written.
         SourceError: the network does not run, or the export differs from it.
     """
-    opset = DEFAULT_OPSET if opset is None else opset
-    if opset not in OPSETS:
+    if opset is not None and opset not in OPSETS:
         raise ConfigError(f"opset is {opset}; expected {OPSETS.start} to {OPSETS.stop - 1}")
-    stride = max(checkpoint.strides)
-    height, width = size or (checkpoint.size or DEFAULT_SIZE,) * 2
+    stride, source, layout = network.stride, network.source, network.layout
+    height, width = size or network.size
     if height % stride or width % stride:
         near = tuple(max(stride, round(side / stride) * stride) for side in (height, width))
         raise ConfigError(
             f"size is {height}x{width}; expected multiples of the stride {stride}, as {near[0]}x{near[1]}"
         )
-    layout = _layout(checkpoint)
-    if dynamic_size and isinstance(layout.decode, Decoded):
-        raise ConfigError(f"{source}: the queries of RT-DETR are made for one size; leave --dynamic-size out")
-    try:
-        model = _to_onnx(checkpoint, layout, (height, width), dynamic_size, opset)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        torch.onnx.errors.OnnxExporterError,
-    ) as error:
-        raise SourceError(f"{source}: the network could not be exported ({error})") from error
+    if dynamic_size and not network.open_size:
+        raise ConfigError(f"{source}: this network is made for one size; leave --dynamic-size out")
     sizes = [(height, width)] + ([(height + stride, width + 2 * stride)] if dynamic_size else [])
-    worst = max(_difference(checkpoint, layout, model, batch, s) for batch in PARITY_BATCHES for s in sizes)
+    try:
+        model = _to_onnx(network, sizes, opset)
+    except _EXPORT_ERRORS as error:
+        raise SourceError(f"{source}: the network could not be exported ({error})") from error
+    worst = max(_difference(network, model, batch, s) for batch in PARITY_BATCHES for s in sizes)
     if not worst <= PARITY_TOLERANCE:
         raise SourceError(
             f"{source}: the exported network differs from PyTorch by {worst:.2g} (at most {PARITY_TOLERANCE:g} is rounding)"
         )
-    side = "height,width" if dynamic_size else f"{height},{width}"
-    note = f"{IMAGE}[batch,3,{side}] · opset {opset} · equal to PyTorch at batch 1, 2, 3 (max |Δ| {worst:.0e})"
+    side, written = "height,width" if dynamic_size else f"{height},{width}", model.opset_import[0].version
+    note = f"{IMAGE}[batch,3,{side}] · opset {written} · equal to PyTorch at batch 1, 2, 3 (max |Δ| {worst:.0e})"
     image = ImageInput(IMAGE, height, width, stride, dynamic_size)
-    return RawModel(model, image, checkpoint.names, checkpoint.task, source, layout, (note,))
+    return RawModel(model, image, network.names, network.task, source, layout, (note,), network.pixels, network.stretch)
+
+
+_EXPORT_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError, AssertionError),
+    torch.onnx.errors.OnnxExporterError,
+)
 
 
 def _layout(checkpoint: Checkpoint) -> Layout:
     head, count = checkpoint.head, len(checkpoint.names)
     if isinstance(head, RTDETRDecoder):
-        boxes, classes = Tap(HEAD_BOXES, 2, 0, 4), Tap(HEAD_CLASSES, 2, 0, count)
-        normalized = Decoded(BoxFormat.CXCYWH, normalized=True)
-        return Layout("rtdetr", boxes, classes, None, Activation.SIGMOID, normalized, suppress=False)
+        return queries_layout(count, softmax=False)
     if isinstance(head, AnchorFreeDetect):
         boxes, classes = Tap(HEAD_BOXES, 1, 0, 4 * head.reg_max), Tap(HEAD_CLASSES, 1, 0, count)
         decode = Distances(checkpoint.strides, head.reg_max)
@@ -96,61 +131,105 @@ def _layout(checkpoint: Checkpoint) -> Layout:
     return Layout("yolov5", boxes, classes, objectness, Activation.SIGMOID, AnchorBoxes(checkpoint.strides, anchors))
 
 
-def _to_onnx(
-    checkpoint: Checkpoint, layout: Layout, size: tuple[int, int], dynamic_size: bool, opset: int
+def queries_layout(count: int, softmax: bool) -> Layout:
+    """Boxes ``[B, queries, 4]``, cx, cy, w, h normalized, and class logits; with a softmax, "no object" comes after the classes."""
+    boxes, classes = Tap(HEAD_BOXES, 2, 0, 4), Tap(HEAD_CLASSES, 2, 0, count)
+    decode = Decoded(BoxFormat.CXCYWH, normalized=True)
+    if not softmax:
+        return Layout("rtdetr", boxes, classes, None, Activation.SIGMOID, decode, suppress=False)
+    background = Tap(HEAD_CLASSES, 2, count, count + 1)
+    return Layout("detr", boxes, classes, None, Activation.SOFTMAX, decode, suppress=False, background=background)
+
+
+def _to_onnx(network: Network, sizes: list[tuple[int, int]], opset: int | None) -> onnx.ModelProto:
+    """The network as ONNX, with the dimensions open that differ between sizes, and the batch."""
+    shapes = [[tuple(tap.shape) for tap in _run(network.module, torch.zeros(1, 3, *size))] for size in sizes]
+    fixed = [[len(set(sides)) == 1 for sides in zip(*some, strict=True)] for some in zip(*shapes, strict=True)]
+    axes = {IMAGE: {0: "batch"} | ({2: "height", 3: "width"} if len(sizes) > 1 else {})}
+    for name, still in zip(network.layout.sources, fixed, strict=True):
+        axes[name] = {0: "batch"} | {i: f"{name}_{i}" for i, same in enumerate(still) if i and not same}
+    try:
+        model = _by_torchscript(network, sizes[0], axes, opset or DEFAULT_OPSET)
+    except _EXPORT_ERRORS:
+        if (opset is not None and opset < FIRST_OPSET_OF_DYNAMO) or importlib.util.find_spec("onnxscript") is None:
+            raise
+        model = _by_dynamo(network, sizes[0], axes[IMAGE], opset or FIRST_OPSET_OF_DYNAMO)
+    for entry, shape, still in zip(
+        model.graph.output, shapes[0], fixed, strict=True
+    ):  # exporters leave more of them open
+        for dim, side, same in list(zip(entry.type.tensor_type.shape.dim, shape, still, strict=True))[1:]:
+            if same:
+                dim.dim_value = side
+        entry.type.tensor_type.shape.dim[0].dim_param = "batch"
+    return model
+
+
+def _by_torchscript(
+    network: Network, size: tuple[int, int], axes: dict[str, dict[int, str]], opset: int
 ) -> onnx.ModelProto:
-    axes: dict[str, dict[int, str]] = {IMAGE: {0: "batch"}} | {name: {0: "batch"} for name in layout.tensors}
-    if dynamic_size:
-        axes[IMAGE] |= {2: "height", 3: "width"}
-        for name in layout.tensors:
-            axes[name] |= {2: "candidates"}
     stream = io.BytesIO()
     with _exporting, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the TorchScript exporter announces its own retirement; opset 17 has no other
         torch.onnx.export(
-            checkpoint.module,
+            network.module,
             (torch.zeros(2, 3, *size),),
             stream,  # type: ignore[arg-type]  # the TorchScript exporter writes to streams
             dynamo=False,
             opset_version=opset,
             input_names=[IMAGE],
-            output_names=list(layout.tensors),
+            output_names=list(network.layout.sources),
             dynamic_axes=axes,
         )
-    model = onnx.load_from_string(stream.getvalue())
-    with torch.no_grad():
-        taps = checkpoint.module(torch.zeros(1, 3, *size))
-    for entry, tap in zip(model.graph.output, taps, strict=True):  # the exporter leaves all of these open
-        dims = entry.type.tensor_type.shape.dim
-        dims[1].dim_value = tap.shape[1]
-        if not dynamic_size:
-            dims[2].dim_value = tap.shape[2]
+    return onnx.load_from_string(stream.getvalue())
+
+
+def _by_dynamo(network: Network, size: tuple[int, int], axes: dict[int, str], opset: int) -> onnx.ModelProto:
+    with _exporting, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network.module,
+            (torch.zeros(2, 3, *size),),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[IMAGE],
+            output_names=list(network.layout.sources),
+            dynamic_shapes=(dict.fromkeys(axes, torch.export.Dim.DYNAMIC),),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for axis, name in axes.items():
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
     return model
 
 
-def _difference(
-    checkpoint: Checkpoint, layout: Layout, model: onnx.ModelProto, batch: int, size: tuple[int, int]
-) -> float:
+def _run(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return tuple(module(images))
+
+
+def _difference(network: Network, model: onnx.ModelProto, batch: int, size: tuple[int, int]) -> float:
     """Largest absolute difference between ONNX Runtime and PyTorch on a random batch."""
     import onnxruntime
 
+    layout = network.layout
     images = np.random.default_rng(batch).random((batch, 3, *size), dtype=np.float32)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        got = session.run(list(layout.tensors), {IMAGE: images})
+        got = session.run(list(layout.sources), {IMAGE: images})
     except Exception as error:  # ONNX Runtime raises its own kinds
         message = str(error).strip().splitlines()[0][:300]
-        raise SourceError(f"the exported network does not run in ONNX Runtime at batch {batch} ({message})") from error
-    with torch.no_grad():
-        expected = checkpoint.module(torch.from_numpy(images))
-    values = [tap.numpy() for tap in expected]
-    if any(a.shape != b.shape for a, b in zip(got, values, strict=True)):
+        raise SourceError(
+            f"{network.source}: the exported network does not run in ONNX Runtime at batch {batch} ({message})"
+        ) from error
+    expected = [tap.numpy() for tap in _run(network.module, torch.from_numpy(images))]
+    if any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
         return float("inf")
-    if isinstance(layout.decode, Decoded):
-        return _difference_of_queries(*(np.concatenate(parts, 2) for parts in (got, values)))
-    return max(float(np.abs(a - b).max()) for a, b in zip(got, values, strict=True))
+    if isinstance(layout.decode, Decoded) and not layout.suppress and {a.ndim for a in got} == {3}:
+        return _difference_of_queries(*(np.concatenate(parts, 2) for parts in (got, expected)))
+    return max(float(np.abs(a - b).max()) for a, b in zip(got, expected, strict=True))
 
 
 def _difference_of_queries(got: np.ndarray, expected: np.ndarray) -> float:
