@@ -37,6 +37,9 @@ PASSES_THROUGH = (
 )
 
 
+COMPUTES = ("Add", "Sub", "Mul", "Div", "Exp", "Sigmoid", "Pow")
+"""Operators that compute each value by itself, of which decodes are made."""
+
 MOVES = (*PASSES_THROUGH, "Slice", "Split", "Concat")
 """Operators that only move values."""
 
@@ -69,6 +72,25 @@ class Evidence:
         joined = {name: joined_parts(producers, name) for name in outputs}
         values = self._run(outputs, sorted({part for parts in joined.values() for part in parts} - set(outputs)))
         return tuple(Sample(name, values[name], tuple(values[part] for part in joined[name])) for name in outputs)
+
+    @cached_property
+    def joins(self) -> list[list[int]]:
+        """Channels of what is joined on the way to the outputs, for each joint of channels that are a candidate's: sorted.
+
+        The way leads through what moves values or computes each by itself.
+        """
+        producers = producers_of(self.raw.model.graph)
+        todo, seen, joints = [entry.name for entry in self.raw.model.graph.output], set(), []
+        while todo:
+            node = producers.get(todo.pop())
+            if node is None or id(node) in seen or node.op_type not in (*MOVES, *COMPUTES):
+                continue
+            seen.add(id(node))
+            todo += node.input
+            if node.op_type == "Concat":
+                joints.append(tuple(node.input))
+        values = self.values(list(dict.fromkeys(part for parts in joints for part in parts)))
+        return [sorted(_widths([values[part].shape[1:] for part in parts])) for parts in joints]
 
     def head(self, layout: Layout) -> dict[str, np.ndarray]:
         """Values ``[1, …]`` of the head's tensors on the test picture, joined where the layout joins them."""
@@ -185,6 +207,15 @@ def pairs(evidence: Evidence) -> list[Pair] | str:
     return found or f"found outputs of shape {shapes}; expected boxes [batch, candidates, 4] and as many class scores"
 
 
+def _widths(shapes: list[tuple[int, ...]]) -> list[int]:
+    """Channels of parts of these shapes (without the batch) that are joined by them; none where they differ in more than an axis."""
+    for axis in range(min(map(len, shapes))):
+        rest = {(*shape[:axis], None, *shape[axis + 1 :]) for shape in shapes}
+        if len(rest) == 1 and len(set(shapes)) > 1:
+            return [shape[axis] for shape in shapes]
+    return []
+
+
 def _rows(value: np.ndarray, axis: int) -> np.ndarray:
     """Values ``[1, C, N]`` or ``[1, N, C]`` as ``[N, C]``."""
     return value[0].T if axis == 1 else value[0]
@@ -193,6 +224,11 @@ def _rows(value: np.ndarray, axis: int) -> np.ndarray:
 def are_probabilities(values: np.ndarray) -> bool:
     """Whether all are finite and from 0 to 1."""
     return bool(((values >= 0) & (values <= 1)).all())
+
+
+def as_probabilities(values: np.ndarray) -> np.ndarray:
+    """Scores as probabilities: themselves, or their sigmoids where they are not from 0 to 1."""
+    return values if are_probabilities(values) else 1 / (1 + np.exp(-values.astype(np.float64).clip(-80, 80)))
 
 
 def sum_to_one(values: np.ndarray) -> bool:
@@ -225,6 +261,8 @@ def not_queries(boxes: np.ndarray) -> str | None:
         return f"found box channels from {boxes.min():.3g} to {boxes.max():.3g}; expected cx, cy, w, h normalized to the input"
     if are_corners(boxes):
         return "the boxes are corners; expected cx, cy, w, h"
+    if sum_to_one(boxes) or (boxes.std(0) == 0).any():
+        return "the box channels are the same for every query, or sum to 1; expected cx, cy, w, h"
     return None
 
 

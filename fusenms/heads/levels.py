@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.evidence import Evidence, Sample, are_probabilities
+from fusenms.heads.evidence import Evidence, Sample, are_probabilities, as_probabilities
 from fusenms.layout import Activation, Distances, Join, Layout, Tap, cells_along
 
 NAME = "levels"
@@ -144,7 +144,7 @@ def _activation(classes: np.ndarray) -> Activation:
 
 def _not_classes(values: np.ndarray) -> str | None:
     """Why these are no class scores; None where they may be: most say that there is nothing."""
-    probabilities = values if are_probabilities(values) else 1 / (1 + np.exp(-values.clip(-80, 80)))
+    probabilities = as_probabilities(values)
     if np.isfinite(values).all() and probabilities.mean() < 0.1:
         return None
     return f"found class scores of {probabilities.mean():.2g} on average, as probabilities; expected most near 0"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.evidence import Evidence, are_probabilities, background_of, not_queries, pairs, sum_to_one
+from fusenms.heads.evidence import Evidence, are_probabilities, as_probabilities, not_queries, pairs, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
 NAME = "rtdetr"
+MOST_OF_A_CLASS = 0.2
+"""Of any class, on average over the queries of the test picture, where most find nothing."""
 
 
 def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
@@ -60,8 +62,12 @@ def _not_sigmoid(evidence: Evidence, scores: np.ndarray, certain: bool) -> str |
         return f"found {scores.shape[1]} classes, but {len(names)} class names in the metadata"
     if sum_to_one(scores):
         return "the class scores of each query sum to 1; expected independent ones"
-    if certain and not names and background_of(scores) == scores.shape[1] - 1 and scores.shape[1] > 1:
-        return f"the last class is the best one of most queries, as no object would be; if it is a class, say --family {NAME}"
+    highest = float(as_probabilities(scores).mean(0).max())
+    if certain and not highest < MOST_OF_A_CLASS:
+        return (
+            f"a class has a score of {highest:.2g} on average, as no object would have in a softmax; if these are sigmoids, "
+            f"say --family {NAME}"
+        )
     return None
 
 

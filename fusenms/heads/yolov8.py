@@ -46,6 +46,8 @@ def _match_channels(evidence: Evidence, certain: bool, axis: int, grid: np.ndarr
         )
     if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
         return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
+    if certain and classes > 1 and sorted((4, 1, classes - 1)) in evidence.joins:
+        return Mismatch(f"the output is joined from 4, 1 and {classes - 1} channels, so channel 5 is objectness")
     if certain and not names:
         widths = tuple(width_of(part, len(rows)) for part in sample.parts if part.ndim > 1)
         if sorted(widths) != sorted((4, classes)) and classes > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fusenms.artifacts import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.evidence import Evidence, are_probabilities, follows_grid, width_of
+from fusenms.heads.evidence import Evidence, are_probabilities, follows_grid
 from fusenms.layout import Activation, BoxFormat, Decoded, GridOffsets, Layout, Tap
 
 NAME = "yolox"
@@ -37,19 +37,18 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
         )
     if not are_probabilities(rows[:, 4:]):
         return Mismatch(f"found scores from {rows[:, 4:].min():.3g} to {rows[:, 4:].max():.3g}; expected probabilities")
-    if certain and not names:
-        widths = sorted(width_of(part, count) for part in sample.parts if part.ndim > 1)
-        if widths != sorted((4, 1, classes)):
-            return Mismatch(
-                f"nothing shows that channel 5 is objectness (no class names in the metadata; the output is joined from "
-                f"{widths or 'unknown'} channels); if it is, say --family {NAME}"
-            )
+    if certain and not names and sorted((4, 1, classes)) not in evidence.joins:
+        return Mismatch(
+            "nothing shows that channel 5 is objectness (no class names in the metadata; the output is joined from "
+            f"{evidence.joins or 'unknown'} channels); if it is, say --family {NAME}"
+        )
     boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, width)))
     grid = evidence.grid(1, count)
     assert grid is not None
     if (rows[:, 2:4] >= 0).all() and follows_grid(rows[:, :2], grid):
         return Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH))
-    if abs(rows[:, :2]).max() <= FARTHEST and abs(rows[:, 2:4]).max() <= LARGEST:
+    moves = (rows[:, :4].std(0) > 0).all()
+    if moves and abs(rows[:, :2]).max() <= FARTHEST and abs(rows[:, 2:4]).max() <= LARGEST:
         return Layout(NAME, boxes, scores, objectness, Activation.NONE, GridOffsets(strides))
     return Mismatch("the first four channels are neither boxes in pixels of the input nor offsets to the cells")
 

@@ -21,8 +21,10 @@ SEEN = 1000.0
 """The size told while finding out; any number that floats hold and boxes are not cut at."""
 
 
-def fill_extra_inputs(path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int]) -> list[str]:
-    """Make every input but the pictures a constant, in place; return a note on each.
+def fill_extra_inputs(
+    path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int]
+) -> tuple[list[str], bool]:
+    """Make every input but the pictures a constant, in place; return a note on each, and whether one was the pictures' size.
 
     Args:
         picture: name of the picture input.
@@ -33,7 +35,7 @@ def fill_extra_inputs(path: Path, model: onnx.ModelProto, picture: str, shape: t
     """
     constants = {item.name for item in model.graph.initializer}
     extra = [entry for entry in model.graph.input if entry.name not in constants and entry.name != picture]
-    notes = []
+    notes, sized = [], False
     for entry in extra:
         found = [dim.dim_value or dim.dim_param or "?" for dim in entry.type.tensor_type.shape.dim]
         number = NUMBERS.get(entry.type.tensor_type.elem_type)
@@ -46,12 +48,13 @@ def fill_extra_inputs(path: Path, model: onnx.ModelProto, picture: str, shape: t
     for entry in extra:
         others = {other.name: np.full((batch, 2), SEEN) for other in extra if other is not entry}
         meaning = _meaning(path, model, picture, shape, entry, others)
+        sized = sized or meaning != "factor"
         values = {"factor": (1, 1), "height, width": (height, width), "width, height": (width, height)}[meaning]
         notes.append(f"input {entry.name} is {meaning} of the pictures: constant {values[0]}, {values[1]}")
         _fill(model, entry, picture, np.array([values], NUMBERS[entry.type.tensor_type.elem_type]))
     for entry in extra:
         model.graph.input.remove(entry)
-    return notes
+    return notes, sized
 
 
 def _meaning(

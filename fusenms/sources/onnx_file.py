@@ -56,7 +56,7 @@ def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, m
         raise ConfigError(
             f"{path}: asks for the pictures' size as an input, which becomes a constant; leave --dynamic-size out"
         )
-    notes = fill_extra_inputs(path, model, entry.name, (frozen[0] or 1, image.height, image.width))
+    notes, asks_for_size = fill_extra_inputs(path, model, entry.name, (frozen[0] or 1, image.height, image.width))
     dims = _picture_input(path, model).type.tensor_type.shape.dim
     if not image.dynamic_size:
         dims[2].dim_value, dims[3].dim_value = image.height, image.width
@@ -64,7 +64,10 @@ def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, m
     notes.insert(0, f"{image.tensor}[{frozen[0] or 'batch'},3,{sides}] · opset {opset} · {len(model.graph.node)} nodes")
     names = parse_names(metadata.get(contract.KEY_NAMES, ""))
     task = metadata.get(contract.KEY_TASK, "detect")
-    return RawModel(model, image, names, task, path.name, None, tuple(notes), frozen_batch=frozen[0])
+    stretch = (
+        True if asks_for_size else None
+    )  # who gives boxes in the picture's own size has had it stretched to the input's
+    return RawModel(model, image, names, task, path.name, None, tuple(notes), None, stretch, frozen[0])
 
 
 def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) -> None:

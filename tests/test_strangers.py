@@ -1,0 +1,219 @@
+"""Raw files of well-known detectors: their boxes and scores are read as they mean them, or the file is refused; none is guessed."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from strangers import (
+    CLASSES,
+    SIZE,
+    STRANGERS,
+    Detr,
+    FastestDet,
+    Rows,
+    RowsApart,
+    Stranger,
+    YoloNas,
+    Yolov8,
+    YoloxDecoded,
+    YoloxRaw,
+    write,
+)  # fmt: skip
+
+from fusenms import fuse, load, recognize
+from fusenms.artifacts import PIXELS, RawModel
+from fusenms.backends import BACKENDS
+from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.errors import HeadNotRecognizedError, SourceError
+from fusenms.graph import with_outputs
+from fusenms.heads.evidence import Evidence, picture
+from fusenms.layout import Layout
+from fusenms.reference import candidates
+
+NAMES = {"names": str({i: f"thing{i}" for i in range(CLASSES)}), "task": "detect"}
+
+
+def assert_means(raw: RawModel, layout: Layout, module: Stranger) -> None:
+    """The layout makes of the file's tensors the boxes and scores that the network means."""
+    with torch.no_grad():
+        boxes, scores = (t[0].numpy() for t in module.truth(torch.from_numpy(picture(SIZE, SIZE))))
+    found = candidates(Evidence(raw).head(layout), 0, layout, (SIZE, SIZE))
+    np.testing.assert_allclose(found.boxes, boxes, atol=2e-3)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", STRANGERS)
+def test_head_is_read_as_it_is_meant(tmp_path, module):
+    raw = load(write(module(), tmp_path / "m.onnx"))
+    layout = recognize(raw)
+    assert layout.family == module.family
+    assert_means(raw, layout, module())
+
+
+@pytest.mark.parametrize("metadata", [None, NAMES], ids=["unnamed", "named"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("module", STRANGERS)
+def test_names_and_order_play_no_part(tmp_path, module, seed, metadata):
+    raw = load(write(module(), tmp_path / "m.onnx", seed=seed, metadata=metadata))
+    layout = recognize(raw)
+    assert layout.family == module.family
+    assert_means(raw, layout, module())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("module", STRANGERS)
+def test_fused_file_equals_reference(tmp_path, module, backend):
+    fused = fuse(write(module(), tmp_path / "m.onnx"), backend=backend, score_threshold=0.01, max_detections=50)
+    assert fused.report, fused.report
+    assert [entry.name for entry in fused.model.graph.input] == ["images"]
+
+
+@pytest.mark.parametrize("module", [Rows, RowsApart])
+def test_rows_are_taken_before_their_top_k(tmp_path, module):
+    layout = recognize(load(write(module(), tmp_path / "m.onnx")))
+    assert (layout.labels, layout.suppress, layout.num_classes) == (None, False, CLASSES)
+
+
+class TwoClasses(Stranger):
+    """YOLOv8 with two classes, transposed: six channels, as finished rows have."""
+
+    family = "yolov8"
+    channels = 6
+
+    def forward(self, images):
+        rows = torch.cat([m.flatten(2) for m in self.maps(images)], 2).transpose(1, 2)
+        corners = self.corners(rows)
+        size = corners[..., 2:] - corners[..., :2]
+        return torch.cat((corners[..., :2] + size / 2, size, rows[..., 4:].sigmoid()), -1)
+
+
+def test_two_classes_are_no_rows(tmp_path):
+    layout = recognize(load(write(TwoClasses(), tmp_path / "m.onnx")), "yolov8")
+    assert (layout.num_classes, layout.suppress) == (2, True)
+    with pytest.raises(HeadNotRecognizedError, match="rows: the rows are not sorted by score"):
+        recognize(load(tmp_path / "m.onnx"), "rows")
+
+
+class SquareScores(YoloNas):
+    """As many classes as candidates: either axis may be the classes."""
+
+    def forward(self, images):
+        boxes, scores = self.truth(images)
+        return boxes, scores.repeat(1, 1, boxes.shape[1] // CLASSES)
+
+
+def test_square_scores_are_refused(tmp_path):
+    with pytest.raises(HeadNotRecognizedError, match=r"either axis of .* may be that of the classes"):
+        recognize(load(write(SquareScores(), tmp_path / "m.onnx")))
+
+
+class FourClasses(YoloNas):
+    """Boxes and scores both have four channels."""
+
+    def forward(self, images):
+        boxes, scores = self.truth(images)
+        return torch.cat((scores, scores[..., :1]), -1), boxes
+
+
+def test_four_classes_are_told_from_boxes(tmp_path):
+    layout = recognize(load(write(FourClasses(), tmp_path / "m.onnx")))
+    assert (layout.boxes.tensor, layout.classes.tensor, layout.num_classes) == ("output1", "output0", 4)
+
+
+@pytest.mark.parametrize("module", [YoloxRaw, YoloxDecoded])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_class_names_that_contradict_are_refused(tmp_path, module, more):
+    names = {"names": str({i: f"thing{i}" for i in range(CLASSES + more)}), "task": "detect"}
+    raw = load(write(module(), tmp_path / "m.onnx", metadata=names))
+    with pytest.raises(HeadNotRecognizedError, match="class names in the metadata"):
+        recognize(raw)
+
+
+class SilentRows(Rows):
+    """Finished rows of a network that finds nothing on the test picture."""
+
+    def forward(self, images):
+        return super().forward(images) * 0
+
+
+def test_rows_that_show_nothing_are_refused_unless_named(tmp_path):
+    path = write(SilentRows(), tmp_path / "m.onnx")
+    with pytest.raises(HeadNotRecognizedError, match=r"every score is 0 .* say --family rows"):
+        recognize(load(path))
+    assert recognize(load(path), "rows").labels is not None
+
+
+class OddInput(YoloNas):
+    inputs = ("images", "other")
+
+    def forward(self, images, other):
+        boxes, scores = self.truth(images)
+        return boxes + other.sum(1)[:, None, None], scores
+
+    def example(self, batch):
+        return (*super().example(batch), torch.ones(batch, 2))
+
+
+def test_input_that_is_not_understood_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"its input other .* changes x and y of the boxes by"):
+        load(write(OddInput(), tmp_path / "m.onnx"))
+
+
+class Frozen(Yolov8):
+    """A channel shuffle as ShuffleNet's authors write it, and resizes to sizes: a batch of one is in their constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 3, 1)
+
+    def maps(self, images):
+        x = self.before(images)
+        batch, channels, height, width = x.shape
+        pairs = (
+            x.view(batch * channels // 2, 2, height * width)
+            .permute(1, 0, 2)
+            .reshape(2, -1, channels // 2, height, width)
+        )
+        x = torch.cat((pairs[0], pairs[1]), 1)
+        small = torch.nn.functional.interpolate(x, size=(SIZE // 2, SIZE // 2), mode="bilinear")
+        return super().maps(self.after(torch.nn.functional.interpolate(small, size=(SIZE, SIZE), mode="nearest")))
+
+
+def test_frozen_shuffles_and_resizes_are_opened(tmp_path):
+    path = write(Frozen(), tmp_path / "m.onnx", dynamic=False)
+    model = onnx.load(path)
+    reshapes = [node for node in model.graph.node if node.op_type == "Constant"]
+    assert [2, 2, 4096] in [numpy_helper.to_array(node.attribute[0].t).tolist() for node in reshapes]
+    resizes = [node for node in model.graph.node if node.op_type == "Resize"]
+    for node, side in zip(resizes, (SIZE // 2, SIZE), strict=True):  # as older exporters write them: a batch and all
+        sizes = np.array([1, 4, side, side], np.int64)
+        model.graph.initializer.append(numpy_helper.from_array(sizes, f"sizes{side}"))
+        node.input[:] = [node.input[0], "", "", f"sizes{side}"]
+    onnx.save(model, path)
+    fused = fuse(path, make_dynamic=True, score_threshold=0.01)
+    assert fused.report
+    assert "3 images equal to running them alone" in fused.notes[-1]
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_pixels_are_made_inside(tmp_path, name):
+    """The fused model's head, of a picture in RGB from 0 to 1, is the raw model's, of what it wants."""
+    path, pixels = write(Yolov8(), tmp_path / "m.onnx"), PIXELS[name]
+    images = np.random.default_rng(0).random((2, 3, SIZE, SIZE), np.float32)
+    fused = fuse(path, pixels=name, unverified=True)
+    got = OnnxRuntimeRunner(with_outputs(fused.model, fused.layout.tensors)).infer(images)
+    wanted = np.stack([images[:, c] for c in ((0, 1, 2) if pixels.channels == "rgb" else (2, 1, 0))], 1) * pixels.scale
+    wanted = (wanted - np.reshape(pixels.mean, (3, 1, 1))) / np.reshape(pixels.std, (3, 1, 1))
+    raw = OnnxRuntimeRunner(with_outputs(load(path).model, fused.layout.tensors)).infer(wanted.astype(np.float32))
+    for tensor in fused.layout.tensors:
+        np.testing.assert_allclose(got[tensor], raw[tensor], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("module", "stretch"), [(Yolov8, False), (RowsApart, True), (Detr, True), (FastestDet, True)])
+def test_pictures_are_fitted_as_the_family_has_them(tmp_path, module, stretch):
+    path = write(module(), tmp_path / "m.onnx")
+    assert fuse(path, unverified=True).image.stretch == stretch
+    assert fuse(path, unverified=True, stretch=not stretch).image.stretch != stretch
