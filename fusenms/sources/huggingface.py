@@ -79,7 +79,7 @@ def _load(path: Path) -> Any:
         import transformers
     except ModuleNotFoundError as error:
         raise BackendUnavailableError(
-            f"{path}: needs Hugging Face transformers ({error}); install it with: pip install transformers"
+            f"{path}: needs Hugging Face transformers ({error}); install it with: pip install 'fusenms[hf]'"
         ) from error
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

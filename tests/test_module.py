@@ -1,0 +1,122 @@
+"""An `nn.Module` of one's own, with a layout written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from strangers import CLASSES, SIZE, RtDetr, YoloNas
+from torch import nn
+
+from fusenms import fuse, load
+from fusenms.backends import BACKENDS
+from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.errors import ConfigError, SourceError
+from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
+
+EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
+NAMES = ("cat", "dog", "cow")
+
+
+def layout(classes: int = CLASSES, boxes: str = "boxes", scores: str = "scores") -> Layout:
+    return Layout(
+        "in-house", Tap(boxes, 2, 0, 4), Tap(scores, 2, 0, classes), None, Activation.NONE, Decoded(BoxFormat.XYXY)
+    )
+
+
+class Named(YoloNas):
+    """Outputs by name, in another order, and one more."""
+
+    def forward(self, images):
+        boxes, scores = self.truth(images)
+        return {"features": images, "scores": scores, "boxes": boxes}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("module", [YoloNas, Named])
+def test_equals_reference(module, backend):
+    fused = fuse(module(), example=EXAMPLE, layout=layout(), class_names=NAMES, backend=backend, score_threshold=0.01)
+    assert fused.report, fused.report
+    assert (fused.names, fused.layout.family, fused.source) == (NAMES, "in-house", module.__name__)
+
+
+def test_gives_what_the_module_means():
+    module, images = YoloNas(), np.random.default_rng(0).random((2, 3, SIZE, SIZE), np.float32)
+    fused = fuse(module, example=EXAMPLE, layout=layout(), score_threshold=0.01, iou_threshold=1.0)
+    got = OnnxRuntimeRunner(fused.model).infer(images)
+    boxes, scores = (t.detach().numpy() for t in module.truth(torch.from_numpy(images)))
+    for i in range(2):
+        best = scores[i].max(1)
+        order = np.argsort(-best, kind="stable")[: (best > 0.01).sum()]
+        assert got["num_detections"][i, 0] == len(order) > 5
+        np.testing.assert_allclose(got["boxes"][i, : len(order)], boxes[i][order], atol=1e-3)
+
+
+def test_module_is_left_as_it_was():
+    module = YoloNas().train().double()
+    fuse(module, example=EXAMPLE, layout=layout(), unverified=True)
+    assert module.training
+    assert next(module.parameters()).dtype == torch.float64
+    assert next(module.parameters()).requires_grad
+
+
+def test_queries_in_any_order_are_equal():
+    boxes, logits = Tap("b", 2, 0, 4), Tap("l", 2, 0, CLASSES)
+    decode = Decoded(BoxFormat.CXCYWH, normalized=True)
+    own = Layout("queries", boxes, logits, None, Activation.SIGMOID, decode, suppress=False)
+
+    class Swapped(RtDetr):
+        def forward(self, images):
+            return super().forward(images)[::-1]
+
+    assert fuse(Swapped(), example=EXAMPLE, layout=own, score_threshold=0.01).report
+
+
+class OnlyDynamo(YoloNas):
+    """An operator that PyTorch's TorchScript exporter does not know."""
+
+    def forward(self, images):
+        boxes, scores = self.truth(images)
+        return boxes, torch.special.expit(torch.atan2(scores * 8 - 4, torch.ones_like(scores)).sinc() * 2 - 6)
+
+
+def test_newer_exporter_takes_what_the_older_one_cannot():
+    pytest.importorskip("onnxscript")
+    module = OnlyDynamo()
+    with pytest.raises(SourceError, match="could not be exported"):
+        load(module, example=EXAMPLE, layout=layout(), opset=17)
+    raw = load(module, example=EXAMPLE, layout=layout())
+    assert "opset 18" in raw.notes[0]
+    assert fuse(raw, score_threshold=0.001).report
+
+
+class Broken(nn.Module):
+    def forward(self, images):
+        raise RuntimeError("out of paint")
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "error", "message"),
+    [
+        (YoloNas(), {"layout": None}, ConfigError, "an nn.Module needs example .* and layout"),
+        (YoloNas(), {"example": None}, ConfigError, "an nn.Module needs example"),
+        (YoloNas(), {"example": torch.zeros(3, 4, 4)}, ConfigError, r"example is \[3, 4, 4\]; expected a tensor \[batch, 3"),
+        (YoloNas(), {"example": "x"}, ConfigError, "example is str"),
+        (YoloNas(), {"layout": "x"}, ConfigError, "layout is a str; expected"),
+        (YoloNas(), {"layout": layout(9)}, ConfigError, r"scores is \[2, 84, 3\]; expected 3 dimensions, 9 channels or more"),
+        (Named(), {"layout": layout(boxes="corners")}, ConfigError, "returns features, scores, boxes; the layout also names corners"),
+        (YoloNas(), {"names": ["a"]}, ConfigError, "names are 1, but the layout has 3 classes"),
+        (YoloNas(), {"size": 64}, ConfigError, "size, make_dynamic and one_to_many are for files"),
+        (nn.Conv2d(3, 3, 1), {}, ConfigError, "the module returns 1 tensors; the layout names 2: boxes, scores"),
+        (Broken(), {}, SourceError, "Broken: does not run on .* out of paint"),
+        (object(), {}, SourceError, "weights is a object; expected the path of"),
+    ],
+)  # fmt: skip
+def test_error_says_what_is_wrong(module, settings, error, message):
+    with pytest.raises(error, match=message):
+        load(module, **({"example": EXAMPLE, "layout": layout()} | settings))
+
+
+def test_error_when_a_file_is_given_a_layout(tmp_path):
+    with pytest.raises(ConfigError, match="example, layout and names are for an"):
+        load("yolov8n.pt", layout=layout())
