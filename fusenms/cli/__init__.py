@@ -9,10 +9,10 @@ import traceback
 from collections.abc import Sequence
 
 from fusenms import __version__
-from fusenms.cli import bench, demo, detect, engine, fuse, inspect, verify
+from fusenms.cli import bench, demo, detect, engine, families, fuse, inspect, verify
 from fusenms.errors import FusenmsError
 
-COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, engine, detect, bench, demo)}
+COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, engine, detect, families, bench, demo)}
 USAGE = """fusenms WEIGHTS [--backend ort|trt|portable] [-o FILE] [options]
        fusenms {commands} ..."""
 

@@ -1,0 +1,36 @@
+"""`fusenms families`: which detectors fusenms reads, how, and what each was tried on."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from fusenms.catalog import families
+from fusenms.cli.printing import Steps
+
+NAME = "families"
+HELP = "list the detector families: what is read, how, and what each was tried on"
+WEIGHTS = {"pt": ".pt", "hf": "Hugging Face directory", "onnx": ".onnx", "module": "nn.Module"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("word", nargs="?", default="", metavar="WORD", help="only those whose entry has this word")
+
+
+def run(args: argparse.Namespace) -> int:
+    steps = Steps(args.json)
+    found = [entry for entry in families() if args.word.lower() in str(asdict(entry)).lower()]
+    if not args.json:
+        for entry in found:
+            nms = "suppressed" if entry.suppress else "no suppression"
+            print(f"{entry.name}")
+            print(
+                f"    reads    {', '.join(WEIGHTS[kind] for kind in entry.weights)} · head {entry.head} · {entry.decode} decode · {nms}"
+            )
+            print(f"    known    {'; '.join(entry.checkpoints)}")
+            print(f"    source   {entry.source} ({entry.licence})")
+            print(f"    tried    {entry.tried}")
+        if not found:
+            print(f"no family has the word {args.word!r}; fusenms families lists them all")
+    steps.finish(families=[asdict(entry) for entry in found])
+    return 0
