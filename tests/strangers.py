@@ -301,8 +301,34 @@ class Yolov8(LevelsApart):
         return torch.cat((joined.transpose(1, 2), scores.transpose(1, 2)), 1)
 
 
+class Yolov4(Stranger):
+    """Three anchors a cell; corners with a dimension of one, in units of the input."""
+
+    family = "yolov4"
+    channels = 3 * (4 + CLASSES)
+
+    def anchors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = [m.unflatten(1, (3, 4 + CLASSES)).permute(0, 1, 3, 4, 2).flatten(1, 3) for m in self.maps(images)]
+        rows, start, boxes = torch.cat(maps, 1), 0, []
+        for stride in self.strides:
+            count = (SIZE // stride) ** 2
+            cells, steps = (t[start : start + count].repeat(3, 1) for t in (self.cells, self.steps))
+            t = rows[:, 3 * start : 3 * (start + count)]
+            center, size = (cells + t[..., :2].sigmoid()) * steps, (t[..., 2:4].tanh() * 0.5).exp() * steps
+            boxes.append(torch.cat((center - size / 2, center + size / 2), -1))
+            start += count
+        return torch.cat(boxes, 1), (rows[..., 4:] - 3).sigmoid()
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.anchors(images)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        boxes, scores = self.anchors(images)
+        return (boxes / SIZE).unsqueeze(2), scores
+
+
 STRANGERS: tuple[type[Stranger], ...] = (
-    Yolov8, YoloxRaw, YoloxDecoded, YoloNas, PpYoloe, Ssd, Detr, RtDetr, RtDetrJoined, Rows, RowsApart, LevelsApart, LevelsJoined,
+    Yolov8, Yolov4, YoloxRaw, YoloxDecoded, YoloNas, PpYoloe, Ssd, Detr, RtDetr, RtDetrJoined, Rows, RowsApart, LevelsApart, LevelsJoined,
     NanoDet, NanoDetPlus, FastestDet,
 )  # fmt: skip
 

@@ -14,13 +14,14 @@ from fusenms.heads.nanodet import NANODET
 from fusenms.heads.rows import ROWS
 from fusenms.heads.rtdetr import RTDETR
 from fusenms.heads.ssd import SSD
+from fusenms.heads.yolov4 import YOLOV4
 from fusenms.heads.yolov5 import YOLOV5
 from fusenms.heads.yolov8 import YOLOV8
 from fusenms.heads.yolox import YOLOX
 from fusenms.layout import Layout
 
 HEADS: tuple[HeadSpec, ...] = (
-    YOLOV8, YOLOV5, YOLOX, CORNERS, SSD, DETR, RTDETR, ROWS, LEVELS, NANODET, FASTESTDET,
+    YOLOV8, YOLOV5, YOLOV4, YOLOX, CORNERS, SSD, DETR, RTDETR, ROWS, LEVELS, NANODET, FASTESTDET,
 )  # fmt: skip
 
 __all__ = ["HEADS", "HeadSpec", "Mismatch", "recognize", "spec_of"]
