@@ -128,6 +128,11 @@ class Graph:
     def slice(self, x: Tensor, axis: int, start: int, stop: int) -> gs.Variable:
         return self.op("Slice", x, *(self.const([value], np.int64) for value in (start, stop, axis)))
 
+    def split(self, x: Tensor, axis: int, parts: int) -> list[gs.Variable]:
+        """Cut an axis into so many equal parts; the opset decides whether their number has to be said."""
+        said: dict[str, Any] = {"num_outputs": parts} if self.opset >= 18 else {}
+        return self.add("Split", [x], parts, axis=axis, **said)
+
     def reduce(self, op: str, x: Tensor, axis: int, keepdims: bool = False) -> gs.Variable:
         """ReduceMax, ReduceMin or ReduceSum over one axis; the opset decides where the axis goes."""
         since = 13 if op == "ReduceSum" else 18

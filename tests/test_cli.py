@@ -17,6 +17,7 @@ import torch
 from conftest import SHAPES
 from test_checkpoint import Bomb, archive, tiny
 
+import fusenms
 from fusenms import fuse
 from fusenms.cli import main
 
@@ -175,7 +176,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
     fuse(WEIGHTS, size=64).save(folder / "fused.onnx")
     return {
         "missing": (["nowhere.pt"], "nowhere.pt: no such file"),
-        "directory": (["folder"], "folder: is a directory"),
+        "directory": (["folder"], "folder: has no config.json; expected a directory of a Hugging Face detector"),
         "zero bytes": (["empty.pt"], "is empty (0 bytes)"),
         "zero bytes onnx": (["empty.onnx"], "is empty (0 bytes)"),
         "cut short": (["cut.pt"], "not a readable PyTorch checkpoint"),
@@ -338,3 +339,69 @@ def test_input_with_the_name_of_an_output_is_renamed(tmp_path):
     model.graph.input[0].name = "scores"
     onnx.save(model, tmp_path / "m.onnx")
     assert main(["m.onnx"]) == 0
+
+
+def test_nan_in_the_weights_of_an_onnx_is_named(tmp_path, capsys):
+    from foreign import Decoded, write
+
+    model = onnx.load(write(Decoded(), tmp_path / "m.onnx"))
+    item = next(i for i in model.graph.initializer if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) == 4)
+    values = onnx.numpy_helper.to_array(item).copy()
+    values.flat[0] = np.nan
+    item.CopyFrom(onnx.numpy_helper.from_array(values, item.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    assert main(["m.onnx"]) == 1
+    assert f"the weights of {item.name} are not finite (NaN)" in capsys.readouterr().err
+
+
+def test_inspect_says_which_decode_stays_and_leaves_constants_out(tmp_path, capsys):
+    from foreign import Decoded, write
+
+    model = onnx.load(write(Decoded(), tmp_path / "m.onnx"))
+    weights = [onnx.helper.make_tensor_value_info(i.name, i.data_type, i.dims) for i in model.graph.initializer]
+    model.graph.input.extend(weights)  # as files of IR version 3 have them
+    onnx.save(model, tmp_path / "m.onnx")
+    assert main(["inspect", "m.onnx", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["inputs"] == ["images[batch, 3, 64, 64]"]
+    assert values["decode"] == "late"
+
+
+def test_images_without_verifying_are_refused(capsys):
+    assert main([WEIGHTS, "--unverified", "--images", str(SHAPES)]) == 1
+    assert "unverified leaves that out" in capsys.readouterr().err
+
+
+def test_detect_says_in_json_whether_rounds_were_enough(capsys):
+    flags = ["--size", "128", "--backend", "portable", "--score-threshold", "0.01", "--unverified"]
+    for rounds, enough in (("1", False), ("64", True)):
+        assert main([WEIGHTS, *flags, "--rounds", rounds, "-o", "m.onnx"]) == 0
+        capsys.readouterr()
+        assert main(["detect", "m.onnx", str(SHAPES / "shapes0.jpg"), "--no-draw", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["images"][0]["converged"] is enough
+
+
+def test_families_are_listed_and_searched(capsys):
+    assert main(["families"]) == 0
+    every = capsys.readouterr().out
+    assert main(["families", "nanodet"]) == 0
+    some = capsys.readouterr().out
+    assert 0 < len(some) < len(every)
+    assert some.startswith("NanoDet")
+    assert main(["families", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["families"]) > 10
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fusenms.Detector(None),
+        lambda: fusenms.Detector("shapes.ort.onnx")(None),
+        lambda: fusenms.verify("shapes.ort.onnx", batches=5),
+        lambda: fusenms.fuse(WEIGHTS, size=64, unverified=True).save(None, unverified=True),
+    ],
+)
+def test_wrong_types_in_python_are_errors_of_ours(fused_file, tmp_path, call):
+    (tmp_path / "shapes.ort.onnx").write_bytes(fused_file.read_bytes())
+    with pytest.raises(fusenms.FusenmsError):
+        call()

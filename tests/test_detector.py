@@ -249,7 +249,7 @@ def test_real_checkpoint_at_every_batch_size_is_as_alone(zoo, tmp_path):
     from fusenms.backends.base import OnnxRuntimeRunner
     from fusenms.runtime.pictures import load_tensor
 
-    images = np.resize(load_tensor(zoo / "coco" / "images", 640, 640)[:16], (16, 3, 640, 640))
+    images = np.resize(load_tensor(zoo / "coco" / "images", 640, 640, False)[:16], (16, 3, 640, 640))
     runner = OnnxRuntimeRunner(fuse(zoo / "derived" / "yolov8n.pt", unverified=True).model)
     alone = [runner.infer(images[i : i + 1]) for i in range(16)]
     for batch in (2, 7, 16):

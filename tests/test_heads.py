@@ -139,7 +139,7 @@ def test_foreign_file_finds_what_our_export_finds(tmp_path):
 
 def test_objectness_is_not_taken_for_a_class(tmp_path):
     path = write(Decoded(objectness=True), tmp_path / "m.onnx")
-    with pytest.raises(HeadNotRecognizedError, match="nothing shows whether channel 5 is objectness"):
+    with pytest.raises(HeadNotRecognizedError, match="joined from 4, 1 and 3 channels, so channel 5 is objectness"):
         recognize(load(path))
     assert recognize(load(path), "yolov8").num_classes == 4  # the user has said so
 

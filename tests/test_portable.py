@@ -24,7 +24,7 @@ from fusenms.reference import Rows, candidates, matches, postprocess
 CLASSES = 3
 PLAIN = {
     "Abs", "Add", "And", "ArgMax", "Cast", "Concat", "Equal", "Expand", "Gather", "GatherElements", "Greater", "Less", "Max",
-    "Min", "Mul", "Not", "Pad", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Slice", "Sub", "TopK", "Transpose",
+    "Min", "Mul", "Not", "Pad", "ReduceMax", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Slice", "Split", "Sub", "TopK", "Transpose",
     "Unsqueeze", "Where",
 }  # fmt: skip
 

@@ -34,8 +34,8 @@ BLOCK, UNROLLED_BLOCK = 64, 960
 SLACK = 2.0**-21
 """Relative. A threshold and a product are each rounded to 2^-24; the reference calls twenty times as much a close call."""
 
-RANK = 6
-"""Column of the rank in a row of what was found: box, label, score, rank."""
+LABEL, SCORE, RANK = 4, 5, 6
+"""Rows of what was found, after those of the box."""
 
 
 def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
@@ -54,9 +54,9 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
         for i in range(1, count):
             found, settled = blocks.one(g.ints(i), found)
             converged = g.op("Mul", converged, settled)
-    valid = g.op("Greater", blocks.column(found, RANK), g.floats(0.0))
-    labels, scores = g.cast(blocks.column(found, 4), INT32), blocks.column(found, 5)
-    outputs = masked_outputs(g, valid, g.slice(found, 2, 0, 4), scores, labels)
+    boxes = g.op("Transpose", g.slice(found, 1, 0, 4), perm=[0, 2, 1])
+    labels, scores, rank = (blocks.row(found, i) for i in (LABEL, SCORE, RANK))
+    outputs = masked_outputs(g, g.op("Greater", rank, g.floats(0.0)), boxes, scores, g.cast(labels, INT32))
     return outputs if config.rounds is None else (*outputs, converged)
 
 
@@ -64,8 +64,8 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
 class _Blocks:
     """Emits the work on blocks of ``size`` candidates, ``total`` in all.
 
-    What was *found* travels as ``[B, max_detections, 7]`` float32, the best first: box, label, score, rank. A rank is ``total`` less
-    the candidate's place (exact, since both are far below 2^24), and 0 in rows that are free.
+    What was *found* travels as ``[B, 7, max_detections]`` float32, the best first: x1, y1, x2, y2, label, score, rank. A rank is ``total``
+    less the candidate's place (exact, since both are far below 2^24), and 0 where nothing stands yet.
     """
 
     g: Graph
@@ -74,54 +74,56 @@ class _Blocks:
     total: int
     size: int
 
-    def column(self, rows: Tensor, i: int) -> Tensor:
-        """Column ``[B, n]`` of rows ``[B, n, columns]``."""
-        return self.g.op("Gather", rows, self.g.ints(i), axis=2)
+    def row(self, found: Tensor, i: int) -> Tensor:
+        """Row ``[B, n]`` of what was found ``[B, 7, n]``."""
+        return self.g.op("Gather", found, self.g.ints(i), axis=1)
 
     def one(self, number: Tensor, found: Tensor | None) -> tuple[Tensor, Tensor]:
         """What was found after block ``number`` (int32 scalar), and ``[B, 1]`` int32: whether it settled."""
-        g = self.g
+        g, most = self.g, self.config.max_detections
         place = g.op("Add", g.op("Mul", number, g.ints(self.size)), g.const(np.arange(self.size), np.int32))
         inside = g.op("Less", place, g.ints(self.total))
         place = g.where(inside, place, g.ints(self.total - 1))
         boxes, labels, valid = self.chosen.rows(place)
-        labels, alive = g.cast(labels, FLOAT), g.op("And", valid, inside)
+        alive = g.op("And", valid, inside)
+        own = g.concat([boxes, g.unsqueeze(g.cast(labels, FLOAT), 2)], 2)  # [B, b, 5]
+        across = g.op("Transpose", own, perm=[0, 2, 1])
+        everyone = across if found is None else g.concat([g.slice(found, 1, 0, SCORE), across], 2)
+        rivals = self._rivals(own, everyone)  # of what was found before, then of the block itself
         if found is not None:
-            kept = g.op("Greater", self.column(found, RANK), g.floats(0.0))
-            rivals = self._rivals(boxes, labels, g.slice(found, 2, 0, 4), self.column(found, 4))
-            alive = g.op("And", alive, g.op("Not", self._any(rivals, kept)))
+            kept = g.op("Greater", self.row(found, RANK), g.floats(0.0))
+            alive = g.op("And", alive, g.op("Not", self._any(g.slice(rivals, 2, 0, most), kept)))
+            rivals = g.slice(rivals, 2, most, most + self.size)
         earlier = g.op("Less", g.unsqueeze(place, 0), g.unsqueeze(place, 1))
-        rivals = g.op("And", self._rivals(boxes, labels, boxes, labels), earlier)
-        keep, settled = self._settle(alive, rivals)
+        keep, settled = self._settle(alive, g.op("And", rivals, earlier))
         rank = g.op("Mul", keep, g.cast(g.op("Sub", g.ints(self.total), place), FLOAT))
         scores = g.op("Gather", self.chosen.scores, place, axis=1)
-        rows = g.concat([boxes, *(g.unsqueeze(x, 2) for x in (labels, scores, rank))], 2)
-        most = self.config.max_detections
+        rows = g.concat([across, g.unsqueeze(scores, 1), g.unsqueeze(rank, 1)], 1)
         if found is not None:
-            rows = g.concat([found, rows], 1)
+            rows = g.concat([found, rows], 2)
         elif self.size < most:
-            rows = g.op("Pad", rows, g.const([0, 0, 0, 0, most - self.size, 0], np.int64), g.floats(0.0))
-        _, order = g.top_k(self.column(rows, RANK), g.const([most], np.int64))
-        return g.take_rows(rows, order, 1, RANK + 1), settled
+            rows = g.op("Pad", rows, g.const([0, 0, 0, 0, 0, most - self.size], np.int64), g.floats(0.0))
+        _, order = g.top_k(self.row(rows, RANK), g.const([most], np.int64))
+        wide = g.op("Expand", g.unsqueeze(order, 1), g.const([1, RANK + 1, 1], np.int64))
+        return g.op("GatherElements", rows, wide, axis=2), settled
 
     def while_any_is_open(self, count: int) -> Tensor:
         """What was found after all blocks; they end where no image can gain another row."""
         g, most = self.g, self.config.max_detections
         passing = g.cast(self.chosen.passing, FLOAT)
         last = g.reduce("ReduceSum", passing, 1)  # [B]: those that pass stand first
-        nothing = g.op(
-            "Mul", g.unsqueeze(g.slice(passing, 1, 0, 1), 2), g.const(np.zeros((1, most, RANK + 1)), np.float32)
-        )
+        start = g.unsqueeze(g.slice(passing, 1, 0, 1), 2)
+        nothing = g.op("Mul", start, g.const(np.zeros((1, RANK + 1, most)), np.float32))
 
         def step(i: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
             number = g.cast(i, INT32)
             found, _ = self.one(number, found)
-            spare = g.op("Less", g.reduce("ReduceMin", self.column(found, RANK), 1), g.floats(0.5))
+            spare = g.op("Less", g.reduce("ReduceMin", self.row(found, RANK), 1), g.floats(0.5))
             reach = g.reduce("ReduceMax", g.where(spare, last, g.floats(0.0)), 0)
             done = g.op("Mul", g.op("Add", number, g.ints(1)), g.ints(self.size))
             return g.op("Greater", reach, g.cast(done, FLOAT)), found
 
-        return g.loop(count, g.const(True, np.bool_), nothing, ("batch", most, RANK + 1), step)
+        return g.loop(count, g.const(True, np.bool_), nothing, ("batch", RANK + 1, most), step)
 
     def _settle(self, alive: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
         """Repeat the rule. ``[B, size]`` float32: 1 for what is kept; ``[B, 1]`` int32: 1 where the last round changed nothing."""
@@ -144,15 +146,15 @@ class _Blocks:
 
         return g.loop(self.size + 1, g.const(True, np.bool_), keep, ("batch", self.size), step), g.ints(1)
 
-    def _rivals(self, boxes: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor) -> Tensor:
-        """``[B, b, n]`` bool: the IoU of boxes ``[B, b, 4]`` and others ``[B, n, 4]`` is above the threshold, and the class one.
+    def _rivals(self, own: Tensor, others: Tensor) -> Tensor:
+        """Of boxes and labels ``[B, b, 5]`` and others ``[B, 5, n]``: is the IoU above the threshold, the class one? ``[B, b, n]`` bool.
 
         Without a division, which not every runtime rounds as float32 has it (OpenVINO multiplies by a reciprocal): intersection >
         threshold * union, the threshold raised by `SLACK`, so that no rounding makes an IoU equal to it one above it.
         """
         g, raised = self.g, self.config.iou_threshold * (1 + SLACK)
-        x1, y1, x2, y2 = (g.unsqueeze(self.column(boxes, i), 2) for i in range(4))  # [B, b, 1]
-        u1, v1, u2, v2 = (g.unsqueeze(self.column(others, i), 1) for i in range(4))  # [B, 1, n]
+        x1, y1, x2, y2, label = g.split(own, 2, 5)  # [B, b, 1]
+        u1, v1, u2, v2, other_label = g.split(others, 1, 5)  # [B, 1, n]
         width = g.op("Relu", g.op("Sub", g.op("Min", x2, u2), g.op("Max", x1, u1)))
         height = g.op("Sub", g.op("Min", y2, v2), g.op("Max", y1, v1))  # where negative, so is the intersection
         area = g.op("Mul", g.op("Sub", x2, x1), g.op("Sub", y2, y1))
@@ -162,7 +164,7 @@ class _Blocks:
         close = g.op("Greater", shared, g.op("Mul", union, g.floats(raised)))
         if self.config.class_agnostic or self.chosen.num_classes == 1:
             return close
-        return g.op("And", close, g.op("Equal", g.unsqueeze(labels, 2), g.unsqueeze(other_labels, 1)))
+        return g.op("And", close, g.op("Equal", label, other_label))
 
     def _any(self, rivals: Tensor, keep: Tensor) -> Tensor:
         """``[B, b]`` bool: whether one of a candidate's rivals ``[B, b, n]`` is kept ``[B, n]``; both bool."""

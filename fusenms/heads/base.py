@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fusenms.artifacts import PIXELS, Pixels
-from fusenms.heads.evidence import Evidence
+from fusenms.heads.evidence import Evidence, Pair, pairs
 from fusenms.layout import Layout
 
 
@@ -30,3 +30,15 @@ class HeadSpec:
     match: Callable[[Evidence, bool], Layout | Mismatch]
     pixels: Pixels = field(default=PIXELS["rgb"])
     stretch: bool = False
+
+
+def match_pairs(evidence: Evidence, judge: Callable[[Pair], Layout | Mismatch]) -> Layout | Mismatch:
+    """What ``judge`` makes of two outputs as boxes and class scores: the one way to read them that it takes."""
+    found = pairs(evidence)
+    if isinstance(found, str):
+        return Mismatch(found)
+    results = [judge(pair) for pair in found]
+    layouts = [result for result in results if isinstance(result, Layout)]
+    if len(layouts) > 1:
+        return Mismatch("either output may be the boxes")
+    return layouts[0] if layouts else results[0]

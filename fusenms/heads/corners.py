@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
 from fusenms.heads.evidence import (
     Evidence,
     Pair,
@@ -16,7 +16,6 @@ from fusenms.heads.evidence import (
     are_normalized,
     are_probabilities,
     follows_grid,
-    pairs,
     sum_to_one,
 )
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout
@@ -26,14 +25,7 @@ NAME = "corners"
 
 def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     """Recognize boxes on a grid, and as many rows of probabilities."""
-    found = pairs(evidence)
-    if isinstance(found, str):
-        return Mismatch(found)
-    results = [_match_pair(evidence, pair) for pair in found]
-    layouts = [result for result in results if isinstance(result, Layout)]
-    if len(layouts) > 1:
-        return Mismatch("either output may be the boxes")
-    return layouts[0] if layouts else results[0]
+    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair))
 
 
 def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:

@@ -7,8 +7,8 @@ input. Each query's class is its best one, as in the paper (Carion et al., 2020)
 from __future__ import annotations
 
 from fusenms.artifacts import PIXELS
-from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.evidence import Evidence, Pair, background_of, not_queries, pairs, sum_to_one
+from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
+from fusenms.heads.evidence import Evidence, Pair, background_of, not_queries, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout
 
 NAME = "detr"
@@ -16,14 +16,7 @@ NAME = "detr"
 
 def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     """Recognize queries whose last class is "no object"."""
-    found = pairs(evidence)
-    if isinstance(found, str):
-        return Mismatch(found)
-    results = [_match_pair(evidence, pair, certain) for pair in found]
-    layouts = [result for result in results if isinstance(result, Layout)]
-    if len(layouts) > 1:
-        return Mismatch("either output may be the boxes")
-    return layouts[0] if layouts else results[0]
+    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair, certain))
 
 
 def _match_pair(evidence: Evidence, pair: Pair, certain: bool) -> Layout | Mismatch:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.evidence import Evidence, are_probabilities, as_probabilities, not_queries, pairs, sum_to_one
+from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
+from fusenms.heads.evidence import Evidence, Pair, are_probabilities, as_probabilities, not_queries, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
 NAME = "rtdetr"
@@ -22,18 +22,13 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     """Recognize queries with independent classes."""
     if len(evidence.samples) == 1:
         return _match_joined(evidence)
-    found = pairs(evidence)
-    if isinstance(found, str):
-        return Mismatch(found)
-    results = []
-    for pair in found:
-        reason = not_queries(pair.boxes) or _not_sigmoid(evidence, pair.scores, certain)
-        classes = pair.classes(0, pair.scores.shape[1])
-        results.append(Mismatch(reason) if reason else _layout(pair.box_tap, classes, pair.scores))
-    layouts = [result for result in results if isinstance(result, Layout)]
-    if len(layouts) > 1:
-        return Mismatch("either output may be the boxes")
-    return layouts[0] if layouts else results[0]
+    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair, certain))
+
+
+def _match_pair(evidence: Evidence, pair: Pair, certain: bool) -> Layout | Mismatch:
+    if reason := not_queries(pair.boxes) or _not_sigmoid(evidence, pair.scores, certain):
+        return Mismatch(reason)
+    return _layout(pair.box_tap, pair.classes(0, pair.scores.shape[1]), pair.scores)
 
 
 def _match_joined(evidence: Evidence) -> Layout | Mismatch:

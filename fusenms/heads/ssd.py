@@ -6,8 +6,8 @@ of which one, the first or the last, says "nothing here".
 
 from __future__ import annotations
 
-from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.evidence import Evidence, Pair, are_corners, are_normalized, background_of, pairs, sum_to_one
+from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
+from fusenms.heads.evidence import Evidence, Pair, are_corners, are_normalized, background_of, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout
 
 NAME = "ssd"
@@ -15,14 +15,7 @@ NAME = "ssd"
 
 def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     """Recognize corners, and as many rows of a softmax."""
-    found = pairs(evidence)
-    if isinstance(found, str):
-        return Mismatch(found)
-    results = [_match_pair(evidence, pair) for pair in found]
-    layouts = [result for result in results if isinstance(result, Layout)]
-    if len(layouts) > 1:
-        return Mismatch("either output may be the boxes")
-    return layouts[0] if layouts else results[0]
+    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair))
 
 
 def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:

@@ -8,6 +8,7 @@ replaced by data of the file.
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 import re
@@ -213,16 +214,20 @@ def _names_in_pickle(path: Path, zipped: bool) -> set[str]:
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        found, texts = set(), [""]
-        for operation, argument, _ in pickletools.genops(data):
-            if operation.name in ("GLOBAL", "INST"):
-                found.add(str(argument).replace(" ", "."))
-            elif operation.name == "STACK_GLOBAL":
-                found.add(".".join(texts[-2:]))
-            elif isinstance(argument, str):
-                texts.append(argument)
-    except Exception:  # damaged in any way
+    except (OSError, StopIteration, zipfile.BadZipFile):
         return set()
+    found, texts, stream = set[str](), [""], io.BytesIO(data)
+    try:
+        while stream.tell() < len(data):  # PyTorch's old format has several pickles, one after the other
+            for operation, argument, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST"):
+                    found.add(str(argument).replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL":
+                    found.add(".".join(texts[-2:]))
+                elif isinstance(argument, str):
+                    texts.append(argument)
+    except Exception:  # what is not a pickle, or is damaged in any way, ends it
+        pass
     return found
 
 

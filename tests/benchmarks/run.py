@@ -30,6 +30,7 @@ from fusenms.cli.bench import plot, print_table
 from fusenms.graph import with_outputs
 from fusenms.reference import candidates
 from fusenms.sources.checkpoint import Checkpoint, load_checkpoint
+from fusenms.sources.modules import AnchorFreeDetect
 
 RAW, FUSED, CUT = "raw model", "fusenms (ort)", "cut before the decode (floor)"
 ULTRALYTICS = "Ultralytics nms=True"
@@ -41,6 +42,10 @@ class Decoded(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint, size: int) -> None:
         super().__init__()
+        if not isinstance(checkpoint.head, AnchorFreeDetect) or checkpoint.head.reg_max < 2:
+            raise SystemExit(
+                "expected a checkpoint with YOLOv8's head (YOLOv8, YOLOv9, YOLO11, YOLO12): the peers read no other"
+            )
         self.network, self.bins = checkpoint.module, checkpoint.head.reg_max
         centers, strides = [], []
         for stride in checkpoint.strides:
