@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from foreign import AnchorDecoded
 from onnx import numpy_helper
 from strangers import (
     CLASSES,
@@ -217,3 +218,41 @@ def test_pictures_are_fitted_as_the_family_has_them(tmp_path, module, stretch):
     path = write(module(), tmp_path / "m.onnx")
     assert fuse(path, unverified=True).image.stretch == stretch
     assert fuse(path, unverified=True, stretch=not stretch).image.stretch != stretch
+
+
+class Yolox79(YoloxRaw):
+    """84 channels for each cell: box, objectness, 79 classes."""
+
+    channels = 84
+
+
+class Yolov8With80(Yolov8):
+    """84 channels for each cell: box, 80 classes."""
+
+    channels = 64 + 80
+
+    def forward(self, images):
+        return super().forward(images).transpose(1, 2)
+
+
+class Yolov5With79(AnchorDecoded):
+    """84 channels for each anchor: box, objectness, 79 classes."""
+
+    inputs = ("images",)
+
+    def __init__(self):
+        super().__init__(79)
+
+    def example(self, batch):
+        return (torch.rand(batch, 3, SIZE, SIZE),)
+
+
+@pytest.mark.parametrize(
+    ("module", "family", "classes"),
+    [(Yolox79, "yolox", 79), (Yolov8With80, "yolov8", 80), (Yolov5With79, "yolov5", 79)],
+)
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_heads_of_84_channels_are_told_apart(tmp_path, module, family, classes, seed):
+    layout = recognize(load(write(module(), tmp_path / "m.onnx", seed=seed)))
+    assert (layout.family, layout.num_classes) == (family, classes)
+    assert (layout.objectness is None) == (family == "yolov8")

@@ -25,10 +25,16 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     shape = sample.value.shape
     if len(shape) != 3:
         return Mismatch(f"found an output of shape {list(shape)}; expected [batch, 4 + classes, candidates]")
-    for axis in (1, 2):
-        grid = evidence.grid(1, shape[3 - axis])
-        if grid is not None and shape[axis] > 4:
-            return _match_channels(evidence, certain, axis, grid)
+    results = [
+        _match_channels(evidence, certain, axis, grid)
+        for axis in (1, 2)  # as many channels as candidates: the values tell
+        if (grid := evidence.grid(1, shape[3 - axis])) is not None and shape[axis] > 4
+    ]
+    layouts = [result for result in results if isinstance(result, Layout)]
+    if results:
+        return (
+            layouts[0] if len(layouts) == 1 else Mismatch("either axis may be the channels") if layouts else results[0]
+        )
     return Mismatch(
         f"found an output of shape {list(shape)}; expected one candidate per cell of levels with strides such as 8, 16, 32"
     )
