@@ -192,8 +192,8 @@ class Rows(YoloNas):
     def best(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores = self.truth(images)
         values, index = scores.flatten(1).topk(20, 1)
-        picked = boxes.gather(1, (index // CLASSES).unsqueeze(2).expand(-1, -1, 4))
-        return picked, values, index % CLASSES
+        picked = boxes.gather(1, (index // scores.shape[2]).unsqueeze(2).expand(-1, -1, 4))
+        return picked, values, index % scores.shape[2]
 
     def forward(self, images: Tensor) -> Tensor:
         boxes, scores, labels = self.best(images)

@@ -78,6 +78,16 @@ def test_rows_are_taken_before_their_top_k(tmp_path, module):
     assert (layout.labels, layout.suppress, layout.num_classes) == (None, False, CLASSES)
 
 
+class OneClassRows(Rows):
+    channels = 5
+
+
+def test_rows_of_one_class_are_taken_before_their_top_k(tmp_path):
+    fused = fuse(write(OneClassRows(), tmp_path / "m.onnx", dynamic=False), make_dynamic=True, score_threshold=0.001)
+    assert (fused.layout.labels, fused.layout.num_classes) == (None, 1)
+    assert fused.report
+
+
 class TwoClasses(Stranger):
     """YOLOv8 with two classes, transposed: six channels, as finished rows have."""
 

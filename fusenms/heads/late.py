@@ -102,7 +102,7 @@ def earliest_rows(evidence: Evidence, layout: Layout) -> Layout:
     starts = [node.input[0] for node in graph.node if node.op_type in ("GatherElements", "GatherND", "Gather")]
     boxes = list(dict.fromkeys(name for start in starts for name in _behind(start, producers)))
     values = evidence.values([*scores, *boxes])
-    for class_tap in (tap for name in scores for tap in _any_taps(values, name) if tap.channels > 1):
+    for class_tap in (tap for name in scores for tap in _any_taps(values, name)):
         count = values[class_tap.tensor].shape[3 - class_tap.channel_axis]
         for box_tap in _taps(values, boxes, count, 4):
             early = replace(layout, boxes=box_tap, classes=class_tap, labels=None, joins=())
