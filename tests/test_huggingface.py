@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from functools import cache
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from fusenms import Detector, fuse, load
-from fusenms.artifacts import Pixels
+from fusenms.artifacts import Pixels, load_fused
 from fusenms.backends import BACKENDS
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import ConfigError, SourceError
+from fusenms.runtime.pictures import to_tensor
 from fusenms.sources.huggingface import SIGMOID, SOFTMAX
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'fusenms[hf]')")
@@ -166,11 +168,15 @@ def test_preprocessing_comes_from_the_directory(folder, tmp_path):
 
 def test_detector_stretches_and_maps_back(folder, tmp_path):
     file = fuse(folder("rt_detr")[0], score_threshold=0.01).save(tmp_path / "f.onnx")
+    picture = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
     with Detector(file) as detect:
-        found = detect(np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8))[0]
-    assert len(found)
-    assert found.boxes[:, [0, 2]].max() <= 200
-    assert found.boxes[:, 3].max() > 200
+        found = detect(picture)[0]
+    squeezed = cv2.resize(picture, SIZE[::-1], interpolation=cv2.INTER_LINEAR)
+    outputs = OnnxRuntimeRunner(load_fused(file).model).infer(to_tensor([squeezed]))
+    count = int(outputs["num_detections"][0, 0])
+    assert len(found) == count > 0
+    expected = (outputs["boxes"][0, :count] * np.array([200 / 128, 300 / 96] * 2)).clip(0, [200, 300] * 2)
+    np.testing.assert_allclose(found.boxes, expected, atol=1e-2)
 
 
 def damaged(path, kind):

@@ -12,7 +12,7 @@ from fusenms import fuse, load
 from fusenms.backends import BACKENDS
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import ConfigError, SourceError
-from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
+from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, Tap
 
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 NAMES = ("cat", "dog", "cow")
@@ -70,6 +70,28 @@ def test_queries_in_any_order_are_equal():
             return super().forward(images)[::-1]
 
     assert fuse(Swapped(), example=EXAMPLE, layout=own, score_threshold=0.01).report
+
+
+class Overhanging(nn.Module):
+    """Levels whose last cells reach over the edge of a picture of 60 pixels; boxes as distances in bins."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.levels = nn.ModuleList(nn.Conv2d(3, 64 + CLASSES, s, s) for s in (8, 16, 32))
+
+    def forward(self, images):
+        padded = nn.functional.pad(images, (0, 4, 0, 4))
+        rows = torch.cat([conv(padded).flatten(2) for conv in self.levels], 2)
+        return rows[:, :64], rows[:, 64:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_size_that_is_no_multiple_of_the_stride_equals_reference(backend):
+    boxes, scores = Tap("boxes", 1, 0, 64), Tap("scores", 1, 0, CLASSES)
+    own = Layout("own", boxes, scores, None, Activation.SIGMOID, Distances((8, 16, 32), 16))
+    fused = fuse(Overhanging(), example=torch.zeros(1, 3, 60, 60), layout=own, backend=backend)
+    assert fused.report, fused.report
 
 
 class OnlyDynamo(YoloNas):

@@ -212,7 +212,9 @@ def test_search_finds_no_difference(backend, images, iou_threshold, class_agnost
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("share", ["1/10", "1/5", "1/4", "3/10", "1/3", "9/20", "1/2", "3/5", "7/10", "9/10"])
+@pytest.mark.parametrize(
+    "share", ["1/10", "1/5", "1/4", "3/10", "1/3", "9/20", "1/2", "7/12", "13/22", "3/5", "13/20", "7/10", "9/10"]
+)
 def test_pair_at_the_threshold_is_kept_and_one_above_it_is_not(backend, share):
     """Nested boxes of whole pixels, of many sizes, whose IoU is the threshold; then one pixel row more."""
     part = Fraction(share)

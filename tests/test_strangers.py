@@ -78,6 +78,46 @@ def test_rows_are_taken_before_their_top_k(tmp_path, module):
     assert (layout.labels, layout.suppress, layout.num_classes) == (None, False, CLASSES)
 
 
+class MovedRows(Rows):
+    """Rows that are not quite what the top-k chose: moved by a pixel."""
+
+    def forward(self, images):
+        rows = super().forward(images)
+        return torch.cat((rows[..., :4] + 1.0, rows[..., 4:]), -1)
+
+
+def test_rows_stay_where_what_is_before_their_top_k_is_not_the_same(tmp_path):
+    layout = recognize(load(write(MovedRows(), tmp_path / "m.onnx")))
+    assert layout.labels is not None
+    assert fuse(tmp_path / "m.onnx", score_threshold=0.01).report
+
+
+@pytest.mark.parametrize(
+    ("order", "factor", "meaning"),
+    [("[1, 0]", "Mul", "height, width"), ("[0, 1]", "Mul", "width, height"), ("[0, 1]", "Div", "factor")],
+)
+def test_input_for_the_size_becomes_a_constant_in_its_order(tmp_path, order, factor, meaning):
+    """Of a picture that is higher than wide: x is scaled by its width, y by its height."""
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+      sized (float[b, 3, 96, 64] images, float[b, 2] size) => (float[b, 2, 4] boxes) {{
+        order = Constant <value = int64[2] {{{order[1:-1]}}}> ()
+        sides = Gather <axis = 1> (size, order)
+        both = Concat <axis = 1> (sides, sides)
+        one = Constant <value = int64[1] {{1}}> ()
+        row = Unsqueeze (both, one)
+        part = Constant <value = float[1, 2, 4] {{0.1, 0.2, 0.5, 0.6, 0.3, 0.1, 0.9, 0.8}}> ()
+        boxes = {factor} (part, row)
+      }}""")
+    onnx.save(model, tmp_path / "m.onnx")
+    raw = load(tmp_path / "m.onnx")
+    assert f"input size is {meaning} of the pictures" in raw.notes[-1]
+    images = np.zeros((3, 3, 96, 64), np.float32)
+    boxes = OnnxRuntimeRunner(raw.model).infer(images)["boxes"]
+    scale = np.array([64, 96] * 2) if factor == "Mul" else 1
+    expected = np.array([[0.1, 0.2, 0.5, 0.6], [0.3, 0.1, 0.9, 0.8]]) * scale
+    np.testing.assert_allclose(boxes, np.stack([expected] * 3), rtol=1e-5)
+
+
 class OneClassRows(Rows):
     channels = 5
 
