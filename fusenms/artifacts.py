@@ -39,6 +39,8 @@ class Pixels:
     def __post_init__(self) -> None:
         if self.channels not in ("rgb", "bgr"):
             raise ConfigError(f"channels is {self.channels!r}; expected 'rgb' or 'bgr'")
+        if not 0 < self.scale < float("inf"):
+            raise ConfigError(f"scale is {self.scale!r}; expected a positive number")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
             raise ConfigError(f"mean is {self.mean!r}, std is {self.std!r}; expected three numbers each, std not 0")
 

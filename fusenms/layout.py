@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
-from fusenms.errors import SourceError
+from fusenms.errors import ConfigError, SourceError
 
 
 class Activation(str, Enum):
@@ -48,7 +48,11 @@ class Tap:
     stop: int
 
     def __post_init__(self) -> None:
-        assert self.channel_axis in (1, 2) and 0 <= self.start < self.stop, self
+        if self.channel_axis not in (1, 2) or not 0 <= self.start < self.stop:
+            raise ConfigError(
+                f"tap of {self.tensor!r}: axis {self.channel_axis}, channels {self.start} to {self.stop}; expected axis 1 or 2, and "
+                "a start from 0 on that is below the stop"
+            )
 
     @property
     def channels(self) -> int:
@@ -62,6 +66,10 @@ class Decoded:
     kind: ClassVar[str] = "decoded"
     format: BoxFormat
     normalized: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, BoxFormat):
+            raise ConfigError(f"format is {self.format!r}; expected one of fusenms.layout: {_named(BoxFormat)}")
 
 
 @dataclass(frozen=True)
@@ -165,9 +173,30 @@ class Layout:
     objectness_weight: float | None = None
 
     def __post_init__(self) -> None:
-        assert self.labels is None or (self.classes.channels == 1 and not self.suppress), self
-        assert self.background is None or self.activation is Activation.SOFTMAX, self
-        assert self.activation is not Activation.SOFTMAX or self.objectness is None, self
+        for name, kind in (("activation", Activation), ("decode", BOX_DECODES)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of fusenms.layout: {_named(kind)}")
+        wanted = {
+            "boxes": 4 * getattr(self.decode, "bins", 1),
+            "classes": None,
+            "objectness": 1,
+            "background": 1,
+            "labels": 1,
+        }
+        for name, channels in wanted.items():
+            tap = getattr(self, name)
+            if tap is None and name not in ("boxes", "classes"):
+                continue
+            if not isinstance(tap, Tap) or channels not in (None, tap.channels):
+                found = f"has {tap.channels} channels" if isinstance(tap, Tap) else f"is {tap!r}"
+                raise ConfigError(f"{name} {found}; expected a Tap{f' of {channels}' if channels else ''}")
+        if self.labels is not None and (self.classes.channels != 1 or self.suppress):
+            raise ConfigError(
+                "labels are of finished rows: expected one channel of classes, the score, and suppress=False"
+            )
+        softmax = self.activation is Activation.SOFTMAX
+        if (self.background is not None and not softmax) or (self.objectness is not None and softmax):
+            raise ConfigError("background goes with Activation.SOFTMAX, and objectness does not")
 
     @property
     def num_classes(self) -> int:
@@ -247,6 +276,14 @@ class Layout:
             raise SourceError(
                 f"the layout stored in the file is unreadable ({error!r}); export the model again"
             ) from error
+
+
+def _named(kind: Any) -> str:
+    return (
+        ", ".join(k.__name__ for k in kind)
+        if isinstance(kind, tuple)
+        else ", ".join(f"{kind.__name__}.{k.name}" for k in kind)
+    )
 
 
 def _tap(values: dict[str, Any] | None) -> Tap | None:

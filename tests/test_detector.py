@@ -128,6 +128,15 @@ def test_error_when_backend_does_not_run_here(tmp_path, shapes_raw):
         Detector(file)
 
 
+def test_end_to_end_file_for_trt_runs_here(zoo, tmp_path):
+    """It has no plugin."""
+    file = fuse(zoo / "shapes" / "yolo26-p.pt", backend="trt", unverified=True).save(
+        tmp_path / "f.onnx", unverified=True
+    )
+    with Detector(file) as detect:
+        assert len(detect(PICTURE)[0])
+
+
 def test_error_when_provider_is_missing(path):
     with pytest.raises(BackendUnavailableError, match="ONNX Runtime has no NoSuchProvider; it has"):
         Detector(path, providers=["NoSuchProvider"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusenms import Detector, fuse, load
-from fusenms.artifacts import Pixels, load_fused
+from fusenms.artifacts import PIXELS, Pixels, load_fused
 from fusenms.backends import BACKENDS
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import ConfigError, SourceError
@@ -164,6 +164,54 @@ def test_preprocessing_comes_from_the_directory(folder, tmp_path):
     raw = load(copy)
     assert raw.pixels == Pixels("rgb", 1.0, tuple(mean), tuple(std))
     assert (raw.image.height, raw.image.width, raw.stretch) == (96, 96, False)
+
+
+def copied(folder, kind, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder(kind)[0].iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize(("kind", "pixels"), [("detr", "imagenet"), ("rt_detr", "rgb")])
+def test_pixels_are_the_usual_ones_where_the_directory_does_not_say(folder, tmp_path, kind, pixels):
+    copy = copied(folder, kind, tmp_path)
+    (copy / "preprocessor_config.json").unlink()
+    raw = load(copy, size=SIZE)
+    assert (raw.pixels, raw.stretch) == (PIXELS[pixels], True)
+    assert f"pixels as usual for {kind} ({pixels})" in raw.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_normalize": True, "image_mean": "x", "image_std": "y"},
+        {"do_normalize": True, "image_mean": [0.5, 0.5, 0.5]},
+        {"do_normalize": True, "image_mean": None, "image_std": None},
+        {"do_normalize": True, "image_mean": 0.5, "image_std": 0.5},
+        {"do_normalize": True, "image_mean": [0, 0, 0], "image_std": [0, 0, 0]},
+        {"size": {"height": -5, "width": 64}},
+        {"size": {"height": "x", "width": 64}},
+        {"size": "big"},
+        {"do_rescale": True, "rescale_factor": "a"},
+        {"do_rescale": True, "rescale_factor": 0},
+    ],
+    ids=str,
+)
+def test_error_when_preprocessing_cannot_be_used(folder, tmp_path, settings):
+    copy = copied(folder, "detr", tmp_path)
+    (copy / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SourceError, match=r"preprocessor_config\.json: cannot be used"):
+        load(copy)
+
+
+def test_error_when_the_network_does_not_run(folder, tmp_path):
+    copy = copied(folder, "d_fine", tmp_path)
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"num_queries": 0}))
+    with pytest.raises(SourceError, match=r"the network does not run|cannot be loaded"):
+        load(copy)
 
 
 def test_detector_stretches_and_maps_back(folder, tmp_path):

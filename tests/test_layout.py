@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 from raw_heads import LAYOUTS
 
-from fusenms.errors import SourceError
-from fusenms.layout import Join, Layout
+from fusenms.errors import ConfigError, SourceError
+from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Join, Layout, Tap
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -28,3 +28,41 @@ def test_error_when_stored_layout_is_damaged(key):
     values[key] = {"kind": "nonsense"}
     with pytest.raises(SourceError, match="layout stored in the file is unreadable"):
         Layout.from_dict(values)
+
+
+BOXES, CLASSES = Tap("boxes", 2, 0, 4), Tap("scores", 2, 0, 3)
+SOUND = {
+    "family": "own", "boxes": BOXES, "classes": CLASSES, "objectness": None, "activation": Activation.SIGMOID,
+    "decode": Decoded(BoxFormat.XYXY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"boxes": Tap("boxes", 2, 0, 3)}, "boxes has 3 channels; expected a Tap of 4"),
+        ({"boxes": None}, "boxes is None; expected a Tap of 4"),
+        ({"decode": Distances((8,), 16)}, "boxes has 4 channels; expected a Tap of 64"),
+        ({"classes": "scores"}, "classes is 'scores'; expected a Tap"),
+        ({"objectness": "logits"}, "objectness is 'logits'; expected a Tap of 1"),
+        ({"activation": "sigmoid"}, "activation is 'sigmoid'; expected one of fusenms.layout: Activation.NONE"),
+        ({"decode": None}, "decode is None; expected one of fusenms.layout: Decoded"),
+        ({"labels": Tap("scores", 2, 3, 4)}, "labels are of finished rows"),
+        ({"background": Tap("scores", 2, 3, 4)}, "background goes with Activation.SOFTMAX"),
+    ],
+)
+def test_error_when_a_layout_makes_no_sense(wrong, message):
+    assert Layout(**SOUND).num_classes == 3
+    with pytest.raises(ConfigError, match=message):
+        Layout(**(SOUND | wrong))
+
+
+@pytest.mark.parametrize("span", [(2, -3, 3), (2, 3, 3), (5, 0, 4)])
+def test_error_when_a_tap_is_none(span):
+    with pytest.raises(ConfigError, match="expected axis 1 or 2, and a start from 0 on"):
+        Tap("scores", *span)
+
+
+def test_error_when_the_format_of_boxes_is_text():
+    with pytest.raises(ConfigError, match=r"format is 'cxcywh'; expected one of .*BoxFormat\.XYXY"):
+        Decoded("cxcywh")

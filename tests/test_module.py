@@ -112,6 +112,12 @@ def test_newer_exporter_takes_what_the_older_one_cannot():
     assert fuse(raw, score_threshold=0.001).report
 
 
+class Logits(YoloNas):
+    def forward(self, images):
+        boxes, scores = self.truth(images)
+        return boxes, scores.logit()
+
+
 class Broken(nn.Module):
     def forward(self, images):
         raise RuntimeError("out of paint")
@@ -128,6 +134,8 @@ class Broken(nn.Module):
         (YoloNas(), {"layout": layout(9)}, ConfigError, r"scores is \[2, 84, 3\]; expected 3 dimensions, 9 channels or more"),
         (Named(), {"layout": layout(boxes="corners")}, ConfigError, "returns features, scores, boxes; the layout also names corners"),
         (YoloNas(), {"names": ["a"]}, ConfigError, "names are 1, but the layout has 3 classes"),
+        (YoloNas(), {"names": "cat"}, ConfigError, "names is the text 'cat'; expected a list"),
+        (Logits(), {}, ConfigError, "class scores go from .* with Activation.NONE they are probabilities"),
         (YoloNas(), {"size": 64}, ConfigError, "size, make_dynamic and one_to_many are for files"),
         (nn.Conv2d(3, 3, 1), {}, ConfigError, "the module returns 1 tensors; the layout names 2: boxes, scores"),
         (Broken(), {}, SourceError, "Broken: does not run on .* out of paint"),

@@ -27,7 +27,11 @@ HELP = "fuse the post-processing into a detector's weights, prove it, write the 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = PostprocessConfig()
-    parser.add_argument("weights", metavar="WEIGHTS", help="a checkpoint (.pt) or a raw .onnx")
+    parser.add_argument(
+        "weights",
+        metavar="WEIGHTS",
+        help="a checkpoint (.pt), a raw .onnx, or the directory of a Hugging Face detector",
+    )
     parser.add_argument(
         "--backend", choices=list(BACKENDS), default="ort", help="how to suppress (default: %(default)s)"
     )

@@ -54,7 +54,8 @@ class Detector:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
         fused = load_fused(path)
-        if not get_backend(fused.backend).runs_on_onnxruntime:
+        plugins = {node.domain for node in fused.model.graph.node} - {"", "ai.onnx"}
+        if plugins and not get_backend(fused.backend).runs_on_onnxruntime:
             raise UnsupportedByBackendError(
                 f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; "
                 "fuse the weights again with --backend ort, or build a TensorRT engine of this file (trtexec --onnx=FILE)"

@@ -161,7 +161,7 @@ def load_checkpoint(path: Path, one_to_many: bool = False) -> Checkpoint:
             f"{path}: the network in this checkpoint is incomplete ({error}); expected one of the detection task"
         ) from error
     if one_to_many and "one2one_cv2" not in checkpoint.head._modules:
-        raise ConfigError(f"{path}: has one head, which is one-to-many; leave one_to_many (--one-to-many) out")
+        raise ConfigError(f"{path}: has one head only; leave one_to_many (--one-to-many) out")
     return checkpoint
 
 
@@ -196,7 +196,9 @@ def _read(path: Path) -> Any:
         if name := re.search(r"GLOBAL `?([\w.]+)`?", str(error)):
             raise SourceError(_refusal(path, [name[1]])) from error
         said = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
-        reason = said.splitlines()[0][:200] if " " in said else type(error).__name__
+        reason = (
+            said.splitlines()[0][:200] if " " in said else "it holds neither an archive nor a pickle that can be read"
+        )
         if foreign := sorted(_names_in_pickle(path, zipped) - set(STAND_INS) - _plain_globals()):
             raise SourceError(_refusal(path, foreign)) from error
         if not zipped and _looks_pickled(path):

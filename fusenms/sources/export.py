@@ -45,7 +45,7 @@ class Network:
         size: (height, width) in pixels that it works at by default.
         stride: what height and width must be multiples of.
         open_size: whether it works at sizes other than the one that it was traced at.
-        pixels, stretch: as `RawModel` has them.
+        pixels, stretch, notes: as `RawModel` has them.
     """
 
     module: nn.Module
@@ -58,6 +58,7 @@ class Network:
     open_size: bool = True
     pixels: Pixels | None = None
     stretch: bool | None = None
+    notes: tuple[str, ...] = ()
 
 
 def network_of(checkpoint: Checkpoint, source: str) -> Network:
@@ -108,7 +109,17 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
     side, written = "height,width" if dynamic_size else f"{height},{width}", model.opset_import[0].version
     note = f"{IMAGE}[batch,3,{side}] · opset {written} · equal to PyTorch at batch 1, 2, 3 (max |Δ| {worst:.0e})"
     image = ImageInput(IMAGE, height, width, stride, dynamic_size)
-    return RawModel(model, image, network.names, network.task, source, layout, (note,), network.pixels, network.stretch)
+    return RawModel(
+        model,
+        image,
+        network.names,
+        network.task,
+        source,
+        layout,
+        (note, *network.notes),
+        network.pixels,
+        network.stretch,
+    )
 
 
 _EXPORT_ERRORS = (

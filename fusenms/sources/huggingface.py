@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusenms.artifacts import Pixels
+from fusenms.artifacts import PIXELS, Pixels
 from fusenms.errors import BackendUnavailableError, SourceError
 from fusenms.sources.export import DEFAULT_SIZE, Network, queries_layout
 
@@ -22,6 +22,7 @@ SIGMOID = (
 )  # fmt: skip
 SOFTMAX = ("detr", "table-transformer", "yolos")
 """Model types whose classes are a softmax with "no object" last; the others' are sigmoids of their own."""
+NOT_NORMALIZED = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")
 STRIDE = 32
 
 
@@ -47,7 +48,8 @@ def load_directory(path: Path) -> Network:
     config = _read_json(path / "config.json")
     kind = config.get("model_type")
     if kind not in (*SIGMOID, *SOFTMAX):
-        raise SourceError(f"{path}: is a {kind!r}; expected a detector of {', '.join((*SIGMOID, *SOFTMAX))}")
+        found = "has no model_type" if kind is None else f"is a {kind!r}"
+        raise SourceError(f"{path}: {found}; expected a detector of {', '.join((*SIGMOID, *SOFTMAX))}")
     if not any(path.glob("*.safetensors")):
         raise SourceError(
             f"{path}: has no .safetensors; expected the weights in that format, which holds no code. "
@@ -59,18 +61,21 @@ def load_directory(path: Path) -> Network:
             raise SourceError(f"{path}: the weights of {name} are not finite (NaN or infinity); the training diverged")
     labels = model.config.id2label
     names = tuple(str(labels.get(i, f"class{i}")) for i in range(len(labels)))
-    pixels, size, stretch = _preprocessing(path, config)
+    pixels, size, stretch, notes = _preprocessing(path, config)
     module = _Queries(model).float().eval().requires_grad_(False)
     side = size or (DEFAULT_SIZE, DEFAULT_SIZE)
-    with torch.no_grad():
-        boxes, logits = module(torch.zeros(1, 3, *side))
+    try:
+        with torch.no_grad():
+            boxes, logits = module(torch.zeros(1, 3, *side))
+    except Exception as error:  # whatever its settings make it do
+        raise SourceError(f"{path}: the network does not run at {side[0]}x{side[1]} ({_first_line(error)})") from error
     classes = logits.shape[2] - (kind in SOFTMAX)
     if boxes.shape[2] != 4 or classes != len(names):
         raise SourceError(
             f"{path}: its config names {len(names)} classes, but it gives {list(logits.shape)} for {kind}"
         )
     return Network(
-        module, queries_layout(classes, softmax=kind in SOFTMAX), names, "detect", path.name, side, STRIDE, False, pixels, stretch
+        module, queries_layout(classes, softmax=kind in SOFTMAX), names, "detect", path.name, side, STRIDE, False, pixels, stretch, notes
     )  # fmt: skip
 
 
@@ -106,23 +111,45 @@ def _load(path: Path) -> Any:
     return model
 
 
-def _preprocessing(path: Path, config: dict[str, Any]) -> tuple[Pixels, tuple[int, int] | None, bool]:
-    """How the model wants its pictures: pixels, (height, width), and whether they are stretched to that."""
+def _preprocessing(path: Path, config: dict[str, Any]) -> tuple[Pixels, tuple[int, int] | None, bool, tuple[str, ...]]:
+    """How the model wants its pictures: pixels, (height, width), whether they are stretched to that; and notes on it.
+
+    Raises:
+        SourceError: the settings are there, but cannot be used.
+    """
     file = path / "preprocessor_config.json"
-    wanted = _read_json(file) if file.is_file() else {}
-    scale = 255.0 * wanted.get("rescale_factor", 1 / 255) if wanted.get("do_rescale", True) else 255.0
-    pixels = Pixels(scale=round(scale, 6))
+    stated = config.get("image_size")
+    size = (int(stated[0]), int(stated[1])) if isinstance(stated, (list, tuple)) and len(stated) == 2 else None
+    if not file.is_file():
+        name = "rgb" if config["model_type"] in NOT_NORMALIZED else "imagenet"
+        note = f"has no {file.name}: pixels as usual for {config['model_type']} ({name}); --pixels and --stretch say otherwise"
+        return PIXELS[name], size, True, (note,)
+    wanted = _read_json(file)
+    try:
+        return (*_stated(wanted, size), ())
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"{file}: cannot be used ({type(error).__name__}: {error}); expected image_mean and image_std of three numbers where "
+            "do_normalize is true, a positive rescale_factor, and a size of positive numbers"
+        ) from error
+
+
+def _stated(wanted: dict[str, Any], size: tuple[int, int] | None) -> tuple[Pixels, tuple[int, int] | None, bool]:
+    scale = round(255.0 * wanted.get("rescale_factor", 1 / 255), 6) if wanted.get("do_rescale", True) else 255.0
+    pixels = Pixels(scale=scale)
     if wanted.get("do_normalize", False):
         mean, std = (tuple(float(v) for v in wanted[key]) for key in ("image_mean", "image_std"))
-        pixels = Pixels("rgb", round(scale, 6), mean, std)  # type: ignore[arg-type]
-    size = wanted.get("size") or {}
-    if isinstance(size, dict) and "height" in size and "width" in size:
-        return pixels, (int(size["height"]), int(size["width"])), True
-    edge = size.get("shortest_edge") if isinstance(size, dict) else size
-    stated = config.get("image_size")
-    if edge is None and isinstance(stated, (list, tuple)):
-        return pixels, (int(stated[0]), int(stated[1])), True
-    return pixels, None if edge is None else (round(int(edge) / STRIDE) * STRIDE,) * 2, False
+        pixels = Pixels("rgb", scale, mean, std)  # type: ignore[arg-type]
+    asked = wanted.get("size") or {}
+    if isinstance(asked, dict) and "height" in asked and "width" in asked:
+        height, width = int(asked["height"]), int(asked["width"])
+        if min(height, width) < 1:
+            raise ValueError(f"size is {height}x{width}")
+        return pixels, (height, width), True
+    edge = asked.get("shortest_edge") if isinstance(asked, dict) else asked
+    if edge is None:
+        return pixels, size, size is not None
+    return pixels, (max(1, round(int(edge) / STRIDE)) * STRIDE,) * 2, False
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusenms.artifacts import Pixels
 from fusenms.errors import ConfigError, SourceError
-from fusenms.layout import Layout
+from fusenms.layout import Activation, Layout
 from fusenms.sources.export import Network
 
 
@@ -48,6 +48,8 @@ def load_module(
         raise ConfigError(
             f"layout is a {type(layout).__name__}; expected a fusenms.layout.Layout that says what {title} returns"
         )
+    if isinstance(names, str):
+        raise ConfigError(f"names is the text {names!r}; expected a list of class names")
     if names and layout.num_classes and len(names) != layout.num_classes:
         raise ConfigError(f"names are {len(names)}, but the layout has {layout.num_classes} classes")
     head = _Head(copy.deepcopy(module), layout.sources).cpu().float().eval().requires_grad_(False)
@@ -62,6 +64,7 @@ def load_module(
             f"{title}: does not run on [2, 3, {height}, {width}] ({type(error).__name__}: {error})"
         ) from error
     _check_shapes(title, layout, tensors)
+    _check_scores(title, head, layout, (height, width))
     every = tuple(map(str, names)) or tuple(f"class{i}" for i in range(layout.num_classes))
     return Network(head, layout, every, "detect", title, (height, width), 1, True, pixels, stretch)
 
@@ -84,6 +87,20 @@ def outputs_of(found: Any, tensors: tuple[str, ...]) -> tuple[Tensor, ...]:
             f"the module returns {len(every)} tensors; the layout names {len(tensors)}: {', '.join(tensors)}"
         )
     return every
+
+
+def _check_scores(title: str, head: nn.Module, layout: Layout, size: tuple[int, int]) -> None:
+    """Refuse logits that the layout calls probabilities, where random pictures show them."""
+    tensors = dict(zip(layout.sources, head(torch.rand(2, 3, *size)), strict=True))
+    tap = layout.classes
+    if layout.activation is not Activation.NONE or tap.tensor not in tensors:
+        return
+    scores = tensors[tap.tensor].narrow(tap.channel_axis, tap.start, tap.channels)
+    if scores.min() < -1e-3 or scores.max() > 1 + 1e-3:
+        raise ConfigError(
+            f"{title}: class scores go from {scores.min():.3g} to {scores.max():.3g}; with Activation.NONE they are probabilities, from 0 "
+            "to 1: say Activation.SIGMOID or SOFTMAX if these are logits"
+        )
 
 
 def _check_shapes(title: str, layout: Layout, tensors: tuple[Tensor, ...]) -> None:
