@@ -118,6 +118,27 @@ def test_input_for_the_size_becomes_a_constant_in_its_order(tmp_path, order, fac
     np.testing.assert_allclose(boxes, np.stack([expected] * 3), rtol=1e-5)
 
 
+def test_two_inputs_beside_the_pictures_become_constants(tmp_path):
+    """As PaddleDetection has them: the size, and the factor that boxes are divided by."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+      sized (float[b, 3, 96, 64] images, float[b, 2] im_shape, float[b, 2] scale_factor) => (float[b, 2, 4] boxes) {
+        order = Constant <value = int64[2] {1, 0}> ()
+        ratio = Div (im_shape, scale_factor)
+        sides = Gather <axis = 1> (ratio, order)
+        both = Concat <axis = 1> (sides, sides)
+        one = Constant <value = int64[1] {1}> ()
+        row = Unsqueeze (both, one)
+        part = Constant <value = float[1, 2, 4] {0.1, 0.2, 0.5, 0.6, 0.3, 0.1, 0.9, 0.8}> ()
+        boxes = Mul (part, row)
+      }""")
+    onnx.save(model, tmp_path / "m.onnx")
+    raw = load(tmp_path / "m.onnx")
+    assert [entry.name for entry in raw.model.graph.input] == ["images"]
+    boxes = OnnxRuntimeRunner(raw.model).infer(np.zeros((2, 3, 96, 64), np.float32))["boxes"]
+    expected = np.array([[0.1, 0.2, 0.5, 0.6], [0.3, 0.1, 0.9, 0.8]]) * [64, 96, 64, 96]
+    np.testing.assert_allclose(boxes, np.stack([expected] * 2), rtol=1e-5)
+
+
 class OneClassRows(Rows):
     channels = 5
 

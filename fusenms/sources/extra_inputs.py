@@ -35,7 +35,7 @@ def fill_extra_inputs(
     """
     constants = {item.name for item in model.graph.initializer}
     extra = [entry for entry in model.graph.input if entry.name not in constants and entry.name != picture]
-    notes, sized = [], False
+    notes = []
     for entry in extra:
         found = [dim.dim_value or dim.dim_param or "?" for dim in entry.type.tensor_type.shape.dim]
         number = NUMBERS.get(entry.type.tensor_type.elem_type)
@@ -45,16 +45,16 @@ def fill_extra_inputs(
                 "the size of the pictures, or the factor they were scaled by. Export the model without it"
             )
     batch, height, width = shape
-    for entry in extra:
+    meanings = []
+    for entry in extra:  # all of them before any is filled
         others = {other.name: np.full((batch, 2), SEEN) for other in extra if other is not entry}
-        meaning = _meaning(path, model, picture, shape, entry, others)
-        sized = sized or meaning != "factor"
+        meanings.append(_meaning(path, model, picture, shape, entry, others))
+    for entry, meaning in zip(extra, meanings, strict=True):
         values = {"factor": (1, 1), "height, width": (height, width), "width, height": (width, height)}[meaning]
         notes.append(f"input {entry.name} is {meaning} of the pictures: constant {values[0]}, {values[1]}")
         _fill(model, entry, picture, np.array([values], NUMBERS[entry.type.tensor_type.elem_type]))
-    for entry in extra:
         model.graph.input.remove(entry)
-    return notes, sized
+    return notes, any(meaning != "factor" for meaning in meanings)
 
 
 def _meaning(
