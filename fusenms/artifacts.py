@@ -124,7 +124,7 @@ class RawModel:
 
 @dataclass(frozen=True)
 class FusedModel:
-    """A model with the outputs of the contract. ``report`` is the proof, once verified."""
+    """A model with the outputs of the contract. ``suppressed_by`` is the operator, for people; ``report`` the proof, once verified."""
 
     model: onnx.ModelProto
     image: ImageInput
@@ -134,6 +134,7 @@ class FusedModel:
     layout: Layout
     config: PostprocessConfig
     backend: str
+    suppressed_by: str = ""
     report: Report | None = field(default=None, compare=False)
     notes: tuple[str, ...] = ()
 
@@ -154,13 +155,18 @@ class FusedModel:
             contract.KEY_CONFIG: json.dumps(self.config.to_dict()),
             contract.KEY_IMAGE: json.dumps(self.image.to_dict()),
             contract.KEY_DECODE: self.layout.decode_stage,
+            contract.KEY_SUPPRESSION: self.suppressed_by,
             contract.KEY_NOTES: json.dumps(list(self.notes)),
             contract.KEY_VERIFICATION: self.report.summary if self.report else contract.UNVERIFIED,
             contract.KEY_NAMES: str(dict(enumerate(self.names))),
             contract.KEY_TASK: self.task,
             contract.KEY_STRIDE: str(self.image.stride),
             contract.KEY_IMGSZ: str([self.image.height, self.image.width]),
-        }
+        } | self._keypoints()
+
+    def _keypoints(self) -> dict[str, str]:
+        points = self.layout.keypoints
+        return {} if points is None else {contract.KEY_KEYPOINTS: str([points.count, points.numbers])}
 
     def save(self, path: str | os.PathLike[str], *, unverified: bool = False) -> Path:
         """Write the model to ``path`` (whole or not at all) and return the path.
@@ -213,6 +219,7 @@ def load_fused(path: str | os.PathLike[str]) -> FusedModel:
             layout=Layout.from_dict(json.loads(metadata[contract.KEY_LAYOUT])),
             config=PostprocessConfig.from_dict(json.loads(metadata[contract.KEY_CONFIG])),
             backend=metadata[contract.KEY_BACKEND],
+            suppressed_by=metadata.get(contract.KEY_SUPPRESSION, ""),
             notes=tuple(json.loads(metadata[contract.KEY_NOTES])),
         )
     except (KeyError, TypeError, ValueError, SourceError) as error:
@@ -229,8 +236,9 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     }
     image, config = fused.image, fused.config
     wanted = {image.tensor: [0, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
-    for name, spec in config.outputs:
-        wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections)[1:])]
+    for name, spec in fused.layout.outputs(config):
+        height, width = sizes.get(name, [0, 0])[-2:] if "h" in spec.shape else (0, 0)  # the picture's size says them
+        wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections, height, width)[1:])]
     for name, shape in wanted.items():
         if sizes.get(name) != shape:
             found = f"{sizes[name]}" if name in sizes else "nothing of that name"

@@ -19,8 +19,8 @@ from fusenms.decoding import decode_boxes
 from fusenms.graph import FLOAT, INT32, INT64, Graph, Tensor
 from fusenms.layout import Activation, Layout, Tap
 
-FARTHEST = 1e18
-"""Pixels; the area of a box that reaches farther is not finite in float32, and no box of a picture does."""
+FARTHEST, FARTHEST_ORIENTED = 1e18, 1e8
+"""Pixels; the area of a box that reaches farther (of an oriented one, its square) is not finite in float32; no box of a picture does."""
 
 
 def choose(
@@ -65,7 +65,9 @@ def choose(
             classes = g.ints(layout.num_classes)
             anchor = g.op("Div", at, classes)
             labels = g.op("Sub", at, g.op("Mul", anchor, classes))
-            chosen = pool.take(anchor, layout.boxes.tensor)
+            chosen = pool.take(
+                anchor, *(tap.tensor for tap in (layout.boxes, layout.angle and layout.angle.value) if tap)
+            )
         else:
             anchor, chosen = at, pool.take(at)
             class_scores = chosen.part(layout.classes)
@@ -75,13 +77,21 @@ def choose(
                 labels = g.cast(g.reshape(chosen.part(layout.labels), 0, -1), INT32)
             # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
             valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
-        index = anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
-        boxes = decode_boxes(g, layout, image, chosen.part(layout.boxes), index)
-        finite = g.op("Less", g.reduce("ReduceSum", g.op("Abs", boxes), 2), g.floats(FARTHEST))  # false for NaN
+        angle = None if layout.angle is None else chosen.part(layout.angle.value)
+        boxes = decode_boxes(g, layout, image, chosen.part(layout.boxes), in_head(anchor), angle)
+        farthest = g.floats(FARTHEST if angle is None else FARTHEST_ORIENTED)
+        finite = g.op("Less", g.reduce("ReduceSum", g.op("Abs", boxes), 2), farthest)  # false for NaN
         return boxes, labels, g.op("And", valid, finite)
 
+    def in_head(anchor: Tensor) -> Tensor:
+        return anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
+
+    def numbers(places: Tensor) -> Tensor:
+        at = g.op("GatherElements", place, places, axis=1)
+        return in_head(g.op("Div", at, g.ints(layout.num_classes)) if multi_label else at)
+
     probabilities = g.op("Sigmoid", best) if activation is Activation.SIGMOID else best
-    return Chosen(probabilities, passing, rows, count, layout.num_classes)
+    return Chosen(probabilities, passing, rows, count, layout.num_classes, layout.angle is not None, numbers)
 
 
 def strict_threshold(score_threshold: float, activation: Activation) -> np.float32:
@@ -110,7 +120,7 @@ class _Pool:
     @classmethod
     def of_head(cls, g: Graph, layout: Layout, widths: Mapping[str, int]) -> _Pool:
         tensors: dict[str, tuple[Tensor, int]] = {
-            name: (g.tensor(name), layout.channel_axis(name)) for name in layout.tensors
+            tap.tensor: (g.tensor(tap.tensor), tap.channel_axis) for tap in layout.box_taps
         }
         return cls(g, tensors, widths, layout)
 

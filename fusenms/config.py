@@ -6,7 +6,7 @@ import numbers
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fusenms.contract import CONVERGED, CONVERGED_OUTPUT, NAME_PRESETS, OUTPUTS, Output
+from fusenms.contract import MASK_KINDS, NAME_PRESETS
 from fusenms.errors import ConfigError
 
 MAX_CANDIDATES_LIMIT = 3840
@@ -26,6 +26,9 @@ class PostprocessConfig:
         multi_label: every class of a box above the threshold is a candidate, not only its best one.
         rounds: of the ``portable`` backend: rounds of suppression to unroll; None repeats until nothing changes. With a number
             the graph has a further output, ``converged``.
+        masks: of a segmentation model: ``coefficients`` gives `mask_coefficients` and `prototypes`, ``prototype`` the masks themselves,
+            at the prototypes' size.
+        indices: add the output `indices`, the candidate that each row came from.
         names: preset of output names, a key of `fusenms.contract.NAME_PRESETS`.
 
     Raises:
@@ -39,6 +42,8 @@ class PostprocessConfig:
     class_agnostic: bool = False
     multi_label: bool = False
     rounds: int | None = None
+    masks: str = "coefficients"
+    indices: bool = False
     names: str = "fusenms"
 
     def __post_init__(self) -> None:
@@ -54,7 +59,7 @@ class PostprocessConfig:
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
             object.__setattr__(self, name, int(value))
-        for name in ("class_agnostic", "multi_label"):
+        for name in ("class_agnostic", "multi_label", "indices"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if self.max_candidates < self.max_detections:
@@ -62,19 +67,14 @@ class PostprocessConfig:
                 f"max_candidates is {self.max_candidates}, less than max_detections {self.max_detections}; "
                 "every detection is one of the candidates: raise max_candidates or lower max_detections"
             )
-        if self.names not in NAME_PRESETS:
-            raise ConfigError(f"names is {self.names!r}; expected one of {', '.join(NAME_PRESETS)}")
+        for name, choices in (("masks", MASK_KINDS), ("names", NAME_PRESETS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
 
     @property
     def output_names(self) -> tuple[str, str, str, str]:
         """Names of the outputs, in the order of the contract."""
         return NAME_PRESETS[self.names]
-
-    @property
-    def outputs(self) -> tuple[tuple[str, Output], ...]:
-        """Every output of the graph: its name, and what it is."""
-        own = tuple(zip(self.output_names, OUTPUTS, strict=True))
-        return own if self.rounds is None else (*own, (CONVERGED, CONVERGED_OUTPUT))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

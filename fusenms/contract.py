@@ -12,20 +12,27 @@ BOXES: Final = "boxes"
 SCORES: Final = "scores"
 LABELS: Final = "labels"
 CONVERGED: Final = "converged"
+INDICES: Final = "indices"
+MASK_COEFFICIENTS: Final = "mask_coefficients"
+PROTOTYPES: Final = "prototypes"
+MASKS: Final = "masks"
+KEYPOINTS: Final = "keypoints"
 NO_LABEL: Final = -1  # label of the rows past num_detections
 
 
 @dataclass(frozen=True)
 class Output:
-    """One output: ``shape`` uses ``B`` (batch, dynamic) and ``K`` (``max_detections``)."""
+    """One output: ``shape`` uses ``B`` (batch, dynamic), ``K`` (``max_detections``), ``h`` and ``w`` (of the prototypes)."""
 
     name: str
     dtype: np.dtype[np.generic]
     shape: tuple[str | int, ...]
 
-    def shape_for(self, batch: str | int, max_detections: int) -> tuple[str | int, ...]:
-        """The shape with ``B`` and ``K`` filled in; ``batch`` may be a symbol."""
-        sizes: dict[str | int, str | int] = {"B": batch, "K": max_detections}
+    def shape_for(
+        self, batch: str | int, max_detections: int, height: str | int = "h", width: str | int = "w"
+    ) -> tuple[str | int, ...]:
+        """The shape with ``B``, ``K``, ``h`` and ``w`` filled in; all but ``K`` may be symbols."""
+        sizes: dict[str | int, str | int] = {"B": batch, "K": max_detections, "h": height, "w": width}
         return tuple(sizes.get(dim, dim) for dim in self.shape)
 
 
@@ -39,13 +46,19 @@ OUTPUTS: Final = (
 CONVERGED_OUTPUT: Final = Output(CONVERGED, np.dtype(np.int32), ("B", 1))
 """Where suppression runs a fixed number of rounds: 1 where that was enough, 0 where an image's rows may be wrong."""
 
+INDICES_OUTPUT: Final = Output(INDICES, np.dtype(np.int32), ("B", "K"))
+"""On request: the number of the candidate that each row came from, as `fusenms.layout` counts them; -1 past num_detections."""
+
+MASK_KINDS: Final = ("coefficients", "prototype")
+"""What a model gives of masks: what they are made of, or the masks themselves at the size of the prototypes."""
+
 NAME_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
     "fusenms": (NUM_DETECTIONS, BOXES, SCORES, LABELS),
     "tensorrt": ("num_detections", "detection_boxes", "detection_scores", "detection_classes"),
     "deepstream": ("num_dets", "det_boxes", "det_scores", "det_classes"),
     "yolov7": ("num_dets", "det_boxes", "det_scores", "det_classes"),
 }
-"""What existing consumers parse, in the order of `OUTPUTS`."""
+"""What existing consumers parse, in the order of `OUTPUTS`. Further outputs have our names in each."""
 
 # Metadata keys of our own.
 KEY_VERSION: Final = "fusenms.version"
@@ -54,6 +67,7 @@ KEY_LAYOUT: Final = "fusenms.layout"
 KEY_CONFIG: Final = "fusenms.config"
 KEY_IMAGE: Final = "fusenms.image"
 KEY_DECODE: Final = "fusenms.decode"
+KEY_SUPPRESSION: Final = "fusenms.suppression"
 KEY_SOURCE: Final = "fusenms.source"
 KEY_NOTES: Final = "fusenms.notes"
 KEY_VERIFICATION: Final = "fusenms.verification"
@@ -62,6 +76,7 @@ KEY_NAMES: Final = "names"
 KEY_STRIDE: Final = "stride"
 KEY_TASK: Final = "task"
 KEY_IMGSZ: Final = "imgsz"
+KEY_KEYPOINTS: Final = "kpt_shape"
 
 UNVERIFIED: Final = "unverified"
 """Value of `KEY_VERIFICATION` in a file that was written without proof."""

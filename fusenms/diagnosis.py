@@ -38,11 +38,10 @@ def _mistakes(
         moved = np.median(np.asarray(observed.boxes, np.float64) - expected.boxes, 0) if count else np.zeros(4)
         shift = np.round(moved, 3) + 0.0
         yield (
-            f"the boxes are shifted by ({', '.join(f'{v:+.3g}' for v in shift)}) px",
+            f"the boxes are shifted by ({', '.join(f'{v:+.3g}' for v in shift)}) {'px' if len(shift) == 4 else 'px, and rad'}",
             replace(expected, boxes=expected.boxes + shift),
         )
-        yield "the boxes are cx, cy, w, h taken as corners", _back(expected)
-        yield "corners were taken as cx, cy, w, h", replace(expected, boxes=cxcywh_to_xyxy(expected.boxes))
+        yield from _upright_mistakes(expected) if len(shift) == 4 else _oriented_mistakes(expected)
         yield from _label_mistakes(observed, expected)
     for name in ("score_threshold", "iou_threshold"):
         below = float(np.nextafter(np.float32(getattr(config, name)), np.float32(-np.inf)))
@@ -61,6 +60,22 @@ def _mistakes(
     )
     unsuppressed = replace(config, iou_threshold=1.0)
     yield "nothing was suppressed", postprocess(found, unsuppressed, observed).rows
+
+
+def _upright_mistakes(expected: Rows) -> Iterator[tuple[str, Rows]]:
+    yield "the boxes are cx, cy, w, h taken as corners", _back(expected)
+    yield "corners were taken as cx, cy, w, h", replace(expected, boxes=cxcywh_to_xyxy(expected.boxes))
+
+
+def _oriented_mistakes(expected: Rows) -> Iterator[tuple[str, Rows]]:
+    """Boxes are cx, cy, w, h, angle."""
+    angles = (
+        ("the angles turn the other way", -expected.boxes[:, 4]),
+        ("the angles are in degrees", np.degrees(expected.boxes[:, 4])),
+    )
+    for name, values in angles:
+        yield name, replace(expected, boxes=np.concatenate((expected.boxes[:, :4], values[:, None]), 1))
+    yield "width and height are swapped", replace(expected, boxes=expected.boxes[:, [0, 1, 3, 2, 4]])
 
 
 def _label_mistakes(observed: Rows, expected: Rows) -> Iterator[tuple[str, Rows]]:

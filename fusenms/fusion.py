@@ -5,20 +5,26 @@ The semantics are those of `reference.py`, which shares no code with this.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fusenms import contract
 from fusenms.artifacts import FusedModel, ImageInput, Pixels, RawModel
 from fusenms.backends import get_backend
-from fusenms.backends.base import select
+from fusenms.backends.base import Chosen, Kept, select
+from fusenms.backends.portable import PORTABLE
 from fusenms.choosing import choose
 from fusenms.config import PostprocessConfig
+from fusenms.decoding import assemble_masks, decode_keypoints
 from fusenms.errors import ConfigError, SourceError
-from fusenms.graph import FLOAT, Graph, Tensor, declared_shape, declared_type
+from fusenms.graph import FLOAT, INT32, Graph, Tensor, declared_shape, declared_type
 from fusenms.heads import spec_of
 from fusenms.heads.evidence import Evidence
-from fusenms.layout import Layout
+from fusenms.layout import Layout, Tap
+
+NO_SUPPRESSION = "no suppression"
 
 
 def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend: str) -> FusedModel:
@@ -32,6 +38,8 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     emitter = get_backend(backend, config)
     if config.rounds is not None and not layout.suppress:
         raise ConfigError(f"rounds is {config.rounds}, but this head needs no suppression; leave it out")
+    if config.masks == "prototype" and layout.masks is None:
+        raise ConfigError(f"masks is {config.masks!r}, but this is a {layout.task} model, which has none; leave it out")
     g = Graph(raw.model)
     _check_taps(raw, layout)
     shapes = _head_shapes(raw, layout)
@@ -39,24 +47,94 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     spec, types = spec_of(layout), [declared_type(raw.model, part) for join in layout.joins for part in join.parts]
     pixels = spec.pixels if raw.pixels is None else raw.pixels
     _feed_pixels(g, raw.image, pixels)
-    tensors, (layout, image) = layout.tensors, _free_names(g, layout, raw.image, config)
+    taps, sides = layout.taps, None
+    if layout.masks is not None and not raw.image.dynamic_size:
+        sides = shapes[layout.masks.prototypes][1:]
+    layout, image = _free_names(g, layout, raw.image, config)
     image = replace(image, stretch=spec.stretch if raw.stretch is None else raw.stretch)
-    widths = {new: shapes[old][layout.channel_axis(new) - 1] for old, new in zip(tensors, layout.tensors, strict=True)}
+    widths = {new.tensor: shapes[old.tensor][old.channel_axis - 1] for old, new in zip(taps, layout.taps, strict=True)}
     _join(g, layout, types)
     layout = replace(layout, joins=())
-    if layout.suppress:
-        outputs = emitter.suppress(g, choose(g, layout, image, config, widths, total, emitter.adaptive), config)
-    else:
-        outputs = select(g, choose(g, layout, image, config, widths, total, adaptive=False), config)
+    suppressor = emitter if layout.angle is None else PORTABLE  # no NMS operator and no plugin knows oriented boxes
+    suppress, by = (suppressor.suppress, suppressor.suppresses_by) if layout.suppress else (select, NO_SUPPRESSION)
+    chosen = choose(g, layout, image, config, widths, total, suppressor.adaptive and layout.suppress)
+    tail = _Tail(g, layout, image, config, widths, sides, emitter.adaptive)
+    outputs = tail.outputs(chosen, suppress(g, chosen, config))
     g.set_outputs(
         [
-            (tensor, name, spec.dtype, spec.shape_for("batch", config.max_detections))
-            for tensor, (name, spec) in zip(outputs, config.outputs, strict=True)
+            (
+                outputs[spec.name],
+                name,
+                spec.dtype,
+                spec.shape_for("batch", config.max_detections, *(sides or ("h", "w"))),
+            )
+            for name, spec in layout.outputs(config)
         ]
     )
     names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
     notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; inside made into {pixels}")
-    return FusedModel(g.to_model(), image, names, raw.task, raw.source, layout, config, backend, None, notes)
+    return FusedModel(g.to_model(), image, names, layout.task, raw.source, layout, config, backend, by, None, notes)
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """Emits what comes after suppression.
+
+    ``widths`` are the channels of each head tensor, ``sides`` the prototypes' height and width where they are fixed, ``adaptive``
+    whether shapes may follow the data.
+    """
+
+    g: Graph
+    layout: Layout
+    image: ImageInput
+    config: PostprocessConfig
+    widths: Mapping[str, int]
+    sides: tuple[int, ...] | None
+    adaptive: bool
+
+    def outputs(self, chosen: Chosen, kept: Kept) -> dict[str, Tensor]:
+        """The outputs of the contract, by our names: blank where a row is not valid; what else a row has is gathered for it."""
+        g, layout, valid = self.g, self.layout, kept.valid
+        scores = g.op("GatherElements", chosen.scores, kept.place, axis=1)
+        made = {
+            contract.NUM_DETECTIONS: g.reduce("ReduceSum", g.cast(valid, INT32), 1, keepdims=True),
+            contract.BOXES: g.where(g.unsqueeze(valid, 2), kept.boxes, g.floats(0.0)),
+            contract.SCORES: g.where(valid, scores, g.floats(0.0)),
+            contract.LABELS: g.where(valid, kept.labels, g.ints(contract.NO_LABEL)),
+        }
+        if kept.converged is not None:
+            made[contract.CONVERGED] = kept.converged
+        if layout.masks is None and layout.keypoints is None and not self.config.indices:
+            return made
+        numbers = chosen.numbers(kept.place)
+        made[contract.INDICES] = g.where(valid, numbers, g.ints(contract.NO_LABEL))
+        if layout.masks is not None:
+            coefficients, prototypes = (
+                self._channels(layout.masks.coefficients, numbers, valid),
+                g.tensor(layout.masks.prototypes),
+            )
+            if self.config.masks == "coefficients":
+                return made | {
+                    contract.MASK_COEFFICIENTS: coefficients,
+                    contract.PROTOTYPES: g.op("Identity", prototypes),
+                }
+            rows, boxes = self.config.max_detections, made[contract.BOXES]
+            made[contract.MASKS] = assemble_masks(
+                g, self.image, coefficients, prototypes, boxes, valid, rows, self.sides, self.adaptive
+            )
+        if layout.keypoints is not None:
+            terms = self._channels(layout.keypoints.values, numbers, valid)
+            points = decode_keypoints(g, layout, self.image, terms, numbers)
+            made[contract.KEYPOINTS] = g.where(g.unsqueeze(g.unsqueeze(valid, 2), 3), points, g.floats(0.0))
+        return made
+
+    def _channels(self, tap: Tap, numbers: Tensor, valid: Tensor) -> Tensor:
+        """The channels of a tap for these candidates ``[B, K]``: ``[B, K, channels]``; zeros where a row is not valid."""
+        g, tensor = self.g, self.g.tensor(tap.tensor)
+        whole = (tap.start, tap.stop) == (0, self.widths[tap.tensor])
+        part = tensor if whole else g.slice(tensor, tap.channel_axis, tap.start, tap.stop)
+        rows = g.take_rows(part, numbers, 3 - tap.channel_axis, tap.channels)
+        return g.where(g.unsqueeze(valid, 2), rows, g.floats(0.0))
 
 
 def _check_taps(raw: RawModel, layout: Layout) -> None:
@@ -71,19 +149,14 @@ def _check_taps(raw: RawModel, layout: Layout) -> None:
 def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:
     """Give tensors that have the names of outputs-to-be other names; layout and input follow."""
     renamed = {}
-    for name, _ in config.outputs:
+    for name, _ in layout.outputs(config):
         if name in g.names:
             new = f"head_{name}"
             while new in g.names:
                 new = f"{new}_"
             g.rename(name, new)
             renamed[name] = new
-    values = layout.to_dict()
-    for tap in filter(None, (values["boxes"], values["classes"], values["objectness"])):
-        tap["tensor"] = renamed.get(tap["tensor"], tap["tensor"])
-    for join in values["joins"]:
-        join["parts"] = [renamed.get(part, part) for part in join["parts"]]
-    return Layout.from_dict(values), replace(image, tensor=renamed.get(image.tensor, image.tensor))
+    return layout.renamed(renamed), replace(image, tensor=renamed.get(image.tensor, image.tensor))
 
 
 def _feed_pixels(g: Graph, image: ImageInput, pixels: Pixels) -> None:

@@ -128,6 +128,10 @@ class Graph:
     def slice(self, x: Tensor, axis: int, start: int, stop: int) -> gs.Variable:
         return self.op("Slice", x, *(self.const([value], np.int64) for value in (start, stop, axis)))
 
+    def slice_at(self, x: Tensor, axis: int, start: Tensor, stop: Tensor) -> gs.Variable:
+        """Slice between computed ends, ``[1]`` int64 each."""
+        return self.op("Slice", x, start, stop, self.const([axis], np.int64))
+
     def split(self, x: Tensor, axis: int, parts: int) -> list[gs.Variable]:
         """Cut an axis into so many equal parts; the opset decides whether their number has to be said."""
         said: dict[str, Any] = {"num_outputs": parts} if self.opset >= 18 else {}
@@ -187,6 +191,23 @@ class Graph:
         self._graph.outputs = [more, after]
         body, self._graph = self._graph, outer
         return self.add("Loop", [self.const(most, np.int64), start, state], body=body)[0]
+
+    def either(
+        self, condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor], dtype: type[np.generic]
+    ) -> gs.Variable:
+        """What ``then`` emits where the condition (bool scalar) holds, else what ``otherwise`` does; only that one is computed.
+
+        Tensors from outside may be used in both. ``dtype`` is that of the result.
+        """
+        self._count += 1
+        outer, branches = self._graph, {}
+        for name, emit in (("then_branch", then), ("else_branch", otherwise)):
+            self._graph = gs.Graph(name=f"{TAIL}/If_{self._count}_{name}", opset=outer.opset)
+            result = emit()
+            result.dtype = dtype
+            self._graph.outputs = [result]
+            branches[name], self._graph = self._graph, outer
+        return self.add("If", [condition], **branches)[0]
 
     def unsqueeze(self, x: Tensor, axis: int) -> gs.Variable:
         """Insert an axis; the opset decides where its number goes."""

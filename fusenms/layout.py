@@ -8,10 +8,16 @@ Candidates of a gridded head are numbered by level, then anchor, then row, then 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar
 
+import numpy as np
+
+from fusenms import contract
+from fusenms.config import PostprocessConfig
+from fusenms.contract import Output
 from fusenms.errors import ConfigError, SourceError
 
 
@@ -121,6 +127,54 @@ BOX_DECODES: tuple[type[BoxDecode], ...] = (Decoded, Distances, AnchorBoxes, Gri
 
 
 @dataclass(frozen=True)
+class MaskTerms:
+    """Masks of instances: M ``coefficients`` of a candidate weigh the M ``prototypes`` ``[B, M, h, w]`` of the picture.
+
+    The mask is where their sum is above 0, within the candidate's box; a pixel of the prototypes is a square of the input.
+    Source: Bolya et al., "YOLACT", 2019.
+    """
+
+    coefficients: Tap
+    prototypes: str
+
+
+@dataclass(frozen=True)
+class KeypointTerms:
+    """Keypoints: the channels of ``values`` are x, y and, with ``numbers`` 3, the visibility of one point after the other.
+
+    With a ``factor``: position = (factor * t + cell + point) * stride, as the cells of the layout's box decode have it, and visibility
+    is a sigmoid. Without: finished, in pixels of the input, and the visibility a probability.
+    """
+
+    values: Tap
+    numbers: int
+    factor: float | None = None
+    point: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.numbers not in (2, 3) or self.values.channels % self.numbers:
+            raise ConfigError(
+                f"keypoints of {self.numbers} numbers in {self.values.channels} channels; expected 2 or 3 (x, y, visibility) for each point"
+            )
+
+    @property
+    def count(self) -> int:
+        """How many points there are."""
+        return self.values.channels // self.numbers
+
+
+@dataclass(frozen=True)
+class AngleTerm:
+    """The angle of oriented boxes, one channel: radians, from x to y; with ``sigmoid``, (sigmoid(t) - 1/4) * pi.
+
+    Of `Distances`, they are taken along the sides of the turned box; `Decoded` boxes are cx, cy, w, h of it.
+    """
+
+    value: Tap
+    sigmoid: bool = False
+
+
+@dataclass(frozen=True)
 class Join:
     """A head tensor that fusing makes out of several of the model's, one for each level, by reshaping and joining alone.
 
@@ -158,6 +212,7 @@ class Layout:
         background: channel that says "nothing here", which a softmax counts among the classes.
         labels: of end-to-end heads that give finished rows, the class's number; `classes` is then one channel, the score.
         objectness_weight: w, where the score is objectness^w * class^(1 - w); None for their product.
+        masks, keypoints, angle: of heads that give more of a candidate than its box.
     """
 
     family: str
@@ -171,6 +226,9 @@ class Layout:
     background: Tap | None = None
     labels: Tap | None = None
     objectness_weight: float | None = None
+    masks: MaskTerms | None = None
+    keypoints: KeypointTerms | None = None
+    angle: AngleTerm | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("activation", Activation), ("decode", BOX_DECODES)):
@@ -197,11 +255,51 @@ class Layout:
         softmax = self.activation is Activation.SOFTMAX
         if (self.background is not None and not softmax) or (self.objectness is not None and softmax):
             raise ConfigError("background goes with Activation.SOFTMAX, and objectness does not")
+        if self.keypoints is not None and self.keypoints.factor is not None and not isinstance(self.decode, Distances):
+            raise ConfigError("keypoints with a factor go with the cells of Distances; finished ones have none")
+        if self.angle is not None and self.angle.value.channels != 1:
+            raise ConfigError(f"angle has {self.angle.value.channels} channels; expected a Tap of 1")
+        if self.angle is not None and not (
+            isinstance(self.decode, Distances)
+            or (
+                isinstance(self.decode, Decoded)
+                and self.decode.format is BoxFormat.CXCYWH
+                and not self.decode.normalized
+            )
+        ):
+            raise ConfigError("an angle goes with Distances, or with Decoded boxes as BoxFormat.CXCYWH in pixels")
 
     @property
     def num_classes(self) -> int:
         """How many classes there are; 0 where the head does not show it."""
         return self.classes.channels if self.labels is None else 0
+
+    @property
+    def task(self) -> str:
+        """What the head gives, in the words of Ultralytics: detect, segment, pose or obb (oriented boxes)."""
+        if self.masks is not None:
+            return "segment"
+        return "pose" if self.keypoints is not None else "obb" if self.angle is not None else "detect"
+
+    def outputs(self, config: PostprocessConfig) -> tuple[tuple[str, Output], ...]:
+        """Every output of a model fused with these settings: its name, and what it is."""
+        number, *others = contract.OUTPUTS
+        floats = np.dtype(np.float32)
+        boxes = Output(contract.BOXES, floats, ("B", "K", 4 if self.angle is None else 5))
+        own = [boxes if spec.name == contract.BOXES else spec for spec in others]
+        further = [contract.CONVERGED_OUTPUT] if config.rounds is not None else []
+        further += [contract.INDICES_OUTPUT] if config.indices else []
+        if self.masks is not None and config.masks == "prototype":
+            further.append(Output(contract.MASKS, np.dtype(np.bool_), ("B", "K", "h", "w")))
+        elif self.masks is not None:
+            count = self.masks.coefficients.channels
+            further.append(Output(contract.MASK_COEFFICIENTS, floats, ("B", "K", count)))
+            further.append(Output(contract.PROTOTYPES, floats, ("B", count, "h", "w")))
+        if self.keypoints is not None:
+            shape = ("B", "K", self.keypoints.count, self.keypoints.numbers)
+            further.append(Output(contract.KEYPOINTS, floats, shape))
+        named = zip(config.output_names, (number, *own), strict=True)
+        return (*named, *((spec.name, spec) for spec in further))
 
     @property
     def every_class(self) -> bool:
@@ -217,20 +315,46 @@ class Layout:
         return "full" if isinstance(self.decode, Decoded) and not self.decode.normalized else "late"
 
     @property
-    def taps(self) -> tuple[Tap, ...]:
-        every = (self.boxes, self.classes, self.objectness, self.background, self.labels)
+    def box_taps(self) -> tuple[Tap, ...]:
+        """What candidates are chosen and their boxes decoded by."""
+        angle = None if self.angle is None else self.angle.value
+        every = (self.boxes, self.classes, self.objectness, self.background, self.labels, angle)
         return tuple(tap for tap in every if tap is not None)
 
     @property
+    def taps(self) -> tuple[Tap, ...]:
+        masks = () if self.masks is None else (self.masks.coefficients,)
+        return (*self.box_taps, *masks, *(() if self.keypoints is None else (self.keypoints.values,)))
+
+    @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of the head's tensors, each once."""
-        return tuple(dict.fromkeys(tap.tensor for tap in self.taps))
+        """Names of the head's tensors, each once; the prototypes of masks are the last."""
+        names = [tap.tensor for tap in self.taps] + ([] if self.masks is None else [self.masks.prototypes])
+        return tuple(dict.fromkeys(names))
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the raw model's tensors that the head consists of, parts in place of what is joined of them."""
         parts = {join.tensor: join.parts for join in self.joins}
         return tuple(name for tensor in self.tensors for name in parts.get(tensor, (tensor,)))
+
+    def renamed(self, names: Mapping[str, str]) -> Layout:
+        """The same layout where tensors have other names: the new one by the old one."""
+
+        def tap(old: Tap | None) -> Any:
+            return old and replace(old, tensor=names.get(old.tensor, old.tensor))
+
+        masks, points, angle = self.masks, self.keypoints, self.angle
+        return replace(
+            self,
+            **{name: tap(getattr(self, name)) for name in ("boxes", "classes", "objectness", "background", "labels")},
+            joins=tuple(
+                replace(join, parts=tuple(names.get(part, part) for part in join.parts)) for join in self.joins
+            ),
+            masks=masks and MaskTerms(tap(masks.coefficients), names.get(masks.prototypes, masks.prototypes)),
+            keypoints=points and replace(points, values=tap(points.values)),
+            angle=angle and replace(angle, value=tap(angle.value)),
+        )
 
     def channel_axis(self, tensor: str) -> int:
         return next(tap.channel_axis for tap in self.taps if tap.tensor == tensor)
@@ -271,6 +395,9 @@ class Layout:
                 background=_tap(values["background"]),
                 labels=_tap(values["labels"]),
                 objectness_weight=values["objectness_weight"],
+                masks=_terms(MaskTerms, "coefficients", values.get("masks")),
+                keypoints=_terms(KeypointTerms, "values", values.get("keypoints")),
+                angle=_terms(AngleTerm, "value", values.get("angle")),
             )
         except (KeyError, TypeError, ValueError, StopIteration, AssertionError) as error:
             raise SourceError(
@@ -288,6 +415,10 @@ def _named(kind: Any) -> str:
 
 def _tap(values: dict[str, Any] | None) -> Tap | None:
     return None if values is None else Tap(**values)
+
+
+def _terms(kind: type[Any], tap: str, values: dict[str, Any] | None) -> Any:
+    return None if values is None else kind(**values | {tap: Tap(**values[tap])})
 
 
 def _tuples(value: Any) -> Any:

@@ -11,7 +11,7 @@ It shares no code with the graph's emitters. Per image:
 3. keep the `max_candidates` best (of an end-to-end head the `max_detections` best); among equals the lower candidate number (then the
    lower class) wins.
 4. unless the head is end-to-end, by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if
-   `class_agnostic`) is > `iou_threshold`. Degenerate boxes have IoU 0 with everything.
+   `class_agnostic`) is > `iou_threshold`. Degenerate boxes have IoU 0 with everything. Of oriented boxes it is the probabilistic IoU.
 5. keep the best `max_detections`.
 
 Rounding. A graph in float32 cannot decide as float64 does where a decision hangs on less than its rounding.
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fusenms.boxes import cxcywh_to_xyxy, ordered, pairwise_iou
+from fusenms.boxes import FARTHEST_EPSILON, cxcywh_to_xyxy, ordered, pairwise_iou, pairwise_probiou
 from fusenms.config import PostprocessConfig
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, TanhOffsets, Tap
 
@@ -48,13 +48,24 @@ BOX_TOLERANCE = 1e-3
 """Pixels, plus `BOX_RELATIVE` of the largest coordinate: measured differences stay below a tenth of it."""
 BOX_RELATIVE = 2e-6
 SCORE_TOLERANCE = 1e-5
-FARTHEST = 1e18
-"""Pixels, of a box's coordinates in sum: float32 holds the square of it, and not much more."""
+FARTHEST, FARTHEST_ORIENTED = 1e18, 1e8
+"""Pixels, of a box's coordinates in sum: float32 holds the square of it (of an oriented one, the fourth power), and not much more."""
+ANGLE_TOLERANCE = 1e-5
+"""Radians."""
+DISTANCE_ROUNDING = 4e-6
+"""Absolute and relative, of the Bhattacharyya distance of two oriented boxes in float32."""
+LOGIT_ROUNDING = 1e-5
+"""Of a mask's sum, relative to the sum of its terms' magnitudes."""
+KEYPOINT_TOLERANCE = 1e-3
+"""Pixels, plus `BOX_RELATIVE` of the coordinate; of the visibility, `SCORE_TOLERANCE`."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Detections of one image, best first: ``boxes`` ``[n, 4]`` xyxy in pixels of the input, ``scores`` ``[n]``, ``labels`` ``[n]``."""
+    """Detections of one image, best first: ``boxes`` ``[n, 4]`` xyxy in pixels of the input, ``scores`` ``[n]``, ``labels`` ``[n]``.
+
+    Oriented boxes are ``[n, 5]``, cx, cy, w, h in pixels and the angle in radians.
+    """
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -79,7 +90,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Candidates:
-    """All candidates of one image: boxes ``[N, 4]`` xyxy in pixels, class values ``[N, C]``.
+    """All candidates of one image: boxes ``[N, 4]`` xyxy in pixels (oriented ones ``[N, 5]``), class values ``[N, C]``.
 
     ``keys`` order the candidates and meet ``threshold``: logits where those are exact, else probabilities.
     A class value that never wins is NaN in ``keys``; ``rounding`` is the relative rounding of the keys. ``suppress`` and ``every_class``
@@ -123,8 +134,9 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
             probabilities, objectness = probabilities.clip(0) ** (1 - weight), objectness.clip(0) ** weight
         keys = probabilities = probabilities * objectness
         usable = usable & ~np.isnan(probabilities) & (probabilities != np.inf)
+    angle = None if layout.angle is None else _channels(head, image, layout.angle.value)
     return Candidates(
-        _boxes(terms, layout, size),
+        _boxes(terms, layout, size) if angle is None else _oriented(terms, angle, layout, size),
         np.where(usable, keys, np.nan),
         probabilities,
         values,
@@ -164,9 +176,15 @@ def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | N
         rivals = np.flatnonzero(alive & (True if config.class_agnostic else labels == labels[best]))
         if not len(rivals):
             continue
-        iou = pairwise_iou(boxes[best][None], boxes[rivals])[0]
+        oriented = boxes.shape[1] == 5
+        iou = (pairwise_probiou if oriented else pairwise_iou)(boxes[best][None], boxes[rivals])[0]
         margin = np.abs(iou - config.iou_threshold)
-        close = (margin > 0) & (margin <= _iou_rounding(boxes[best], boxes[rivals])) & (observed is not None)
+        rounding = (
+            _probiou_rounding(boxes[best], boxes[rivals], iou)
+            if oriented
+            else _iou_rounding(boxes[best], boxes[rivals])
+        )
+        close = (margin > 0) & (margin <= rounding) & (observed is not None)
         alive[rivals[(iou > config.iou_threshold) & ~close]] = False
         doubtful[rivals[close & (iou > 0)]] = True
     order = np.array(picked, np.int64)
@@ -176,12 +194,60 @@ def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | N
 
 def matches(rows: Rows, row: int, box: Floats, score: float, label: int) -> bool:
     """Whether an observed row is this candidate, within rounding."""
-    tolerance = BOX_TOLERANCE + BOX_RELATIVE * np.abs(box).max()
+    tolerance = np.full(len(box), BOX_TOLERANCE + BOX_RELATIVE * np.abs(box).max())
+    tolerance[4:] = ANGLE_TOLERANCE
     return bool(
         rows.labels[row] == label
         and abs(rows.scores[row] - score) <= SCORE_TOLERANCE
-        and np.abs(rows.boxes[row] - box).max() <= tolerance
+        and (np.abs(rows.boxes[row] - box) <= tolerance).all()
     )
+
+
+def mask_coefficients(head: Mapping[str, np.ndarray], image: int, layout: Layout, numbers: NDArray[np.int64]) -> Floats:
+    """Mask coefficients ``[n, M]`` of these candidates."""
+    assert layout.masks is not None
+    return _channels(head, image, layout.masks.coefficients)[numbers]
+
+
+def masks(
+    coefficients: Floats, prototypes: np.ndarray, boxes: Floats, size: tuple[int, int]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Masks ``[n, h, w]`` at the size of the prototypes, and where rounding may decide otherwise.
+
+    Args:
+        coefficients: ``[n, M]``; ``prototypes`` ``[M, h, w]``.
+        boxes: ``[n, 4]`` xyxy in pixels of the input, whose (height, width) is ``size``.
+    """
+    terms = prototypes.astype(np.float64)
+    logits = np.tensordot(coefficients, terms, 1)
+    doubtful = np.abs(logits) <= LOGIT_ROUNDING * np.tensordot(np.abs(coefficients), np.abs(terms), 1)
+    inside = logits > 0
+    for axis, low in ((1, 1), (2, 0)):
+        edges = np.arange(logits.shape[axis]) * (size[axis - 1] / logits.shape[axis])
+        edges = edges[None, :, None] if axis == 1 else edges[None, None, :]
+        start, stop = (boxes[:, i, None, None] for i in (low, low + 2))
+        inside = inside & (edges >= start) & (edges < stop)
+        reach = BOX_TOLERANCE + BOX_RELATIVE * np.abs(boxes).max(initial=0)
+        doubtful = doubtful | (np.abs(edges - start) <= reach) | (np.abs(edges - stop) <= reach)
+    return inside, doubtful
+
+
+def keypoints(
+    head: Mapping[str, np.ndarray], image: int, layout: Layout, size: tuple[int, int], numbers: NDArray[np.int64]
+) -> Floats:
+    """Keypoints ``[n, P, D]`` of these candidates: x, y in pixels of the input, and the visibility where D is 3."""
+    points = layout.keypoints
+    assert points is not None
+    found = _channels(head, image, points.values)[numbers].reshape(len(numbers), points.count, points.numbers)
+    if points.factor is None:
+        return found
+    assert isinstance(layout.decode, Distances)
+    cells, strides, _ = _grid(layout.decode.strides, size, 1)
+    found[..., :2] = (points.factor * found[..., :2] + cells[numbers][:, None] + points.point) * strides[numbers][
+        :, None, None
+    ]
+    found[..., 2:] = _sigmoid(found[..., 2:])
+    return found
 
 
 @dataclass(frozen=True)
@@ -213,7 +279,7 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
         keep = usable[anchor, column] & ((key > threshold) | near)
     anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]
     order = np.argsort(-key, kind="stable")
-    finite = np.abs(found.boxes).sum(1) < FARTHEST
+    finite = np.abs(found.boxes).sum(1) < (FARTHEST if found.boxes.shape[1] == 4 else FARTHEST_ORIENTED)
     most = config.max_candidates if found.suppress else config.max_detections
     if len(order) > most:
         last = key[order[most - 1]]
@@ -250,6 +316,21 @@ def _iou_rounding(box: Floats, rivals: Floats) -> Floats:
     largest = np.maximum(np.abs(box).max(), np.abs(rivals).max(1))
     shortest = np.minimum((box[2:] - box[:2]).min(), (rivals[:, 2:] - rivals[:, :2]).min(1))
     return np.minimum(IOU_ROUNDING + 4 * PIXEL_ROUNDING * largest / np.maximum(shortest, 1e-6), IOU_ROUNDING_MOST)
+
+
+def _probiou_rounding(box: Floats, rivals: Floats, overlap: Floats) -> Floats:
+    """The same for the probabilistic IoU: how fast it changes with the distance, and coordinates over the shortest side."""
+    apart = 1 - overlap  # the Hellinger distance
+    distance = -np.log(np.maximum(1 + FARTHEST_EPSILON - apart**2, 1e-300))
+    slope = np.exp(-distance) / (2 * np.maximum(apart, 1e-9))
+    largest = np.maximum(np.abs(box[:4]).max(), np.abs(rivals[:, :4]).max(1))
+    shortest = np.minimum(box[2:4].min(), rivals[:, 2:4].min(1))
+    rounding = (
+        IOU_ROUNDING
+        + slope * DISTANCE_ROUNDING * (1 + np.abs(distance))
+        + 4 * PIXEL_ROUNDING * largest / np.maximum(shortest, 1e-6)
+    )
+    return np.minimum(rounding, IOU_ROUNDING_MOST)
 
 
 def _channels(head: Mapping[str, np.ndarray], image: int, tap: Tap) -> Floats:
@@ -297,6 +378,26 @@ def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
     center = (2 * t[:, :2] - 0.5 + cells) * strides[:, None]
     extent = (2 * t[:, 2:]) ** 2 * table.reshape(-1, 2)[slots]
     return cxcywh_to_xyxy(np.concatenate((center, extent), 1))
+
+
+def _oriented(terms: Floats, angle: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
+    """Boxes ``[N, 5]`` of their terms and the angle's channel ``[N, 1]``. Source: Ultralytics, dist2rbox."""
+    assert layout.angle is not None
+    if layout.angle.sigmoid:
+        angle = (_sigmoid(angle) - 0.25) * np.pi
+    if isinstance(layout.decode, Decoded):
+        return np.concatenate((terms, angle), 1)
+    assert isinstance(layout.decode, Distances)
+    cells, strides, _ = _grid(layout.decode.strides, size, 1)
+    spread = terms.reshape(len(terms), 4, layout.decode.bins)
+    left, top, right, bottom = (
+        spread[:, :, 0] if layout.decode.bins == 1 else (_softmax(spread) * np.arange(layout.decode.bins)).sum(2)
+    ).T
+    with np.errstate(invalid="ignore"):
+        turned = (((right - left) + 1j * (bottom - top)) / 2) * np.exp(1j * angle[:, 0])  # a turn of the plane
+    center = np.stack((turned.real, turned.imag), 1) + cells + layout.decode.point
+    extent = np.stack((left + right, top + bottom), 1)
+    return np.concatenate((np.concatenate((center, extent), 1) * strides[:, None], angle), 1)
 
 
 def _grid(strides: tuple[int, ...], size: tuple[int, int], anchors: int) -> tuple[Floats, Floats, NDArray[np.int64]]:

@@ -11,7 +11,7 @@ import numpy as np
 from fusenms.artifacts import ImageInput
 from fusenms.choosing import strict_threshold
 from fusenms.config import PostprocessConfig
-from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout
+from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, Tap
 
 LOW = -9.0  # logit of "nothing here"
 
@@ -129,6 +129,10 @@ def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...
             parts.append((layout.objectness, objectness[:, None]))
         if layout.background is not None:
             parts.append((layout.background, np.zeros((stage.count, 1))))
+        parts += _further(stage, np.random.default_rng([seed, i, 1]))
+        if layout.masks is not None:
+            shape = tensors[layout.masks.prototypes].shape[1:]
+            tensors[layout.masks.prototypes][i] = np.random.default_rng([seed, i, 2]).normal(0, 1, shape)
         if layout.labels is not None:
             labels = np.random.default_rng([seed, i]).integers(80, size=(stage.count, 1))
             parts.append((layout.labels, labels))
@@ -139,6 +143,24 @@ def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...
     if layout.activation is Activation.NONE and layout.objectness is None:
         _exact_threshold(stage, names, tensors)
     return tensors
+
+
+def _further(stage: Stage, rng: np.random.Generator) -> list[tuple[Tap, np.ndarray]]:
+    """What a head gives of a candidate beside its box: random."""
+    layout, parts = stage.layout, []
+    if layout.masks is not None:
+        tap = layout.masks.coefficients
+        parts.append((tap, rng.normal(0, 1, (stage.count, tap.channels))))
+    if layout.keypoints is not None:
+        tap, sides = layout.keypoints.values, np.array([stage.image.width, stage.image.height])
+        values = rng.normal(0, 2, (stage.count, layout.keypoints.count, layout.keypoints.numbers))
+        if layout.keypoints.factor is None:
+            values = rng.random(values.shape)
+            values[..., :2] *= sides
+        parts.append((tap, values.reshape(stage.count, -1)))
+    if layout.angle is not None:
+        parts.append((layout.angle.value, rng.normal(0, 1.5, (stage.count, 1))))
+    return parts
 
 
 def _exact_threshold(stage: Stage, names: tuple[str, ...], tensors: dict[str, np.ndarray]) -> None:
@@ -207,6 +229,8 @@ def _place_pairs(stage: Stage, scene: Scene) -> None:
 
     The threshold is taken as the fraction that it is meant to be, as 9 / 20; there is none with sides that the head can say for some.
     """
+    if stage.layout.angle is not None:  # whose IoU is no fraction
+        return
     decode, most = stage.layout.decode, 28
     share = Fraction(stage.config.iou_threshold).limit_denominator(most)
     if float(share) != stage.config.iou_threshold or not 0 < share < 1 or stage.count < 16:

@@ -21,7 +21,20 @@ from fusenms.diagnosis import explain
 from fusenms.errors import FusenmsError, InputError, SourceError
 from fusenms.graph import cut_before, with_outputs
 from fusenms.heads.evidence import picture
-from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
+from fusenms.reference import (
+    BOX_RELATIVE,
+    KEYPOINT_TOLERANCE,
+    SCORE_TOLERANCE,
+    Candidates,
+    Expected,
+    Rows,
+    candidates,
+    keypoints,
+    mask_coefficients,
+    masks,
+    matches,
+    postprocess,
+)
 from fusenms.scenes import SCENES, Stage, heads
 
 BATCHES = (1, 2, 7)
@@ -275,8 +288,8 @@ class _Verification:
                 Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"does not run at batch {batch}{frozen}: {first_line(error)}",))
             )
             return None
-        for name, spec in self.config.outputs:
-            expected = spec.shape_for(batch, self.config.max_detections)
+        for name, spec in self.layout.outputs(self.config):
+            expected = spec.shape_for(batch, self.config.max_detections, *self._prototype_sides(outputs, inputs))
             got = outputs.get(name)
             if got is None or got.shape != expected or got.dtype != spec.dtype:
                 found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
@@ -316,18 +329,69 @@ class _Verification:
                 problems.append(f"num_detections is {counts[i, 0]}, outside of 0 to {len(scores[i])}")
             if np.any(boxes[i, count:]) or np.any(scores[i, count:]) or np.any(labels[i, count:] != contract.NO_LABEL):
                 problems.append(f"rows past num_detections ({count}) are not blank (zeros, label {contract.NO_LABEL})")
-            if problems:
-                cause = self._explain(observed, expected, found, first)
-                problems = [f"{problem}{cause}" if n == 0 else problem for n, problem in enumerate(problems)]
+            close_calls = expected.close_calls
+            if not problems:
+                further, doubtful = self._further(head, outputs, i, expected)
+                problems, close_calls = problems + further, close_calls + doubtful
+            elif cause := self._explain(observed, expected, found, first):
+                problems[0] += cause
             first = observed if first is None else first
             matched = min(len(observed), len(expected.rows)) if not problems else 0
             worst_box = float(np.abs(observed.boxes[:matched] - expected.rows.boxes[:matched]).max(initial=0))
             worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
             self.checks.append(
-                Check(
-                    len(scenes), i, scene, len(observed), expected.close_calls, worst_box, worst_score, tuple(problems)
-                )
+                Check(len(scenes), i, scene, len(observed), close_calls, worst_box, worst_score, tuple(problems))
             )
+
+    def _prototype_sides(self, outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> tuple[int, ...]:
+        """Height and width of the head's prototypes; none where it has none."""
+        if self.layout.masks is None:
+            return ()
+        name = self.layout.masks.prototypes
+        return (inputs if name in inputs else outputs)[name].shape[2:]
+
+    def _further(
+        self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], i: int, expected: Expected
+    ) -> tuple[list[str], int]:
+        """What differs in the outputs beyond boxes, scores and labels, whose rows are right; and how many pixels of masks hang on
+        rounding and differ."""
+        size = (self.fused.image.height, self.fused.image.width)
+        numbers, doubtful_pixels = expected.indices, 0
+        count, wanted = len(numbers), dict[str, np.ndarray]()
+        tolerance: dict[str, np.ndarray] = {}
+        if self.config.indices:
+            wanted[contract.INDICES] = numbers
+        if self.layout.masks is not None:
+            coefficients = mask_coefficients(head, i, self.layout, numbers)
+            prototypes = head[self.layout.masks.prototypes][i]
+            if self.config.masks == "coefficients":
+                wanted[contract.MASK_COEFFICIENTS] = coefficients
+                if not np.array_equal(outputs[contract.PROTOTYPES][i], prototypes, equal_nan=True):
+                    return ["the prototypes are not the head's"], 0
+            else:
+                inside, doubtful = masks(coefficients, prototypes, expected.rows.boxes, size)
+                got = outputs[contract.MASKS][i, :count]
+                wanted[contract.MASKS] = np.where(doubtful, got, inside)
+                doubtful_pixels = int((doubtful & (got != inside)).sum())
+        if self.layout.keypoints is not None:
+            points = keypoints(head, i, self.layout, size, numbers)
+            wanted[contract.KEYPOINTS] = points
+            tolerance[contract.KEYPOINTS] = KEYPOINT_TOLERANCE + BOX_RELATIVE * np.abs(points)
+            tolerance[contract.KEYPOINTS][..., 2:] = SCORE_TOLERANCE
+        problems = []
+        for name, value in wanted.items():
+            got, blank = outputs[name][i], contract.NO_LABEL if name == contract.INDICES else 0
+            with np.errstate(invalid="ignore"):
+                apart = np.abs(got[:count].astype(np.float64) - value) > tolerance.get(name, np.zeros(1))
+            apart &= ~(np.isnan(got[:count].astype(np.float64)) & np.isnan(value.astype(np.float64)))
+            if apart.any():
+                row = int(np.nonzero(apart.reshape(count, -1).any(1))[0][0])
+                problems.append(
+                    f"{name}: {counted(int(apart.reshape(count, -1).any(1).sum()), 'row')} differ, the first is row {row}"
+                )
+            if np.any(got[count:] != blank):
+                problems.append(f"{name}: rows past num_detections ({count}) are not blank ({blank})")
+        return problems, doubtful_pixels
 
     def _explain(self, observed: Rows, expected: Expected, found: Candidates, first: Rows | None) -> str:
         cause = explain(observed, expected.rows, found, self.config, first)

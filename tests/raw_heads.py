@@ -6,6 +6,7 @@ A test sets exact boxes and scores by cutting the fused model before the head (`
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -17,7 +18,20 @@ from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.fusion import fuse_head
 from fusenms.graph import cut_before
-from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, TanhOffsets, Tap
+from fusenms.layout import (
+    Activation,
+    AnchorBoxes,
+    AngleTerm,
+    BoxFormat,
+    Decoded,
+    Distances,
+    GridOffsets,
+    KeypointTerms,
+    Layout,
+    MaskTerms,
+    TanhOffsets,
+    Tap,
+)
 
 SIZE = 64
 STRIDES = (8, 16, 32)
@@ -116,11 +130,75 @@ def finished_rows(classes: int = 5) -> Layout:
     return Layout("rows", *taps, None, Activation.NONE, decode, suppress=False, labels=Tap("rows", 2, 5, 6))
 
 
+PROTOTYPES = 6
+MASKS = MaskTerms(Tap("coefficients", 1, 0, PROTOTYPES), "protos")
+
+
+def masks(classes: int = 5) -> Layout:
+    """YOLOv8-seg at its earliest tap."""
+    return replace(distances(classes), masks=MASKS)
+
+
+def masks_end_to_end(classes: int = 5) -> Layout:
+    """YOLO26-seg's one-to-one head."""
+    return replace(end_to_end(classes), masks=MASKS)
+
+
+def masks_decoded(classes: int = 5) -> Layout:
+    """YOLOv8-seg as others export it: coefficients beside the classes."""
+    terms = MaskTerms(Tap("output0", 1, 4 + classes, 4 + classes + PROTOTYPES), "output1")
+    return replace(decoded(classes), masks=terms)
+
+
+def masks_anchor_boxes(classes: int = 5) -> Layout:
+    """YOLOv5-seg: objectness, and three anchors for each cell."""
+    terms = MaskTerms(Tap("head", 1, 5 + classes, 5 + classes + PROTOTYPES), "protos")
+    return replace(anchor_boxes(classes), masks=terms)
+
+
+def keypoints(classes: int = 5) -> Layout:
+    """YOLOv8-pose at its earliest tap."""
+    return replace(distances(classes), keypoints=KeypointTerms(Tap("points", 1, 0, 12), 3, factor=2.0))
+
+
+def keypoints_end_to_end(classes: int = 5) -> Layout:
+    """YOLO26-pose's one-to-one head, without visibility."""
+    terms = KeypointTerms(Tap("points", 1, 0, 6), 2, factor=1.0, point=0.5)
+    return replace(end_to_end(classes), keypoints=terms)
+
+
+def keypoints_decoded(classes: int = 5) -> Layout:
+    """YOLOv8-pose as others export it."""
+    return replace(decoded(classes), keypoints=KeypointTerms(Tap("output0", 1, 4 + classes, 16 + classes), 3))
+
+
+def oriented(classes: int = 5) -> Layout:
+    """YOLOv8-obb at its earliest tap."""
+    return replace(distances(classes), angle=AngleTerm(Tap("angle", 1, 0, 1), sigmoid=True))
+
+
+def oriented_end_to_end(classes: int = 5) -> Layout:
+    """YOLO26-obb's one-to-one head."""
+    return replace(end_to_end(classes), angle=AngleTerm(Tap("angle", 1, 0, 1)))
+
+
+def oriented_decoded(classes: int = 5) -> Layout:
+    """YOLOv8-obb as others export it."""
+    return replace(decoded(classes), angle=AngleTerm(Tap("output0", 1, 4 + classes, 5 + classes)))
+
+
+FURTHER = (
+    *(masks, masks_end_to_end, masks_decoded, masks_anchor_boxes, keypoints, keypoints_end_to_end, keypoints_decoded),
+    *(oriented, oriented_end_to_end, oriented_decoded),
+)
+"""Heads that give more than boxes."""
+
 LAYOUTS: dict[str, Callable[..., Layout]] = {
     f.__name__: f
     for f in (
         *(distances, end_to_end, anchor_boxes, decoded, decoded_objectness, corners_rows, queries, sigmoid_queries),
         *(background_first, grid_offsets, weighted, low_corners, finished_rows),
+        *FURTHER,
     )
 }
 
@@ -132,9 +210,11 @@ def candidates_of(layout: Layout) -> int:
 def shapes_of(layout: Layout) -> dict[str, tuple[int, int]]:
     """Shape of each head tensor, without the batch."""
     count, shapes = candidates_of(layout), {}
-    for tensor in layout.tensors:
+    for tensor in dict.fromkeys(tap.tensor for tap in layout.taps):
         width = max(tap.stop for tap in layout.taps if tap.tensor == tensor)
         shapes[tensor] = (width, count) if layout.channel_axis(tensor) == 1 else (count, width)
+    if layout.masks is not None:
+        shapes[layout.masks.prototypes] = (PROTOTYPES, SIZE // 4, SIZE // 4)
     return shapes
 
 
@@ -142,7 +222,12 @@ def raw_model(layout: Layout, opset: int = 17) -> RawModel:
     """A raw model with this head."""
     rng = np.random.default_rng(1)
     nodes, weights = [], []
-    for tensor in layout.tensors:
+    if layout.masks is not None:
+        weights.append(
+            numpy_helper.from_array(rng.normal(0, 0.7, (PROTOTYPES, 3, 4, 4)).astype(np.float32), "protos_w")
+        )
+        nodes.append(helper.make_node("Conv", ["images", "protos_w"], [layout.masks.prototypes], strides=[4, 4]))
+    for tensor in dict.fromkeys(tap.tensor for tap in layout.taps):
         width = max(tap.stop for tap in layout.taps if tap.tensor == tensor)
         anchors = len(ANCHORS[0]) if isinstance(layout.decode, AnchorBoxes) else 1
         levels = []

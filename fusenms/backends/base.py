@@ -9,10 +9,9 @@ from typing import Protocol
 import numpy as np
 import onnx
 
-from fusenms import contract
 from fusenms.config import PostprocessConfig
 from fusenms.errors import BackendUnavailableError, SourceError
-from fusenms.graph import BOOL, FLOAT, INT32, Graph, Tensor
+from fusenms.graph import Graph, Tensor
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,13 @@ class Chosen:
     Attributes:
         scores: ``[B, k]`` float32 probabilities.
         passing: ``[B, k]`` bool: above the threshold; those that are not stand last.
-        rows: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4]`` float32 xyxy, labels ``[B, n]`` int32
+        rows: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4 or 5]`` float32, labels ``[B, n]`` int32
             and valid ``[B, n]`` bool: passing, and without a class score or a box that never wins.
         count: k; None where it depends on the data (`Backend.adaptive`).
         num_classes: how many classes there are.
+        oriented: whether boxes are cx, cy, w, h and an angle, and suppressed by their probabilistic IoU; else they are xyxy.
+        numbers: emit the candidates' own numbers ``[B, n]`` int32 (as `fusenms.layout` counts them) of places ``[B, n]`` int32 among the
+            chosen.
     """
 
     scores: Tensor
@@ -33,10 +35,32 @@ class Chosen:
     rows: Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor]]
     count: int | None
     num_classes: int
+    oriented: bool
+    numbers: Callable[[Tensor], Tensor]
+
+    @property
+    def box_size(self) -> int:
+        """Numbers of a box."""
+        return 5 if self.oriented else 4
 
 
-Outputs = tuple[Tensor, ...]
-"""num_detections, boxes, scores, labels, as `fusenms.contract` has them; with ``config.rounds`` also converged."""
+@dataclass(frozen=True)
+class Kept:
+    """What is left of the chosen candidates after suppression, best first: K rows an image, the valid ones before the others.
+
+    Attributes:
+        valid: ``[B, K]`` bool.
+        place: ``[B, K]`` int32, where each stands among the chosen; some place where a row is not valid.
+        boxes: ``[B, K, 4 or 5]`` float32, as `Chosen.rows` gives them; anything where a row is not valid.
+        labels: ``[B, K]`` int32; the same.
+        converged: ``[B, 1]`` int32, with ``config.rounds``: 1 where those were enough.
+    """
+
+    valid: Tensor
+    place: Tensor
+    boxes: Tensor
+    labels: Tensor
+    converged: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,38 +81,27 @@ class Backend:
     name: str
     suffix: str
     suppresses_by: str
-    suppress: Callable[[Graph, Chosen, PostprocessConfig], Outputs]
+    suppress: Callable[[Graph, Chosen, PostprocessConfig], Kept]
     to_standard: Callable[[onnx.ModelProto], onnx.ModelProto]
     runs_on_onnxruntime: bool
     adaptive: bool
     has_rounds: bool = False
 
 
-def masked_outputs(g: Graph, valid: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor) -> Outputs:
-    """Count the valid rows ``[B, K]`` and blank the others: zeros, label -1."""
-    count = g.reduce("ReduceSum", g.cast(valid, INT32), 1, keepdims=True)
-    boxes = g.where(g.unsqueeze(valid, 2), boxes, g.floats(0.0))
-    scores = g.where(valid, scores, g.floats(0.0))
-    return count, boxes, scores, g.where(valid, labels, g.ints(contract.NO_LABEL))
-
-
-def select(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
-    """The outputs where nothing is to be suppressed: at most K chosen ones, and blank rows after them."""
+def select(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
+    """What is left where nothing is to be suppressed: the chosen ones, at most K, and blank rows after them."""
     assert chosen.count is not None and chosen.count <= config.max_detections
     boxes, labels, valid = chosen.rows(None)
     falling = g.const(np.arange(chosen.count, 0, -1)[None], np.float32)
-    rank, row = g.top_k(g.where(valid, falling, g.floats(0.0)), g.const([chosen.count], np.int64))  # valid ones first
-    boxes, valid = g.take_rows(boxes, row, 1, 4), g.op("Greater", rank, g.floats(0.0))
-    scores, labels = (g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, labels))
-    lacking = config.max_detections - chosen.count
-    if lacking:
-        boxes = g.op("Pad", boxes, g.const([0, 0, 0, 0, lacking, 0], np.int64), g.floats(0.0))
-        scores = g.op("Pad", scores, g.const([0, 0, 0, lacking], np.int64), g.floats(0.0))
-        labels, valid = (
-            g.cast(g.op("Pad", g.cast(x, FLOAT), g.const([0, 0, 0, lacking], np.int64), g.floats(0.0)), kind)
-            for x, kind in ((labels, INT32), (valid, BOOL))
-        )
-    return masked_outputs(g, valid, boxes, scores, labels)
+    rank = g.where(valid, falling, g.floats(0.0))  # valid ones first
+    if lacking := config.max_detections - chosen.count:
+        rank = g.op("Pad", rank, g.const([0, 0, 0, lacking], np.int64), g.floats(0.0))
+    rank, row = g.top_k(rank, g.const([config.max_detections], np.int64))
+    valid = g.op("Greater", rank, g.floats(0.0))
+    place = g.where(valid, row, g.ints(0))
+    return Kept(
+        valid, place, g.take_rows(boxes, place, 1, chosen.box_size), g.op("GatherElements", labels, place, axis=1)
+    )
 
 
 def one_class_each(g: Graph, scores: Tensor, labels: Tensor, valid: Tensor, classes: Tensor, class_axis: int) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from fusenms.backends.base import Backend, Chosen, Outputs, masked_outputs, one_class_each
+from fusenms.backends.base import Backend, Chosen, Kept, one_class_each
 from fusenms.config import PostprocessConfig
 from fusenms.graph import FLOAT, INT32, Graph, Tensor
 
 
-def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
+def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
     """Emit suppression and selection.
 
     The operator is given ranks as scores (the best candidate's is k, the last one's 1), so that its order is
@@ -35,8 +35,7 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
     value, row = g.top_k(picked, most)
     valid = g.op("Greater", value, g.floats(0.0))
     row = g.where(valid, row, g.ints(0))
-    boxes = g.take_rows(boxes, row, 1, 4)
-    return masked_outputs(g, valid, boxes, *(g.op("GatherElements", x, row, axis=1) for x in (chosen.scores, labels)))
+    return Kept(valid, row, g.take_rows(boxes, row, 1, 4), g.op("GatherElements", labels, row, axis=1))
 
 
 def _present(g: Graph, labels: Tensor, num_classes: int) -> Tensor:

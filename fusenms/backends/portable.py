@@ -24,21 +24,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from fusenms.backends.base import Backend, Chosen, Outputs, masked_outputs
+from fusenms.backends.base import Backend, Chosen, Kept
+from fusenms.backends.overlap import overlap_oriented, overlap_upright
 from fusenms.config import PostprocessConfig
 from fusenms.graph import FLOAT, INT32, Graph, Tensor
 
 BLOCK, UNROLLED_BLOCK = 64, 960
 """Most candidates of a block: with a `Loop`, whose rounds cost little; unrolled, where each one makes the graph longer."""
 
-SLACK = 2.0**-21
-"""Relative. A threshold and a product are each rounded to 2^-24; the reference calls twenty times as much a close call."""
 
-LABEL, SCORE, RANK = 4, 5, 6
-"""Rows of what was found, after those of the box."""
-
-
-def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
+def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
     """Emit suppression and selection. Candidates are decoded block by block.
 
     Without ``config.rounds`` `Loop` nodes run until nothing changes. With it, so many rounds are unrolled for every block, and a
@@ -54,17 +49,19 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
         for i in range(1, count):
             found, settled = blocks.one(g.ints(i), found)
             converged = g.op("Mul", converged, settled)
-    boxes = g.op("Transpose", g.slice(found, 1, 0, 4), perm=[0, 2, 1])
-    labels, scores, rank = (blocks.row(found, i) for i in (LABEL, SCORE, RANK))
-    outputs = masked_outputs(g, g.op("Greater", rank, g.floats(0.0)), boxes, scores, g.cast(labels, INT32))
-    return outputs if config.rounds is None else (*outputs, converged)
+    boxes = g.op("Transpose", g.slice(found, 1, 0, chosen.box_size), perm=[0, 2, 1])
+    rank = blocks.row(found, blocks.rank)
+    valid = g.op("Greater", rank, g.floats(0.0))
+    place = g.where(valid, g.op("Sub", g.ints(chosen.count), g.cast(rank, INT32)), g.ints(0))
+    labels = g.cast(blocks.row(found, blocks.label), INT32)
+    return Kept(valid, place, boxes, labels, None if config.rounds is None else converged)
 
 
 @dataclass(frozen=True)
 class _Blocks:
     """Emits the work on blocks of ``size`` candidates, ``total`` in all.
 
-    What was *found* travels as ``[B, 7, max_detections]`` float32, the best first: x1, y1, x2, y2, label, score, rank. A rank is ``total``
+    What was *found* travels as ``[B, box + 2, max_detections]`` float32, the best first: the box, its label, its rank. A rank is ``total``
     less the candidate's place (exact, since both are far below 2^24), and 0 where nothing stands yet.
     """
 
@@ -74,8 +71,17 @@ class _Blocks:
     total: int
     size: int
 
+    @property
+    def label(self) -> int:
+        """Which row of what was found holds the labels."""
+        return self.chosen.box_size
+
+    @property
+    def rank(self) -> int:
+        return self.label + 1
+
     def row(self, found: Tensor, i: int) -> Tensor:
-        """Row ``[B, n]`` of what was found ``[B, 7, n]``."""
+        """Row ``[B, n]`` of what was found ``[B, box + 2, n]``."""
         return self.g.op("Gather", found, self.g.ints(i), axis=1)
 
     def one(self, number: Tensor, found: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,25 +92,24 @@ class _Blocks:
         place = g.where(inside, place, g.ints(self.total - 1))
         boxes, labels, valid = self.chosen.rows(place)
         alive = g.op("And", valid, inside)
-        own = g.concat([boxes, g.unsqueeze(g.cast(labels, FLOAT), 2)], 2)  # [B, b, 5]
+        own = g.concat([boxes, g.unsqueeze(g.cast(labels, FLOAT), 2)], 2)  # [B, b, box + 1]
         across = g.op("Transpose", own, perm=[0, 2, 1])
-        everyone = across if found is None else g.concat([g.slice(found, 1, 0, SCORE), across], 2)
+        everyone = across if found is None else g.concat([g.slice(found, 1, 0, self.rank), across], 2)
         rivals = self._rivals(own, everyone)  # of what was found before, then of the block itself
         if found is not None:
-            kept = g.op("Greater", self.row(found, RANK), g.floats(0.0))
+            kept = g.op("Greater", self.row(found, self.rank), g.floats(0.0))
             alive = g.op("And", alive, g.op("Not", self._any(g.slice(rivals, 2, 0, most), kept)))
             rivals = g.slice(rivals, 2, most, most + self.size)
         earlier = g.op("Less", g.unsqueeze(place, 0), g.unsqueeze(place, 1))
         keep, settled = self._settle(alive, g.op("And", rivals, earlier))
         rank = g.op("Mul", keep, g.cast(g.op("Sub", g.ints(self.total), place), FLOAT))
-        scores = g.op("Gather", self.chosen.scores, place, axis=1)
-        rows = g.concat([across, g.unsqueeze(scores, 1), g.unsqueeze(rank, 1)], 1)
+        rows = g.concat([across, g.unsqueeze(rank, 1)], 1)
         if found is not None:
             rows = g.concat([found, rows], 2)
         elif self.size < most:
             rows = g.op("Pad", rows, g.const([0, 0, 0, 0, 0, most - self.size], np.int64), g.floats(0.0))
-        _, order = g.top_k(self.row(rows, RANK), g.const([most], np.int64))
-        wide = g.op("Expand", g.unsqueeze(order, 1), g.const([1, RANK + 1, 1], np.int64))
+        _, order = g.top_k(self.row(rows, self.rank), g.const([most], np.int64))
+        wide = g.op("Expand", g.unsqueeze(order, 1), g.const([1, self.rank + 1, 1], np.int64))
         return g.op("GatherElements", rows, wide, axis=2), settled
 
     def while_any_is_open(self, count: int) -> Tensor:
@@ -113,17 +118,17 @@ class _Blocks:
         passing = g.cast(self.chosen.passing, FLOAT)
         last = g.reduce("ReduceSum", passing, 1)  # [B]: those that pass stand first
         start = g.unsqueeze(g.slice(passing, 1, 0, 1), 2)
-        nothing = g.op("Mul", start, g.const(np.zeros((1, RANK + 1, most)), np.float32))
+        nothing = g.op("Mul", start, g.const(np.zeros((1, self.rank + 1, most)), np.float32))
 
         def step(i: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
             number = g.cast(i, INT32)
             found, _ = self.one(number, found)
-            spare = g.op("Less", g.reduce("ReduceMin", self.row(found, RANK), 1), g.floats(0.5))
+            spare = g.op("Less", g.reduce("ReduceMin", self.row(found, self.rank), 1), g.floats(0.5))
             reach = g.reduce("ReduceMax", g.where(spare, last, g.floats(0.0)), 0)
             done = g.op("Mul", g.op("Add", number, g.ints(1)), g.ints(self.size))
             return g.op("Greater", reach, g.cast(done, FLOAT)), found
 
-        return g.loop(count, g.const(True, np.bool_), nothing, ("batch", RANK + 1, most), step)
+        return g.loop(count, g.const(True, np.bool_), nothing, ("batch", self.rank + 1, most), step)
 
     def _settle(self, alive: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
         """Repeat the rule. ``[B, size]`` float32: 1 for what is kept; ``[B, 1]`` int32: 1 where the last round changed nothing."""
@@ -147,21 +152,12 @@ class _Blocks:
         return g.loop(self.size + 1, g.const(True, np.bool_), keep, ("batch", self.size), step), g.ints(1)
 
     def _rivals(self, own: Tensor, others: Tensor) -> Tensor:
-        """Of boxes and labels ``[B, b, 5]`` and others ``[B, 5, n]``: is the IoU above the threshold, the class one? ``[B, b, n]`` bool.
-
-        Without a division, which not every runtime rounds as float32 has it (OpenVINO multiplies by a reciprocal): intersection >
-        threshold * union, the threshold raised by `SLACK`, so that no rounding makes an IoU equal to it one above it.
-        """
-        g, raised = self.g, self.config.iou_threshold * (1 + SLACK)
-        x1, y1, x2, y2, label = g.split(own, 2, 5)  # [B, b, 1]
-        u1, v1, u2, v2, other_label = g.split(others, 1, 5)  # [B, 1, n]
-        width = g.op("Relu", g.op("Sub", g.op("Min", x2, u2), g.op("Max", x1, u1)))
-        height = g.op("Sub", g.op("Min", y2, v2), g.op("Max", y1, v1))  # where negative, so is the intersection
-        area = g.op("Mul", g.op("Sub", x2, x1), g.op("Sub", y2, y1))
-        other = g.op("Mul", g.op("Sub", u2, u1), g.op("Sub", v2, v1))
-        shared = g.op("Mul", width, height)
-        union = g.op("Sub", g.op("Add", area, other), shared)
-        close = g.op("Greater", shared, g.op("Mul", union, g.floats(raised)))
+        """Of boxes and labels ``[B, b, box + 1]`` and others ``[B, box + 1, n]``: do they overlap too much, is the class one?
+        ``[B, b, n]`` bool."""
+        g, overlap = self.g, overlap_oriented if self.chosen.oriented else overlap_upright
+        *box, label = g.split(own, 2, self.label + 1)  # [B, b, 1]
+        *other, other_label = g.split(others, 1, self.label + 1)  # [B, 1, n]
+        close = overlap(g, box, other, self.config.iou_threshold)
         if self.config.class_agnostic or self.chosen.num_classes == 1:
             return close
         return g.op("And", close, g.op("Equal", label, other_label))

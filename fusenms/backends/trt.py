@@ -6,7 +6,7 @@ Facts from its published source (plugin/efficientNMSPlugin, TensorRT open source
 - it sorts by float32 score; equal scores come in any order. A sigmoid in float32 makes different logits
   equal, and now and then swaps them. So the plugin is given *ranks* as scores: 1 for the best candidate, each
   next one 1/8192 lower, exact in float32 and never equal. Its output scores then say which candidates it
-  kept, and the true scores are gathered;
+  kept: everything else about those, the true score first, is gathered by it;
 - it keeps scores >= score_threshold: the threshold was applied before, what failed it has no rank;
 - it drops boxes with IoU >= iou_threshold: the next float above the threshold is emitted;
 - every class of every box is a candidate: only the chosen class of each has a rank;
@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import parser
 
-from fusenms.backends.base import Backend, Chosen, Outputs, masked_outputs, one_class_each
+from fusenms.backends.base import Backend, Chosen, Kept, one_class_each
 from fusenms.config import MAX_CANDIDATES_LIMIT, PostprocessConfig
 from fusenms.errors import UnsupportedByBackendError
 from fusenms.graph import INT32, Graph
@@ -31,8 +31,8 @@ DOMAIN = "TRT"
 RANKS = 8192  # ranks are multiples of its reciprocal
 
 
-def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
-    """Emit the plugin node on ranks, and gather the true scores of what it kept.
+def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
+    """Emit the plugin node on ranks, which say afterwards what it kept.
 
     Raises:
         UnsupportedByBackendError: more candidates than TensorRT's TopK takes.
@@ -66,8 +66,7 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Outputs:
         tensor.dtype = dtype
     valid = g.op("Less", g.const(np.arange(config.max_detections)[None], np.int32), count)
     place = g.op("Mul", g.op("Sub", g.floats(1.0), kept_ranks), g.floats(float(RANKS)))
-    row = g.cast(g.where(valid, place, g.floats(0.0)), INT32)
-    return masked_outputs(g, valid, boxes, g.op("GatherElements", chosen.scores, row, axis=1), labels)
+    return Kept(valid, g.cast(g.where(valid, place, g.floats(0.0)), INT32), boxes, labels)
 
 
 def _next_above(threshold: float) -> float:

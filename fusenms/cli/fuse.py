@@ -175,10 +175,10 @@ def make(
     for note in raw.notes:
         steps.line("export" if checkpoint else "read", note)
     fused = fuse_head(raw, layout, config, backend)
-    how = get_backend(backend).suppresses_by if layout.suppress else "no suppression"
     for note in fused.notes[len(raw.notes) :]:
         steps.line("input", note)
-    steps.line("fuse", f"{layout.decode_stage} decode · {how} · {', '.join(name for name, _ in config.outputs)}")
+    outputs = ", ".join(name for name, _ in layout.outputs(config))
+    steps.line("fuse", f"{layout.decode_stage} decode · {fused.suppressed_by} · {outputs}")
     steps.values |= {
         "source": raw.source, "family": layout.family, "task": raw.task, "classes": list(fused.names), "notes": list(fused.notes),
         "backend": backend, "decode": layout.decode_stage, "layout": layout.to_dict(), "config": config.to_dict(),
