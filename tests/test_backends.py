@@ -62,7 +62,7 @@ def test_masks_in_the_graph_equal_the_reference(backend, layout, rows):
 @pytest.mark.parametrize("layout", ["distances", "keypoints", "oriented"])
 def test_error_when_masks_are_asked_of_a_head_without(layout):
     with pytest.raises(
-        ConfigError, match="masks is 'prototype', but this is a (detect|pose|obb) model, which has none"
+        ConfigError, match=r"masks is 'prototype', but this is a (detect|pose|obb) model, which has none"
     ):
         fused_model(LAYOUTS[layout](), masks="prototype")
 

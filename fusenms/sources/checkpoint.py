@@ -25,16 +25,26 @@ import torch
 from torch import nn
 
 from fusenms.errors import ConfigError, SourceError
-from fusenms.sources import blocks, modules, rtdetr, yolov7
+from fusenms.sources import blocks, modules, rtdetr, tasks, yolov7
 
 _BLOCKS: tuple[type[nn.Module], ...] = (
     *(modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL),
-    *blocks.BLOCKS,
+    *(*blocks.BLOCKS, *tasks.BLOCKS),
 )
 
 _TORCH: tuple[type[nn.Module], ...] = (
     *(nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.Identity, nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d),
-    *(nn.Upsample, nn.Sequential, nn.ModuleList, nn.ConvTranspose2d, nn.ZeroPad2d, nn.GELU, nn.Linear, nn.LayerNorm),
+    *(
+        nn.Upsample,
+        nn.Tanh,
+        nn.Sequential,
+        nn.ModuleList,
+        nn.ConvTranspose2d,
+        nn.ZeroPad2d,
+        nn.GELU,
+        nn.Linear,
+        nn.LayerNorm,
+    ),
     *(nn.Dropout, nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear),
 )
 
@@ -50,6 +60,11 @@ class Inert:
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+def _attribute(*_: Any) -> Inert:
+    """Stands in for `getattr`, by which older heads keep a method of theirs that nothing calls; it gives nothing."""
+    return Inert()
 
 
 _INERT = (
@@ -78,12 +93,29 @@ def _stand_ins() -> dict[str, Any]:
     for name in ("Detect", "v10Detect"):
         for home in ("", "head."):
             table[f"ultralytics.nn.modules.{home}{name}"] = modules.AnchorFreeDetect
+    for name, head in tasks.HEADS.items():
+        for home in ("", "head."):
+            table[f"ultralytics.nn.modules.{home}{name}"] = head
+    table |= {
+        "models.yolo.Segment": tasks.AnchorSegment,
+        "builtins.getattr": _attribute,
+        "__builtin__.getattr": _attribute,
+    }
     table |= {f"models.yolo.{name}": modules.AnchorDetect for name in ("Detect", "IDetect", "IAuxDetect")}
     table |= {f"models.yolo.{name}": yolov7.AuxiliaryDetect for name in ("DualDDetect", "TripleDDetect", "DualDetect")}
     table["models.yolo.DDetect"] = modules.AnchorFreeDetect
-    for name in ("DetectionModel", "YOLOv10DetectionModel", "RTDETRDetectionModel"):
+    for name in (
+        "DetectionModel",
+        "YOLOv10DetectionModel",
+        "RTDETRDetectionModel",
+        "SegmentationModel",
+        "PoseModel",
+        "OBBModel",
+    ):
         table[f"ultralytics.nn.tasks.{name}"] = modules.DetectionModel
-    table |= {f"models.yolo.{name}": modules.DetectionModel for name in ("Model", "DetectionModel")}
+    table |= {
+        f"models.yolo.{name}": modules.DetectionModel for name in ("Model", "DetectionModel", "SegmentationModel")
+    }
     ours = (*_BLOCKS, modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
     table |= {f"{cls.__module__}.{cls.__name__}": cls for cls in ours}
     return table | dict.fromkeys(_INERT, Inert)
@@ -96,15 +128,21 @@ _HOOKS = (
 )
 _OTHER_TASKS = {
     "Classif": "a classifier",
-    "Segment": "a segmentation model",
-    "Pose": "a pose model",
-    "OBB": "an oriented-box model",
     "World": "an open-vocabulary model",
+    "YOLOE": "an open-vocabulary model",
+    "Semantic": "a model that labels pixels",
+    "Depth": "a model of depths",
 }
+TASKS: dict[type[nn.Module], str] = {
+    tasks.AnchorSegment: "segment", tasks.AnchorFreeSegment: "segment", tasks.AnchorFreePose: "pose", tasks.AnchorFreePose26: "pose",
+    tasks.AnchorFreeOriented: "obb", tasks.AnchorFreeOriented26: "obb",
+}  # fmt: skip
+"""Of heads that give more than boxes."""
 MAX_STRIDE = 128
 Head = modules.AnchorFreeDetect | modules.AnchorDetect | rtdetr.RTDETRDecoder
 EXPECTED = (
-    "a detection checkpoint of YOLOv3u to YOLO26 or RT-DETR (Ultralytics), or of the original YOLOv5, YOLOv7 or YOLOv9"
+    "a checkpoint that detects (with masks, keypoints or oriented boxes, or without) of YOLOv3u to YOLO26 or RT-DETR (Ultralytics), or "
+    "of the original YOLOv5, YOLOv7 or YOLOv9"
 )
 _lock = threading.Lock()
 
@@ -118,7 +156,7 @@ class Checkpoint:
         names: class names by index.
         strides: stride of each level, in pixels.
         size: side of the square picture it was trained on, in pixels, where the checkpoint says so.
-        task: ``detect``.
+        task: ``detect``, ``segment``, ``pose`` or ``obb``.
     """
 
     module: modules.DetectionModel
@@ -133,7 +171,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path, one_to_many: bool = False) -> Checkpoint:
-    """Load a checkpoint of Ultralytics, or of the original YOLOv5, YOLOv7 or YOLOv9, of the detection task.
+    """Load a checkpoint of Ultralytics, or of the original YOLOv5, YOLOv7 or YOLOv9, that detects objects.
 
     Args:
         one_to_many: of a head with two branches (YOLOv10, YOLO26) take the one that needs suppression.
@@ -158,7 +196,7 @@ def load_checkpoint(path: Path, one_to_many: bool = False) -> Checkpoint:
         checkpoint = _finish(model, one_to_many)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise SourceError(
-            f"{path}: the network in this checkpoint is incomplete ({error}); expected one of the detection task"
+            f"{path}: the network in this checkpoint is incomplete ({error}); expected one that detects objects"
         ) from error
     if one_to_many and "one2one_cv2" not in checkpoint.head._modules:
         raise ConfigError(f"{path}: has one head only; leave one_to_many (--one-to-many) out")
@@ -325,7 +363,7 @@ def _finish(model: modules.DetectionModel, one_to_many: bool) -> Checkpoint:
         head.one_to_one = "one2one_cv2" in head._modules and not one_to_many
     strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride).tolist())
     _check_head(model, head, strides)
-    return Checkpoint(model, _names(model, int(head.nc)), strides, _size(model), str(getattr(model, "task", "detect")))
+    return Checkpoint(model, _names(model, int(head.nc)), strides, _size(model), TASKS.get(type(head), "detect"))
 
 
 def _check_head(model: modules.DetectionModel, head: Head, strides: tuple[int, ...]) -> None:
@@ -333,6 +371,7 @@ def _check_head(model: modules.DetectionModel, head: Head, strides: tuple[int, .
     if not strides or list(strides) != sorted(set(strides)) or min(strides) < 1 or max(strides) > MAX_STRIDE:
         raise ValueError(f"its strides are {list(strides)}; expected them rising, from 1 to {MAX_STRIDE}")
     side = 2 * max(strides)
+    expected: list[tuple[int, ...]]
     with torch.no_grad():
         shapes = [tuple(tap.shape[1:]) for tap in model(torch.zeros(1, 3, side, side))]
     cells, classes = sum((side // s) ** 2 for s in strides), int(head.nc)
@@ -346,6 +385,20 @@ def _check_head(model: modules.DetectionModel, head: Head, strides: tuple[int, .
         if anchors != (len(strides), int(head.na), 2):
             raise ValueError(f"its anchors are {list(anchors)}; expected [{len(strides)}, {int(head.na)}, 2]")
         expected = [(5 + classes, int(head.na) * cells)]
+    if isinstance(head, (tasks.AnchorFreeSegment, tasks.AnchorSegment)):
+        candidates, prototypes = expected[0][1], shapes[-1]
+        expected += [(int(head.nm), candidates), (int(head.nm), *prototypes[1:])]
+        if len(prototypes) != 3:
+            raise ValueError(
+                f"its prototypes have the shape {list(prototypes)}; expected [{int(head.nm)}, height, width]"
+            )
+    elif isinstance(head, tasks.AnchorFreePose):
+        count, numbers = (int(n) for n in head.kpt_shape)
+        if numbers not in (2, 3) or count < 1:
+            raise ValueError(f"its keypoints are {[count, numbers]}; expected points of 2 or 3 numbers")
+        expected.append((count * numbers, cells))
+    elif isinstance(head, tasks.AnchorFreeOriented):
+        expected.append((1, cells))
     if shapes != expected:
         raise ValueError(
             f"with {classes} classes and strides {list(strides)} its head must give {expected}, but it gives {shapes}"

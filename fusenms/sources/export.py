@@ -7,6 +7,7 @@ import io
 import threading
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +16,19 @@ from torch import nn
 
 from fusenms.artifacts import ImageInput, Pixels, RawModel
 from fusenms.errors import ConfigError, SourceError
-from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
+from fusenms.layout import (
+    Activation,
+    AnchorBoxes,
+    AngleTerm,
+    BoxFormat,
+    Decoded,
+    Distances,
+    KeypointTerms,
+    Layout,
+    MaskTerms,
+    Tap,
+)
+from fusenms.sources import tasks
 from fusenms.sources.checkpoint import Checkpoint
 from fusenms.sources.modules import AnchorFreeDetect
 from fusenms.sources.rtdetr import RTDETRDecoder
@@ -31,6 +44,9 @@ PARITY_TOLERANCE = 1e-3  # absolute, on logits of magnitude ten; float32 roundin
 _exporting = threading.Lock()  # the TorchScript exporter keeps global state
 
 IMAGE, HEAD, HEAD_BOXES, HEAD_CLASSES = "images", "head", "head_boxes", "head_classes"
+HEAD_COEFFICIENTS, HEAD_PROTOTYPES, HEAD_KEYPOINTS, HEAD_ANGLE = (
+    f"head_{name}" for name in ("mask_coefficients", "prototypes", "keypoints", "angle")
+)
 
 
 @dataclass(frozen=True)
@@ -135,11 +151,28 @@ def _layout(checkpoint: Checkpoint) -> Layout:
     if isinstance(head, AnchorFreeDetect):
         boxes, classes = Tap(HEAD_BOXES, 1, 0, 4 * head.reg_max), Tap(HEAD_CLASSES, 1, 0, count)
         decode = Distances(checkpoint.strides, head.reg_max)
-        return Layout("yolov8", boxes, classes, None, Activation.SIGMOID, decode, suppress=not head.one_to_one)
+        further = _further(head)
+        return Layout(
+            "yolov8", boxes, classes, None, Activation.SIGMOID, decode, suppress=not head.one_to_one, **further
+        )
     pixels = head.anchors.double() * torch.tensor(checkpoint.strides, dtype=torch.float64)[:, None, None]
     anchors = tuple(tuple((round(w, 4), round(h, 4)) for w, h in level) for level in pixels.tolist())
     boxes, objectness, classes = Tap(HEAD, 1, 0, 4), Tap(HEAD, 1, 4, 5), Tap(HEAD, 1, 5, 5 + count)
-    return Layout("yolov5", boxes, classes, objectness, Activation.SIGMOID, AnchorBoxes(checkpoint.strides, anchors))
+    anchored = AnchorBoxes(checkpoint.strides, anchors)
+    return Layout("yolov5", boxes, classes, objectness, Activation.SIGMOID, anchored, **_further(head))
+
+
+def _further(head: nn.Module) -> dict[str, Any]:
+    """What the head gives beside boxes, as `Layout` has it."""
+    if isinstance(head, (tasks.AnchorFreeSegment, tasks.AnchorSegment)):
+        return {"masks": MaskTerms(Tap(HEAD_COEFFICIENTS, 1, 0, int(head.nm)), HEAD_PROTOTYPES)}
+    if isinstance(head, tasks.AnchorFreePose):
+        count, numbers = (int(n) for n in head.kpt_shape)
+        values = Tap(HEAD_KEYPOINTS, 1, 0, count * numbers)
+        return {"keypoints": KeypointTerms(values, numbers, head.factor, head.point)}
+    if isinstance(head, tasks.AnchorFreeOriented):
+        return {"angle": AngleTerm(Tap(HEAD_ANGLE, 1, 0, 1), head.sigmoid)}
+    return {}
 
 
 def queries_layout(count: int, softmax: bool) -> Layout:

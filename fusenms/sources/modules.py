@@ -182,7 +182,7 @@ class AnchorFreeDetect(nn.Module):
         )
         self.dfl = DFL(bins)
 
-    def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
         """Return box distances ``[B, 4 * bins, N]`` (left, top, right, bottom) and class logits ``[B, C, N]``."""
         branches = (self.one2one_cv2, self.one2one_cv3) if self.one_to_one else (self.cv2, self.cv3)
         boxes, classes = ([branch(x).flatten(2) for branch, x in zip(part, levels, strict=True)] for part in branches)
@@ -204,7 +204,7 @@ class AnchorDetect(nn.Module):
     anchors: Tensor  # [levels, anchors, 2], in units of the level's stride
     stride: Tensor
 
-    def forward(self, levels: list[Tensor]) -> tuple[Tensor]:
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
         """Return ``[B, 5 + C, N]``: box terms, objectness logit, class logits; candidates by level, anchor, row, column."""
         rows = []
         before: Any = self._modules.get("ia")
