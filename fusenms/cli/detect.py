@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fusenms.cli.printing import Steps
 from fusenms.errors import InputError, SourceError
 from fusenms.runtime import Detections, Detector
-from fusenms.runtime.drawing import draw, save_picture
+from fusenms.runtime.drawing import VISIBLE, draw, save_picture
 from fusenms.runtime.pictures import SUFFIXES, list_pictures, read_picture
 
 NAME = "detect"
@@ -106,9 +108,23 @@ def _print_table(result: dict[str, Any], found: Detections) -> None:
     )
     if not len(found):
         return
-    table = Table("name", "score", "x1", "y1", "x2", "y2")
+    turned = found.oriented_boxes[:, 4].any()
+    columns = ["cx", "cy", "w", "h", "angle"] if turned else ["x1", "y1", "x2", "y2"]
+    boxes = found.oriented_boxes if turned else found.boxes
+    if len(found.masks):
+        columns.append("mask")
+    if found.keypoints.shape[1]:
+        columns.append("keypoints")
+    table = Table("name", "score", *columns)
     for column in table.columns[1:]:
         column.justify = "right"
-    for box, score, label in found:
-        table.add_row(found.name(label), f"{score:.3f}", *(f"{v:.1f}" for v in box))
+    for i, (_, score, label) in enumerate(found):
+        cells = [f"{v:.1f}" for v in boxes[i][:4]] + ([f"{np.degrees(boxes[i][4]):.1f}°"] if turned else [])
+        if len(found.masks):
+            cells.append(f"{found.masks[i].sum()} px")
+        if found.keypoints.shape[1]:
+            points = found.keypoints[i]
+            seen = (points[:, 2] >= VISIBLE).sum() if points.shape[1] == 3 else len(points)
+            cells.append(f"{seen} of {len(points)}")
+        table.add_row(found.name(label), f"{score:.3f}", *cells)
     console.print(table)

@@ -12,7 +12,7 @@ from fusenms.backends import BACKENDS, get_backend
 from fusenms.batch import open_batch
 from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
 from fusenms.config import PostprocessConfig
-from fusenms.contract import NAME_PRESETS
+from fusenms.contract import MASK_KINDS, NAME_PRESETS
 from fusenms.errors import ConfigError
 from fusenms.fusion import fuse_head
 from fusenms.heads import HEADS, recognize
@@ -114,6 +114,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="portable: repeat suppression until nothing changes, or unroll N rounds (default: auto)",
     )
     post.add_argument(
+        "--masks",
+        choices=list(MASK_KINDS),
+        default=defaults.masks,
+        help="segmentation: give mask coefficients and prototypes, or masks at the prototypes' size (default: %(default)s)",
+    )
+    post.add_argument("--indices", action="store_true", help="add an output: the candidate that each row came from")
+    post.add_argument(
         "--names", choices=list(NAME_PRESETS), default=defaults.names, help="output names (default: %(default)s)"
     )
 
@@ -171,7 +178,7 @@ def make(
     raw = open_batch(raw, layout)
     checkpoint = raw.layout is not None
     safe = " · no code executed" if checkpoint else ""
-    steps.line("load", f"{raw.source} · {layout.family} {raw.task} · {layout.num_classes} classes{safe}")
+    steps.line("load", f"{raw.source} · {layout.family} {layout.task} · {layout.num_classes} classes{safe}")
     for note in raw.notes:
         steps.line("export" if checkpoint else "read", note)
     fused = fuse_head(raw, layout, config, backend)
@@ -180,7 +187,7 @@ def make(
     outputs = ", ".join(name for name, _ in layout.outputs(config))
     steps.line("fuse", f"{layout.decode_stage} decode · {fused.suppressed_by} · {outputs}")
     steps.values |= {
-        "source": raw.source, "family": layout.family, "task": raw.task, "classes": list(fused.names), "notes": list(fused.notes),
+        "source": raw.source, "family": layout.family, "task": layout.task, "classes": list(fused.names), "notes": list(fused.notes),
         "backend": backend, "decode": layout.decode_stage, "layout": layout.to_dict(), "config": config.to_dict(),
     }  # fmt: skip
     return raw, fused

@@ -13,8 +13,10 @@ from fusenms import contract
 from fusenms.artifacts import load_fused
 from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.boxes import oriented_to_corners, upright_around
 from fusenms.errors import InputError, UnsupportedByBackendError
 from fusenms.runtime.detections import Detections
+from fusenms.runtime.masks import Masks, logits_of
 from fusenms.runtime.pictures import Placement, letterbox, read_picture, stretched, to_tensor
 
 _LOG = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ class Detector:
         if runner is None:
             raise InputError("the detector is closed; open the file again")
         outputs = runner.infer(to_tensor(canvases))
-        counts, boxes, scores, labels = (outputs[name] for name in self._names)
+        counts = outputs[self._names[0]]
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
         if not converged.all():
             _LOG.warning(
@@ -121,12 +123,39 @@ class Detector:
                 (~converged).sum(), len(converged),
             )  # fmt: skip
         return [
-            Detections(
-                place.to_picture(boxes[i, :n]),
-                scores[i, :n].copy(),
-                labels[i, :n].copy(),
-                self.class_names,
-                bool(converged[i]),
+            self._found(
+                {name: value[i] for name, value in outputs.items()}, int(counts[i, 0]), place, bool(converged[i])
             )
-            for i, (place, n) in enumerate(zip(places, counts[:, 0].tolist(), strict=True))
+            for i, place in enumerate(places)
         ]
+
+    def _found(self, outputs: dict[str, np.ndarray], count: int, place: Placement, converged: bool) -> Detections:
+        """What was found in one picture, given its outputs."""
+        boxes, scores, labels = (outputs[name][:count] for name in self._names[1:])
+        if boxes.shape[1] == 5:
+            oriented = place.oriented_to_picture(boxes)
+            boxes = upright_around(oriented_to_corners(oriented))
+        else:
+            boxes = place.to_picture(boxes)
+            sides = boxes[:, 2:] - boxes[:, :2]
+            oriented = np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, sides, np.zeros_like(boxes[:, :1])), 1)
+        points = outputs.get(contract.KEYPOINTS, np.zeros((count, 0, 2), np.float32))[:count]
+        return Detections(
+            boxes,
+            scores.copy(),
+            labels.copy(),
+            self.class_names,
+            oriented,
+            place.points_to_picture(points),
+            Masks(self._mask_logits(outputs, count), boxes, place, (self._image.height, self._image.width)),
+            outputs.get(contract.INDICES, np.full(count, -1, np.int32))[:count].copy(),
+            converged,
+        )
+
+    def _mask_logits(self, outputs: dict[str, np.ndarray], count: int) -> np.ndarray:
+        """``[n, h, w]`` float32, above 0 inside of the masks; n is 0 where the model has none."""
+        if contract.MASKS in outputs:
+            return outputs[contract.MASKS][:count] - np.float32(0.5)
+        if contract.PROTOTYPES not in outputs:
+            return np.zeros((0, 1, 1), np.float32)
+        return logits_of(outputs[contract.MASK_COEFFICIENTS][:count], outputs[contract.PROTOTYPES])

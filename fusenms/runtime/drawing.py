@@ -12,6 +12,11 @@ from fusenms.errors import InputError
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.pictures import opencv
 
+OPACITY = 0.45
+"""Of masks."""
+VISIBLE = 0.25
+"""Keypoints that are less visible are not drawn."""
+
 
 def color_of(label: int) -> tuple[int, int, int]:
     """A color (RGB, 0 to 255) for a class; neighbors in number are far apart in hue."""
@@ -20,15 +25,23 @@ def color_of(label: int) -> tuple[int, int, int]:
 
 
 def draw(picture: np.ndarray, detections: Detections) -> np.ndarray:
-    """A copy of a picture ``[height, width, 3]`` uint8 RGB with boxes, names and scores, the best on top."""
+    """A copy of a picture ``[height, width, 3]`` uint8 RGB with masks, boxes (turned ones as they lie), keypoints, names and scores, the
+    best on top."""
     cv2 = opencv()
     canvas = np.array(picture, order="C")
     unit = max(1, round(min(picture.shape[:2]) / 320))
     scale = 0.45 * unit
-    for box, score, label in reversed(list(detections)):
+    corners = detections.corners
+    for i, (box, score, label) in reversed(list(enumerate(detections))):
         color = color_of(label)
-        x1, y1, x2, y2 = (round(float(v)) for v in box)
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2 * unit)
+        if len(detections.masks):
+            mask = detections.masks[i]
+            canvas[mask] = (canvas[mask] * (1 - OPACITY) + np.array(color) * OPACITY).astype(np.uint8)
+        cv2.polylines(canvas, [corners[i].round().astype(np.int32)], True, color, 2 * unit)
+        x1, y1 = (round(float(v)) for v in box[:2])
+        for point in detections.keypoints[i]:
+            if len(point) == 2 or point[2] >= VISIBLE:
+                cv2.circle(canvas, (round(float(point[0])), round(float(point[1]))), 2 * unit, color, -1, cv2.LINE_AA)
         text = f"{detections.name(label)} {score:.2f}"
         (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, unit)
         left, top = max(0, min(x1, picture.shape[1] - width)), max(0, y1 - height - base)

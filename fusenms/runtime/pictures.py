@@ -115,6 +115,21 @@ class Placement:
         moved = (boxes - np.array([self.left, self.top] * 2)) / gain
         return np.clip(moved, 0, [self.width, self.height] * 2).astype(np.float32)
 
+    def points_to_picture(self, points: np.ndarray) -> np.ndarray:
+        """Points ``[..., 2 or more]``, x and y first, in pixels of the input to pixels of the picture, clipped to it; float32."""
+        gain = np.array([self.inner_width / self.width, self.inner_height / self.height])
+        moved = np.clip((points[..., :2] - np.array([self.left, self.top])) / gain, 0, [self.width, self.height])
+        return np.concatenate((moved, points[..., 2:]), -1).astype(np.float32)
+
+    def oriented_to_picture(self, boxes: np.ndarray) -> np.ndarray:
+        """Oriented boxes ``[n, 5]`` in pixels of the input to pixels of the picture; float32. They may reach out of it.
+
+        As in Ultralytics, sides are scaled as if upright: exact where both axes have the same scale.
+        """
+        gain = np.array([self.inner_width / self.width, self.inner_height / self.height])
+        moved = (boxes[:, :2] - np.array([self.left, self.top])) / gain
+        return np.concatenate((moved, boxes[:, 2:4] / gain, boxes[:, 4:]), 1).astype(np.float32)
+
 
 def letterbox(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
     """Scale a picture ``[h, w, 3]`` uint8 to fit, and center it on grey.
