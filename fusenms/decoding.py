@@ -90,7 +90,7 @@ ROWS = 32
 
 def assemble_masks(
     g: Graph, image: ImageInput, coefficients: Tensor, prototypes: Tensor, boxes: Tensor, valid: Tensor, rows: int,
-    sides: tuple[int, ...] | None, adaptive: bool,
+    sides: tuple[int, ...] | None, adaptive: bool, branches: bool,
 ) -> Tensor:  # fmt: skip
     """Emit the masks of detections, at the size of the prototypes. What they take in memory follows the rows in use.
 
@@ -101,7 +101,8 @@ def assemble_masks(
         boxes: ``[B, K, 4]`` float32, xyxy in pixels of the input; ``valid`` ``[B, K]`` bool, the valid ones first.
         rows: K.
         sides: h and w, None where they are open.
-        adaptive: make as many as the image with the most detections has. Else `ROWS` at once, those in use only (by `If` nodes).
+        adaptive: make as many as the image with the most detections has. Else `ROWS` at once.
+        branches: leave out the rows that are not in use, by `If` nodes; else all are made, and control flow does not follow the data.
 
     Returns:
         ``[B, K, h, w]`` bool; past the detections all false.
@@ -130,6 +131,9 @@ def assemble_masks(
     for start in range(0, rows, ROWS):
         ends = [g.const([end], np.int64) for end in (start, min(start + ROWS, rows))]
         count = g.const([min(ROWS, rows - start)], np.int64)
+        if not branches:
+            parts.append(made(*ends))
+            continue
         in_use = g.op("Greater", most, g.ints(start))
         parts.append(g.either(in_use, partial(made, *ends), partial(blank, count), np.bool_))
     return g.concat(parts, 1) if len(parts) > 1 else parts[0]
@@ -185,7 +189,7 @@ def _distances(g: Graph, decode: Distances, terms: Tensor) -> Tensor:
     if decode.bins == 1:
         return terms
     spread = g.op("Softmax", g.reshape(terms, 0, 0, 4, decode.bins), axis=3)
-    bins = g.const(np.arange(decode.bins), np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
+    bins = g.const(decode.numbers, np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
     return g.reduce("ReduceSum", g.op("Mul", spread, bins), 3)
 
 

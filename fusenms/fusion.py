@@ -120,7 +120,16 @@ class _Tail:
                 }
             rows, boxes = self.config.max_detections, made[contract.BOXES]
             made[contract.MASKS] = assemble_masks(
-                g, self.image, coefficients, prototypes, boxes, valid, rows, self.sides, self.adaptive
+                g,
+                self.image,
+                coefficients,
+                prototypes,
+                boxes,
+                valid,
+                rows,
+                self.sides,
+                self.adaptive,
+                self.config.rounds is None,
             )
         if layout.keypoints is not None:
             terms = self._channels(layout.keypoints.values, numbers, valid)

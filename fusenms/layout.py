@@ -82,8 +82,9 @@ class Decoded:
 class Distances:
     """Distances from a point of the cell to left, top, right, bottom in units of the stride (one anchor per cell).
 
-    Each distance is a distribution over ``bins`` integers: ``4 * bins`` channels, side by side; with one bin, the number itself.
-    ``point`` is where in the cell they start: 0.5 at its center, 0 at its low corner (NanoDet-Plus).
+    Each distance is a distribution over ``bins`` numbers: ``4 * bins`` channels, side by side; with one bin, the number itself.
+    ``point`` is where in the cell they start: 0.5 at its center, 0 at its low corner (NanoDet-Plus). The numbers are 0, 1, 2, … but
+    where ``values`` says others, as in weights that were quantized.
     Source: Li et al., "Generalized Focal Loss", 2020.
     """
 
@@ -91,6 +92,18 @@ class Distances:
     strides: tuple[int, ...]
     bins: int
     point: float = 0.5
+    values: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.values and len(self.values) != self.bins:
+            raise ConfigError(
+                f"values are {len(self.values)} numbers; expected one for each of {self.bins} bins, or none"
+            )
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What each bin stands for."""
+        return self.values or tuple(map(float, range(self.bins)))
 
 
 @dataclass(frozen=True)

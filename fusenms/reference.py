@@ -360,7 +360,7 @@ def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
     if isinstance(decode, Distances):
         cells, strides, _ = _grid(decode.strides, size, 1)
         spread = terms.reshape(len(terms), 4, decode.bins)
-        distance = spread[:, :, 0] if decode.bins == 1 else (_softmax(spread) * np.arange(decode.bins)).sum(2)
+        distance = spread[:, :, 0] if decode.bins == 1 else (_softmax(spread) * np.array(decode.numbers)).sum(2)
         center = cells + decode.point
         return ordered(np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None])
     if isinstance(decode, (GridOffsets, TanhOffsets)):
@@ -391,7 +391,7 @@ def _oriented(terms: Floats, angle: Floats, layout: Layout, size: tuple[int, int
     cells, strides, _ = _grid(layout.decode.strides, size, 1)
     spread = terms.reshape(len(terms), 4, layout.decode.bins)
     left, top, right, bottom = (
-        spread[:, :, 0] if layout.decode.bins == 1 else (_softmax(spread) * np.arange(layout.decode.bins)).sum(2)
+        spread[:, :, 0] if layout.decode.bins == 1 else (_softmax(spread) * np.array(layout.decode.numbers)).sum(2)
     ).T
     with np.errstate(invalid="ignore"):
         turned = (((right - left) + 1j * (bottom - top)) / 2) * np.exp(1j * angle[:, 0])  # a turn of the plane

@@ -59,6 +59,12 @@ def test_masks_in_the_graph_equal_the_reference(backend, layout, rows):
     assert report, report
 
 
+def test_masks_need_no_control_flow_with_rounds():
+    fused = fused_model(LAYOUTS["masks"](), "portable", masks="prototype", rounds=6)
+    assert not {"Loop", "If"} & {node.op_type for node in fused.model.graph.node}
+    assert verify(fused)
+
+
 @pytest.mark.parametrize("layout", ["distances", "keypoints", "oriented"])
 def test_error_when_masks_are_asked_of_a_head_without(layout):
     with pytest.raises(

@@ -12,7 +12,7 @@ from torch.nn import functional
 from fusenms import Detector, fuse, load
 from fusenms.backends import BACKENDS
 from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.boxes import oriented_to_corners, pairwise_probiou
+from fusenms.boxes import cxcywh_to_xyxy, oriented_to_corners, pairwise_probiou
 from fusenms.cli import main
 from fusenms.graph import with_outputs
 from fusenms.reference import candidates
@@ -33,27 +33,41 @@ CASES = [(name, key, settings) for name, cases in FAMILIES.items() for key, sett
 
 @pytest.mark.parametrize(("name", "settings"), [(name, settings) for name, _, settings in CASES])
 def test_raw_outputs_equal_ultralytics(zoo, name, settings):
-    from fusenms import reference
-
     golden = np.load(zoo / "shapes" / "golden" / f"{name}.npz")
     network = network_of(load_checkpoint(zoo / "shapes" / f"{name}.pt", **settings), name)
-    layout, images = network.layout, golden["input"].astype(np.float32) / 255
+    output = golden["output" if network.layout.suppress else "one2one"]
+    check_raw_outputs(network, golden["input"], output, golden["proto"] if "proto" in golden else None)
+
+
+def test_quantized_bins_of_a_box_distribution_are_taken_as_they_are(zoo):
+    golden = np.load(zoo / "golden" / "yolov8n-seg-bus.npz")
+    network = network_of(load_checkpoint(zoo / "derived" / "yolov8n-seg.pt"), "yolov8n-seg")
+    assert network.layout.decode.numbers[1] == pytest.approx(0.9448, abs=1e-4)
+    picture = golden["letterboxed_rgb_uint8"].transpose(2, 0, 1)[None]
+    check_raw_outputs(network, picture, golden["raw"], golden["prototypes"])
+
+
+def check_raw_outputs(network, pictures, outputs, prototypes):
+    from fusenms import reference
+
+    layout, images = network.layout, pictures.astype(np.float32) / 255
     with torch.no_grad():
         taps = [tap.numpy() for tap in network.module(torch.from_numpy(images))]
     head = dict(zip(layout.sources, taps, strict=True))
     for i in range(len(images)):
-        output, classes = golden["output" if layout.suppress else "one2one"][i].T, layout.num_classes
+        output, classes = outputs[i].T, layout.num_classes
         found = candidates(head, i, layout, images.shape[2:])
         numbers, further = np.arange(len(output)), output[:, 4 + classes :]
         np.testing.assert_allclose(found.scores, output[:, 4 : 4 + classes], atol=1e-5)
-        if layout.angle is not None:
-            np.testing.assert_allclose(found.boxes, np.concatenate((output[:, :4], further), 1), atol=5e-3)
+        boxes = output[:, :4]
+        boxes = cxcywh_to_xyxy(boxes) if layout.angle is None else np.concatenate((boxes, further), 1)
+        np.testing.assert_allclose(found.boxes, boxes, atol=5e-3)
         if layout.keypoints is not None:
             points = reference.keypoints(head, i, layout, images.shape[2:], numbers)
             np.testing.assert_allclose(points.reshape(further.shape), further, atol=1e-3)
         if layout.masks is not None:
             np.testing.assert_allclose(reference.mask_coefficients(head, i, layout, numbers), further, atol=1e-4)
-            np.testing.assert_allclose(head[layout.masks.prototypes][i], golden["proto"][i], atol=1e-4)
+            np.testing.assert_allclose(head[layout.masks.prototypes][i], prototypes[i], atol=1e-4)
 
 
 def suppressed_by_a_suppressed_one(fused, picture, box: np.ndarray, label: int, score: float) -> bool:
@@ -115,6 +129,20 @@ def test_detections_equal_ultralytics(zoo, tmp_path, name, key, settings, size):
                 problems += [f"{file}: {p}" for p in differences(fused, found, rows, picture)]
     assert not problems, "\n".join(problems)
     assert total > 50
+
+
+def test_segmentation_finds_what_ultralytics_finds_on_photos(zoo, tmp_path):
+    golden = json.loads((zoo / "golden" / "yolov8n-seg.json").read_text())["images"]
+    raw, problems, total = load(zoo / "derived" / "yolov8n-seg.pt"), [], 0
+    fused = fuse(raw, unverified=True)
+    with Detector(fused.save(tmp_path / "f.onnx", unverified=True)) as detector:
+        for name, values in golden.items():
+            rows = values if isinstance(values, list) else values["detections"]
+            picture = read_picture(zoo / name)
+            total += len(rows)
+            problems += [f"{name}: {p}" for p in differences(fused, detector(picture)[0], rows, picture)]
+    assert not problems, "\n".join(problems)
+    assert total > 200
 
 
 def test_masks_equal_ultralytics_way_to_make_them(zoo, tmp_path):

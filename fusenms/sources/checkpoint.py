@@ -353,12 +353,6 @@ def _finish(model: modules.DetectionModel, one_to_many: bool) -> Checkpoint:
     head = model.model[-1]
     if not isinstance(head, Head):
         raise ValueError(f"its last layer is a {type(head).__name__}, not a detection head")
-    if (
-        isinstance(head, modules.AnchorFreeDetect)
-        and head.reg_max > 1
-        and not torch.equal(head.dfl.conv.weight.flatten(), torch.arange(head.reg_max).float())
-    ):
-        raise ValueError("the bins of its box distribution are not 0, 1, 2, …")
     if isinstance(head, modules.AnchorFreeDetect):
         head.one_to_one = "one2one_cv2" in head._modules and not one_to_many
     strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride).tolist())
@@ -379,6 +373,8 @@ def _check_head(model: modules.DetectionModel, head: Head, strides: tuple[int, .
         queries = shapes[0][0]
         expected = [(queries, 4), (queries, classes)]
     elif isinstance(head, modules.AnchorFreeDetect):
+        if head.reg_max > 1 and len(head.bin_values) != head.reg_max:
+            raise ValueError(f"its box distribution has {len(head.bin_values)} values; expected {head.reg_max}")
         expected = [(4 * int(head.reg_max), cells), (classes, cells)]
     else:
         anchors = tuple(head.anchors.shape)

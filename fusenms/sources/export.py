@@ -150,7 +150,8 @@ def _layout(checkpoint: Checkpoint) -> Layout:
         return queries_layout(count, softmax=False)
     if isinstance(head, AnchorFreeDetect):
         boxes, classes = Tap(HEAD_BOXES, 1, 0, 4 * head.reg_max), Tap(HEAD_CLASSES, 1, 0, count)
-        decode = Distances(checkpoint.strides, head.reg_max)
+        plain = head.bin_values == tuple(map(float, range(head.reg_max)))
+        decode = Distances(checkpoint.strides, head.reg_max, values=() if plain else head.bin_values)
         further = _further(head)
         return Layout(
             "yolov8", boxes, classes, None, Activation.SIGMOID, decode, suppress=not head.one_to_one, **further

@@ -140,8 +140,7 @@ class Concat(nn.Module):
 class DFL(nn.Module):
     """Carrier of the bin values of the distribution focal loss (0, 1, 2, …) in a checkpoint.
 
-    Source: Li et al., "Generalized Focal Loss", 2020. It is decoded in the fused graph, so the
-    loader only checks that the bins are the integers that the decoder uses.
+    Source: Li et al., "Generalized Focal Loss", 2020. It is decoded in the fused graph, by these values.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv"})
@@ -181,6 +180,11 @@ class AnchorFreeDetect(nn.Module):
             for c in channels
         )
         self.dfl = DFL(bins)
+
+    @property
+    def bin_values(self) -> tuple[float, ...]:
+        """What the bins of the box distribution stand for: 0, 1, 2, … but where weights were quantized."""
+        return tuple(self.dfl.conv.weight.flatten().tolist()) if self.reg_max > 1 else (0.0,)
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
         """Return box distances ``[B, 4 * bins, N]`` (left, top, right, bottom) and class logits ``[B, C, N]``."""
