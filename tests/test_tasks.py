@@ -36,7 +36,7 @@ def test_raw_outputs_equal_ultralytics(zoo, name, settings):
     golden = np.load(zoo / "shapes" / "golden" / f"{name}.npz")
     network = network_of(load_checkpoint(zoo / "shapes" / f"{name}.pt", **settings), name)
     output = golden["output" if network.layout.suppress else "one2one"]
-    check_raw_outputs(network, golden["input"], output, golden["proto"] if "proto" in golden else None)
+    check_raw_outputs(network, golden["input"], output, golden.get("proto"))
 
 
 def test_quantized_bins_of_a_box_distribution_are_taken_as_they_are(zoo):

@@ -49,7 +49,12 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
         return raw.layout
     evidence = Evidence(raw)
     heads = [head for head in HEADS if family in (None, head.name)]
-    found = {head.name: head.match(evidence, family is None) for head in heads}
+    found = {
+        head.name: head.match(evidence, family is None)
+        if raw.task in head.tasks
+        else Mismatch(f"the file says that its task is {raw.task!r}; expected {' or '.join(map(repr, head.tasks))}")
+        for head in heads
+    }
     layouts = {name: result for name, result in found.items() if isinstance(result, Layout)}
     if len(layouts) == 1:
         return next(iter(layouts.values()))

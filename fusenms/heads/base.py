@@ -22,12 +22,13 @@ class HeadSpec:
     """A detector family. ``match`` looks at the evidence and never edits; ``certain`` false accepts what only contradicts nothing.
 
     ``match(evidence, certain)``: with ``certain`` the family must be shown by the evidence; without (the user named
-    the family) it is enough that nothing speaks against it. ``pixels`` and ``stretch`` are how networks of the family usually want
-    their pictures.
+    the family) it is enough that nothing speaks against it. ``tasks`` are what its heads can be for. ``pixels`` and ``stretch`` are
+    how networks of the family usually want their pictures.
     """
 
     name: str
     match: Callable[[Evidence, bool], Layout | Mismatch]
+    tasks: tuple[str, ...] = ("detect",)
     pixels: Pixels = field(default=PIXELS["rgb"])
     stretch: bool = False
 

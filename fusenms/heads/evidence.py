@@ -5,6 +5,7 @@ Node and tensor names play no part. The model is run once in ONNX Runtime.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from fusenms.artifacts import RawModel
+from fusenms import contract
+from fusenms.artifacts import RawModel, read_metadata
 from fusenms.errors import SourceError
 from fusenms.graph import cut_before
 from fusenms.layout import Join, Layout, Tap, cells_along
@@ -72,6 +74,20 @@ class Evidence:
         joined = {name: joined_parts(producers, name) for name in outputs}
         values = self._run(outputs, sorted({part for parts in joined.values() for part in parts} - set(outputs)))
         return tuple(Sample(name, values[name], tuple(values[part] for part in joined[name])) for name in outputs)
+
+    @property
+    def keypoints(self) -> tuple[int, int] | None:
+        """How many keypoints the file says it has, and numbers of each; None where it says nothing that can be read."""
+        try:
+            count, numbers = ast.literal_eval(read_metadata(self.raw.model).get(contract.KEY_KEYPOINTS, ""))
+            return int(count), int(numbers)
+        except (ValueError, SyntaxError, TypeError):
+            return None
+
+    def split_prototypes(self) -> tuple[list[Sample], list[Sample]]:
+        """The outputs, those apart that may be the prototypes of masks: ``[1, M, height, width]``."""
+        maps = [sample for sample in self.samples if sample.value.ndim == 4]
+        return [sample for sample in self.samples if sample.value.ndim != 4], maps
 
     @cached_property
     def joins(self) -> list[list[int]]:

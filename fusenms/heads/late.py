@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
 
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError
-from fusenms.heads.evidence import MOVES, Evidence, inputs_of, joined, joined_parts, producers_of
-from fusenms.layout import Activation, AnchorBoxes, Distances, Join, Layout, Tap
-from fusenms.reference import candidates, postprocess
+from fusenms.heads.evidence import COMPUTES, MOVES, Evidence, inputs_of, joined, joined_parts, producers_of
+from fusenms.layout import Activation, AnchorBoxes, AngleTerm, Distances, Join, KeypointTerms, Layout, Tap
+from fusenms.reference import candidates, keypoints, mask_coefficients, postprocess
 
 PIXELS = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
 SCORES = 1e-4
+ANGLES = 1e-5
 JOINED = "fusenms/head"
 MOST_ROWS = 1000
 
@@ -29,7 +31,8 @@ def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
     """The layout of the same head before its sigmoid and softmax, where that can be shown; else the layout as it is.
 
     Where the boxes are decoded in a way that is not known (in int8, for one), before its sigmoid alone.
-    ``layout`` is that of a decoded output with one anchor per cell and no objectness.
+    ``layout`` is that of a decoded output with one anchor per cell and no objectness. Masks, keypoints and angles are taken before
+    their own decode in the same way.
     """
     count = _count(evidence, layout)
     strides = evidence.strides(1, count)
@@ -40,25 +43,80 @@ def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
     logits = inputs_of("Sigmoid", layout.classes.tensor, producers)
     softmaxes = (node.input[0] for node in graph.node if node.op_type == "Softmax")
     spreads = list(dict.fromkeys(name for start in softmaxes for name in _behind(start, producers)))
-    if not logits or not spreads:
+    if not logits:
         return layout
-    values = evidence.values([*logits, *spreads])
+    plain = _upstream(layout.boxes.tensor, producers)[::-1]  # of one bin: the distances themselves; the farthest first
+    values = evidence.values([*logits, *spreads, *plain])
+    box_taps = [tap for tap in _taps(values, spreads, count, None) if tap.channels % 4 == 0 and tap.channels >= 8]
+    box_taps += [tap for tap in _taps(values, plain, count, 4) if tap.tensor != layout.boxes.tensor]
+    further = list(_earlier_further(evidence, layout, count, producers))
     for class_tap in _taps(values, logits, count, layout.num_classes):
-        for box_tap in _taps(values, spreads, count, None):
-            if box_tap.channels % 4 or box_tap.channels < 8:
-                continue
+        for box_tap in box_taps:
             decode = Distances(strides, box_tap.channels // 4)
-            late = Layout(layout.family, box_tap, class_tap, None, Activation.SIGMOID, decode)
-            if _same(evidence, layout, late):
-                return late
+            late = replace(layout, boxes=box_tap, classes=class_tap, activation=Activation.SIGMOID, decode=decode)
+            for terms in further:
+                if _same(evidence, layout, earliest := replace(late, **terms)):
+                    return earliest
     parts = joined_parts(producers, layout.boxes.tensor)
     values |= evidence.values(parts)
     for class_tap in _taps(values, logits, count, layout.num_classes):
         for box_tap in _taps(values, parts, count, 4):
             half = replace(layout, boxes=box_tap, classes=class_tap, activation=Activation.SIGMOID)
-            if _same(evidence, layout, half):
-                return half
+            for terms in (*(t for t in further if _stand_alone(t)), {}):
+                if _same(evidence, layout, earliest := replace(half, **terms)):
+                    return earliest
     return layout
+
+
+def _stand_alone(terms: dict[str, Any]) -> bool:
+    """Whether terms need no cells and leave the boxes alone."""
+    points = terms.get("keypoints")
+    return "angle" not in terms and (points is None or points.factor is None)
+
+
+def _earlier_further(
+    evidence: Evidence, layout: Layout, count: int, producers: dict[str, onnx.NodeProto]
+) -> Iterator[dict[str, Any]]:
+    """The ways in which the layout's masks, keypoints or angle may stand earlier in the graph, as fields of a layout; the last one is
+    where they stand now, as far as that goes with boxes before their decode."""
+    masks, points, angle = layout.masks, layout.keypoints, layout.angle
+    tap = masks.coefficients if masks else points.values if points else angle.value if angle else None
+    if tap is None:
+        yield {}
+        return
+    values = evidence.values(_upstream(tap.tensor, producers))
+    channels = tap.channels
+    for earlier in _taps(values, list(values)[::-1], count, channels):  # the farthest first
+        if earlier.tensor == tap.tensor:
+            continue
+        if masks is not None:
+            yield {"masks": replace(masks, coefficients=earlier)}
+        elif points is not None:
+            for factor, point in ((2.0, 0.0), (1.0, 0.5)):  # YOLOv8 and YOLO11; YOLO26
+                yield {"keypoints": KeypointTerms(earlier, points.numbers, factor, point)}
+            yield {"keypoints": replace(points, values=earlier)}
+        else:
+            for sigmoid in (True, False):
+                yield {"angle": AngleTerm(earlier, sigmoid)}
+    if angle is None:
+        yield {}
+
+
+MOST_UPSTREAM = 120
+
+
+def _upstream(tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
+    """The float tensors that one is made of by moving and computing values one by one, the nearest first."""
+    found, todo = list[str](), [tensor]
+    while todo and len(found) < MOST_UPSTREAM:
+        name = todo.pop(0)
+        node = producers.get(name)
+        if node is None or name in found:
+            continue
+        found.append(name)
+        if node.op_type in (*MOVES, *COMPUTES, "Sin", "Cos"):
+            todo += node.input
+    return found
 
 
 def earliest_anchors(evidence: Evidence, layout: Layout, anchors: int) -> Layout:
@@ -196,15 +254,28 @@ def _taps(values: dict[str, np.ndarray], names: Sequence[str], count: int, chann
 def _same(evidence: Evidence, decoded: Layout, late: Layout) -> bool:
     """Whether the graph behind the taps of ``late`` makes of random values what the reference makes of them."""
     rng = np.random.default_rng(11)
-    values = evidence.values(late.sources)
+    prototypes = None if late.masks is None else late.masks.prototypes
+    values = evidence.values([name for name in late.sources if name != prototypes])
     if any(value.dtype != np.float32 for value in values.values()):  # half precision: the tail is float32
         return False
     taps = {name: rng.normal(0, 2.5, value.shape).astype(np.float32) for name, value in values.items()}
     try:
-        got = evidence.run_behind(taps, decoded.tensors)
+        got = evidence.run_behind(taps, list(dict.fromkeys(tap.tensor for tap in decoded.taps)))
     except SourceError:  # what is behind does not stand alone
         return False
     size = (evidence.raw.image.height, evidence.raw.image.width)
     own = candidates(got, 0, decoded, size)
     ours = candidates(taps | {join.tensor: joined(taps, join) for join in late.joins}, 0, late, size)
-    return bool(np.abs(own.boxes - ours.boxes).max() <= PIXELS and np.abs(own.scores - ours.scores).max() <= SCORES)
+    pairs: list[tuple[Any, Any, float]] = [
+        (own.boxes[:, :4], ours.boxes[:, :4], PIXELS),
+        (own.scores, ours.scores, SCORES),
+    ]
+    pairs.append((own.boxes[:, 4:], ours.boxes[:, 4:], ANGLES))
+    numbers = np.arange(len(own.boxes))
+    if late.masks is not None:
+        pair = (mask_coefficients(v, 0, layout, numbers) for v, layout in ((got, decoded), (taps, late)))
+        pairs.append((next(pair), next(pair), 0.0))
+    if late.keypoints is not None:
+        pair = (keypoints(v, 0, layout, size, numbers) for v, layout in ((got, decoded), (taps, late)))
+        pairs.append((next(pair), next(pair), PIXELS))
+    return all(np.abs(a - b).max(initial=0) <= tolerance for a, b, tolerance in pairs)

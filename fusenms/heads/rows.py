@@ -1,16 +1,20 @@
 """End-to-end exports that give finished rows (YOLOv10, YOLO26, D-FINE, DEIM, RT-DETR with their top-k): nothing to suppress.
 
-One output ``[B, K, 6]``: x1, y1, x2, y2, score, class; or three, in any order: classes ``[B, K]``, boxes ``[B, K, 4]`` (corners) and
+One output ``[B, K, 6]``: x1, y1, x2, y2, score, class (with mask coefficients, keypoints or an angle after them, then cx, cy, w, h of
+the turned box before them); or three, in any order: classes ``[B, K]``, boxes ``[B, K, 4]`` (corners) and
 scores ``[B, K]``. Best first. Where the graph shows what their top-k chooses from, the head is taken there: with fewer operators, and
 free of what fixes the batch in many such files.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.evidence import Evidence, Sample, are_corners, are_normalized, are_probabilities
+from fusenms.heads.further import TASKS, further_channels, further_terms
 from fusenms.heads.late import earliest_rows
 from fusenms.layout import Activation, BoxFormat, Decoded, Join, Layout, Tap
 
@@ -23,13 +27,19 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     """Recognize rows of corners, score and class."""
     shapes = [list(sample.value.shape) for sample in evidence.samples]
     expected = "one [batch, rows, 6] (corners, score, class), or classes [batch, rows], boxes [batch, rows, 4] and scores [batch, rows]"
-    if len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][2] == 6 and shapes[0][1] <= MOST:
-        sample = evidence.samples[0]
+    together, maps = evidence.split_prototypes()
+    further = further_channels(evidence, maps) if len(maps) <= 1 else Mismatch(f"found outputs of shape {shapes}")
+    if isinstance(further, Mismatch):
+        return further
+    own = list(together[0].value.shape) if len(together) == 1 else []
+    if len(own) == 3 and own[2] == 6 + further and own[1] <= MOST:
+        sample = together[0]
         rows = sample.value[0]
         if reason := _not_rows(rows[:, :4], rows[:, 4], rows[:, 5], evidence, certain):
             return Mismatch(reason)
         boxes, scores, labels = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 6)))
-        return _layout(evidence, boxes, scores, labels, rows[:, :4], ())
+        terms = further_terms(evidence, Tap(sample.tensor, 2, 6, own[2]) if further else None, maps)
+        return _layout(evidence, boxes, scores, labels, rows[:, :4], (), terms)
     boxes_of = [s for s in evidence.samples if s.value.ndim == 3 and s.value.shape[2] == 4 and s.value.shape[1] <= MOST]
     flat = [s for s in evidence.samples if s.value.ndim == 2]
     if (
@@ -57,16 +67,16 @@ def _match_apart(evidence: Evidence, boxes: Sample, flat: list[Sample], certain:
         )
     joins = tuple(Join(name, (part,), 2, 1) for name, part in zip((SCORES, LABELS), found[0], strict=True))
     return _layout(
-        evidence, Tap(boxes.tensor, 2, 0, 4), Tap(SCORES, 2, 0, 1), Tap(LABELS, 2, 0, 1), boxes.value[0], joins
+        evidence, Tap(boxes.tensor, 2, 0, 4), Tap(SCORES, 2, 0, 1), Tap(LABELS, 2, 0, 1), boxes.value[0], joins, {}
     )
 
 
 def _layout(
-    evidence: Evidence, box_tap: Tap, scores: Tap, labels: Tap, boxes: np.ndarray, joins: tuple[Join, ...]
-) -> Layout:
-    decode = Decoded(BoxFormat.XYXY, are_normalized(boxes))
-    rows = Layout(NAME, box_tap, scores, None, Activation.NONE, decode, joins, suppress=False, labels=labels)
-    return earliest_rows(evidence, rows)
+    evidence: Evidence, box_tap: Tap, scores: Tap, labels: Tap, boxes: np.ndarray, joins: tuple[Join, ...], further: dict[str, Any]
+) -> Layout:  # fmt: skip
+    decode = Decoded(BoxFormat.XYXY, are_normalized(boxes)) if "angle" not in further else Decoded(BoxFormat.CXCYWH)
+    rows = Layout(NAME, box_tap, scores, None, Activation.NONE, decode, joins, suppress=False, labels=labels, **further)
+    return rows if further else earliest_rows(evidence, rows)
 
 
 def _not_rows(
@@ -82,9 +92,9 @@ def _not_rows(
         return "the last channel holds no class numbers"
     if certain and not scores.any():
         return f"every score is 0 on the test picture, which shows nothing; if these are finished rows, say --family {NAME}"
-    if not are_corners(boxes[scores > 0]) and scores.any():
+    if evidence.raw.task != "obb" and not are_corners(boxes[scores > 0]) and scores.any():
         return "the boxes are no corners: some high corner is below its low one"
     return None
 
 
-ROWS = HeadSpec(NAME, match)
+ROWS = HeadSpec(NAME, match, tasks=TASKS)
