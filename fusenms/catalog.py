@@ -29,6 +29,7 @@ class Family:
     licence: str
     tried: str
     files: tuple[str, ...]
+    task: str = "detect"
 
 
 def families() -> tuple[Family, ...]:

@@ -20,14 +20,15 @@ HEAD = """# Families, and what each was tried on
 Made by `python tests/families.py`, and held against the code by `tests/test_families.py`. The files are other people's checkpoints and
 small ones that we trained, and are not part of the repository. Ultralytics 8.4.190 made the expected outputs.
 
-| file | head | decode | raw outputs | ort | trt | portable | batch | TensorRT-RTX |
-|---|---|---|---|---|---|---|---|---|
+| file | task | head | decode | raw outputs | ort | trt | portable | batch | TensorRT-RTX |
+|---|---|---|---|---|---|---|---|---|---|
 """
 NOTES = """
-- **raw outputs**: equal to Ultralytics' own on the same input, within 0.01 px and 1e-4 of a score; *detections*: no raw outputs came with
-  the file, so it is compared by its detections (`tests/test_detector.py`).
+- **raw outputs**: boxes (with angles) and scores equal to Ultralytics' own on the same input, within 0.01 px and 1e-4 of a score;
+  *detections*: no raw outputs came with the file, so it is compared by its detections (`tests/test_detector.py`). Masks and keypoints:
+  `tests/test_tasks.py`.
 - **ort, trt, portable**: every row of the fused model equals the float64 reference on 32 images at batch 1, 2 and 7 (`trt`: with a body for
-  the plugin, in ONNX Runtime).
+  the plugin, in ONNX Runtime; oriented boxes are suppressed by plain operators on every backend).
 - **batch**: *dynamic*; *mixed*: dynamic int8, whose ranges span the batch.
 - **TensorRT-RTX**: an engine of the portable graph was built; not run, for want of a GPU.
 """
@@ -38,6 +39,7 @@ class Row:
     """One line of the table."""
 
     file: str
+    task: str
     head: str
     decode: str
     raw: str
@@ -46,7 +48,7 @@ class Row:
     engine: str
 
     def __str__(self) -> str:
-        cells = (f"`{self.file}`", self.head, self.decode, self.raw, *self.equal, self.batch, self.engine)
+        cells = (f"`{self.file}`", self.task, self.head, self.decode, self.raw, *self.equal, self.batch, self.engine)
         return f"| {' | '.join(cells)} |"
 
 
@@ -64,7 +66,7 @@ def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     equal = tuple("equal" if model.report else "DIFFERS" for model in fused.values())
     engine = _engine(fused["portable"].save(work / "m.portable.onnx")) if engines else ""
     batch = "dynamic" if fused["ort"].image.independent else "mixed"
-    return Row(file, layout.family, layout.decode_stage, _parity(folder, file), equal, batch, engine)
+    return Row(file, layout.task, layout.family, layout.decode_stage, _parity(folder, file), equal, batch, engine)
 
 
 def _with(raw, layout):
@@ -113,8 +115,10 @@ def _parity(folder: Path, file: str) -> str:
             boxes, scores = cxcywh_to_xyxy(values["boxes"][i] * images.shape[2]), 1 / (1 + np.exp(-values["logits"][i]))
         else:
             key = "raw" if "raw" in values else "output" if network.layout.suppress else "one2one"
-            output = values[key][i].T
-            boxes, scores = cxcywh_to_xyxy(output[:, :4]), output[:, 4:]
+            output, last = values[key][i].T, 4 + network.layout.num_classes
+            boxes, scores = cxcywh_to_xyxy(output[:, :4]), output[:, 4:last]
+            if network.layout.angle is not None:
+                boxes = np.concatenate((output[:, :4], output[:, last:]), 1)
         worst = [
             max(w, float(np.abs(a - b).max()))
             for w, a, b in zip(worst, (found.boxes, found.scores), (boxes, scores), strict=True)

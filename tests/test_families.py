@@ -17,7 +17,7 @@ def test_file_does_what_the_table_says(zoo, tmp_path, family, file):
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
     found = row(zoo, file, tmp_path)
     assert str(found) == LINES[file]
-    assert (found.head, found.decode) == (family.head, family.decode)
+    assert (found.task, found.head, found.decode) == (family.task, family.head, family.decode)
     assert set(found.equal) == {"equal"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
-from foreign import AnchorDecoded, Decoded, write
+from foreign import AnchorDecoded, Decoded, Further, FurtherRows, write
 from onnx import helper
 
 from fusenms import fuse, load, recognize
@@ -21,6 +21,10 @@ from fusenms.heads import HEADS, HeadSpec
 from fusenms.layout import Activation, Distances
 
 SHAPE_NAMES = {"names": "{0: 'circle', 1: 'square', 2: 'triangle'}", "task": "detect", "stride": "32"}
+FURTHER_METADATA = {
+    task: SHAPE_NAMES | {"task": task} | ({"kpt_shape": "[4, 3]"} if task == "pose" else {})
+    for task in ("segment", "pose", "obb")
+}
 
 
 @pytest.mark.parametrize("metadata", [None, SHAPE_NAMES])
@@ -228,8 +232,9 @@ REAL = {
     "derived/yolov8n.onnx": ("yolov8", 80, "late"),
     "derived/yolov5n.onnx": ("yolov5", 80, "late"),
     "derived/yolo26n_e2e.onnx": ("rows", 80, "full"),
-    "yolov8n_dynint8_640.onnx": ("yolov8", 80, "full"),
-    "yolo11n_dynint8_320.onnx": ("yolov8", 80, "full"),
+    "yolov8n_dynint8_640.onnx": ("yolov8", 80, "late"),
+    "yolo11n_dynint8_320.onnx": ("yolov8", 80, "late"),
+    "yolov8n-seg_dynint8_320.onnx": ("yolov8", 80, "late"),
     "yolo26n_dynint8_640_e2e.onnx": ("rows", 80, "full"),
     "yolox_nano_raw_416.onnx": ("yolox", 80, "late"),
     "deimv2_atto_320.onnx": ("rows", 80, "full"),
@@ -245,9 +250,59 @@ def test_real_file_is_recognized(zoo, file):
     assert (layout.family, layout.num_classes, layout.decode_stage) == REAL[file]
 
 
-def test_real_file_of_another_task_is_refused(zoo):
-    with pytest.raises(HeadNotRecognizedError, match="no known detector head fits"):
-        recognize(load(zoo / "yolov8n-seg_dynint8_320.onnx", make_dynamic=True))
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("task", ["segment", "pose", "obb"])
+def test_heads_of_other_tasks_are_taken_before_their_decode(tmp_path, task, turned, shuffle):
+    path = write(Further(task, turned), tmp_path / "m.onnx", shuffle=shuffle, metadata=FURTHER_METADATA[task])
+    fused = fuse(path, score_threshold=0.05, indices=True)
+    layout = fused.layout
+    assert fused.report, fused.report
+    assert (layout.family, layout.task, layout.decode_stage, layout.num_classes) == ("yolov8", task, "late", 3)
+    assert layout.boxes.tensor != layout.classes.tensor
+    if task == "segment":
+        assert layout.masks.coefficients.tensor != layout.boxes.tensor
+    elif task == "pose":
+        assert (layout.keypoints.factor, layout.keypoints.numbers) == (2.0, 3)
+    else:
+        assert layout.angle.sigmoid
+
+
+def test_masks_need_no_metadata_where_names_show_the_classes(tmp_path):
+    path = write(Further("segment"), tmp_path / "m.onnx", metadata={"names": SHAPE_NAMES["names"]})
+    assert recognize(load(path)).task == "segment"
+
+
+def test_error_when_a_pose_file_does_not_say_its_keypoints(tmp_path):
+    metadata = {key: value for key, value in FURTHER_METADATA["pose"].items() if key != "kpt_shape"}
+    with pytest.raises(HeadNotRecognizedError, match="does not say how many keypoints it has; expected kpt_shape"):
+        recognize(load(write(Further("pose"), tmp_path / "m.onnx", metadata=metadata)))
+
+
+@pytest.mark.parametrize("task", ["pose", "obb"])
+def test_error_when_a_file_does_not_say_its_task(tmp_path, task):
+    metadata = {"names": SHAPE_NAMES["names"]}
+    with pytest.raises(HeadNotRecognizedError, match=r"found \d+ channels after the box, but 3 class names"):
+        recognize(load(write(Further(task), tmp_path / "m.onnx", metadata=metadata)))
+
+
+def test_error_for_a_task_that_no_family_gives(tmp_path):
+    path = write(Decoded(), tmp_path / "m.onnx", metadata=SHAPE_NAMES | {"task": "classify"})
+    with pytest.raises(HeadNotRecognizedError, match="the file says that its task is 'classify'; expected 'detect'"):
+        recognize(load(path))
+
+
+@pytest.mark.parametrize("task", ["segment", "pose", "obb"])
+def test_finished_rows_of_other_tasks(tmp_path, task):
+    fused = fuse(write(FurtherRows(task), tmp_path / "m.onnx", metadata=FURTHER_METADATA[task]), score_threshold=0.05)
+    assert fused.report, fused.report
+    assert (fused.layout.family, fused.layout.task, fused.layout.suppress) == ("rows", task, False)
+
+
+def test_yolov5_with_masks(tmp_path):
+    fused = fuse(write(AnchorDecoded(2, masks=6), tmp_path / "m.onnx"), score_threshold=0.2)
+    assert fused.report, fused.report
+    assert (fused.layout.family, fused.layout.task, fused.layout.num_classes) == ("yolov5", "segment", 2)
 
 
 def test_real_quantized_file_equals_reference(zoo):

@@ -12,7 +12,7 @@ from fusenms import fuse, load
 from fusenms.backends import BACKENDS
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import ConfigError, SourceError
-from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, Tap
+from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, MaskTerms, Tap
 
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 NAMES = ("cat", "dog", "cow")
@@ -150,3 +150,36 @@ def test_error_says_what_is_wrong(module, settings, error, message):
 def test_error_when_a_file_is_given_a_layout(tmp_path):
     with pytest.raises(ConfigError, match="example, layout and names are for an"):
         load("yolov8n.pt", layout=layout())
+
+
+class WithMasks(torch.nn.Module):
+    """Boxes, classes and mask coefficients in one tensor, prototypes in another."""
+
+    def __init__(self, prototypes: int = 4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows, self.prototypes = torch.nn.Conv2d(3, 4 + 3 + 4, 16, 16), torch.nn.Conv2d(3, prototypes, 4, 4)
+
+    def forward(self, images):
+        rows = self.rows(images).flatten(2)
+        return torch.cat((rows[:, :4].sigmoid() * 64, rows[:, 4:]), 1), self.prototypes(images)
+
+
+MASK_LAYOUT = Layout(
+    "in-house", Tap("rows", 1, 0, 4), Tap("rows", 1, 4, 7), None, Activation.SIGMOID, Decoded(BoxFormat.CXCYWH),
+    masks=MaskTerms(Tap("rows", 1, 7, 11), "protos"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("masks", ["coefficients", "prototype"])
+def test_module_with_masks(masks):
+    fused = fuse(WithMasks(), example=torch.zeros(1, 3, 64, 64), layout=MASK_LAYOUT, masks=masks)
+    assert fused.report, fused.report
+    assert fused.task == "segment"
+
+
+def test_error_when_prototypes_do_not_fit_their_coefficients():
+    with pytest.raises(
+        ConfigError, match=r"prototypes protos are \[2, 5, 16, 16\]; expected \[batch, 4, height, width\]"
+    ):
+        fuse(WithMasks(5), example=torch.zeros(1, 3, 64, 64), layout=MASK_LAYOUT)

@@ -14,23 +14,23 @@ WEIGHTS = {"pt": ".pt", "hf": "Hugging Face directory", "onnx": ".onnx", "module
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("word", nargs="?", default="", metavar="WORD", help="only those whose entry has this word")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only those whose entry has these words")
 
 
 def run(args: argparse.Namespace) -> int:
     steps = Steps(args.json)
-    found = [entry for entry in families() if args.word.lower() in str(asdict(entry)).lower()]
+    words = [word.lower() for word in args.words]
+    found = [entry for entry in families() if all(word in str(asdict(entry)).lower() for word in words)]
     if not args.json:
         for entry in found:
             nms = "suppressed" if entry.suppress else "no suppression"
             print(f"{entry.name}")
-            print(
-                f"    reads    {', '.join(WEIGHTS[kind] for kind in entry.weights)} · head {entry.head} · {entry.decode} decode · {nms}"
-            )
+            weights = ", ".join(WEIGHTS[kind] for kind in entry.weights)
+            print(f"    reads    {weights} · {entry.task} · head {entry.head} · {entry.decode} decode · {nms}")
             print(f"    known    {'; '.join(entry.checkpoints)}")
             print(f"    source   {entry.source} ({entry.licence})")
             print(f"    tried    {entry.tried}")
         if not found:
-            print(f"no family has the word {args.word!r}; fusenms families lists them all")
+            print(f"no family has the words {' '.join(args.words)!r}; fusenms families lists them all")
     steps.finish(families=[asdict(entry) for entry in found])
     return 0

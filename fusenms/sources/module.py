@@ -66,7 +66,7 @@ def load_module(
     _check_shapes(title, layout, tensors)
     _check_scores(title, head, layout, (height, width))
     every = tuple(map(str, names)) or tuple(f"class{i}" for i in range(layout.num_classes))
-    return Network(head, layout, every, "detect", title, (height, width), 1, True, pixels, stretch)
+    return Network(head, layout, every, layout.task, title, (height, width), 1, True, pixels, stretch)
 
 
 def outputs_of(found: Any, tensors: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -118,6 +118,12 @@ def _check_shapes(title: str, layout: Layout, tensors: tuple[Tensor, ...]) -> No
                 f"{title}: {tap.tensor} is {list(shape)}; expected 3 dimensions, {tap.stop} channels or more at axis {tap.channel_axis}"
             )
         counts.add(shape[3 - tap.channel_axis])
+    if layout.masks is not None:
+        shape, wanted = shapes[layout.masks.prototypes], layout.masks.coefficients.channels
+        if len(shape) != 4 or shape[1] != wanted:
+            raise ConfigError(
+                f"{title}: prototypes {layout.masks.prototypes} are {list(shape)}; expected [batch, {wanted}, height, width]"
+            )
     if len(counts) > 1:
         raise ConfigError(
             f"{title}: its tensors have {', '.join(map(str, sorted(counts)))} candidates; expected as many in each"

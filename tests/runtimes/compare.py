@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fusenms import contract
 from fusenms.artifacts import FusedModel, load_fused
 from fusenms.backends.base import OnnxRuntimeRunner, first_line
 from fusenms.heads.evidence import picture
@@ -58,7 +59,8 @@ def run_tract(path: Path, images: np.ndarray) -> Outputs:
     import tract
 
     model = tract.onnx().load(str(path))
-    names = [name for name, _ in load_fused(path).config.outputs]  # it names outputs after their nodes
+    fused = load_fused(path)
+    names = [name for name, _ in fused.layout.outputs(fused.config)]  # it names outputs after their nodes
     for i in range(len(names)):
         model.set_output_fact(i, None)
     model.set_input_fact(0, ",".join(map(str, images.shape)) + ",f32")
@@ -128,6 +130,11 @@ def _pairs(fused: FusedModel, expected: Outputs, got: Outputs) -> list[tuple[int
         boxes, scores = (np.abs(expected[n][i, :count] - got[n][i, :count]) for n in names[1:3])
         other = (boxes.max(1, initial=0) > PIXELS) | (scores > SCORES)
         other |= expected[names[3]][i, :count] != got[names[3]][i, :count]
+        for name in set(expected) - set(names) - {contract.PROTOTYPES, contract.CONVERGED}:  # of rows too
+            apart = np.abs(expected[name][i, :count].astype(np.float64) - got[name][i, :count])
+            other |= (apart > PIXELS).reshape(count, -1).mean(1, dtype=np.float64) > (
+                0.001 if name == contract.MASKS else 0
+            )
         found.append((count, int(other.sum()), float(boxes.max(initial=0)), float(scores.max(initial=0))))
     return found
 
