@@ -10,10 +10,11 @@ SIZE ?=
 BATCH ?= 1,8,32
 ARGS ?=
 CHECKPOINT ?=
+CHECKPOINTS ?=
 PICTURE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
-.PHONY: help demo test check bench format clean
+.PHONY: help demo test check bench bench-tasks format clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -39,6 +40,10 @@ check: $(VENV)/.dev ## Lint, format check, types
 bench: $(VENV)/.bench ## Time fusenms beside its peers: make bench CHECKPOINT=yolov8n.pt [PICTURE=FILE]; writes docs/benchmarks.*
 	@test -n "$(CHECKPOINT)" || { echo "name a YOLOv8-style checkpoint: make bench CHECKPOINT=yolov8n.pt"; exit 2; }
 	$(BIN)/python tests/benchmarks/run.py $(CHECKPOINT) $(if $(PICTURE),--picture $(PICTURE)) $(ARGS)
+
+bench-tasks: $(VENV)/.bench ## The same for masks, keypoints, oriented boxes: make bench-tasks CHECKPOINTS="A-seg.pt B-pose.pt"
+	@test -n "$(CHECKPOINTS)" || { echo "name checkpoints with YOLOv8's head: make bench-tasks CHECKPOINTS=\"A-seg.pt B-pose.pt C-obb.pt\""; exit 2; }
+	$(BIN)/python tests/benchmarks/tasks.py $(CHECKPOINTS) $(if $(PICTURE),--picture $(PICTURE)) $(ARGS)
 
 format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .

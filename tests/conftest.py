@@ -25,3 +25,24 @@ def zoo() -> Path:
 def shapes_raw() -> RawModel:
     """The embedded detector, exported at 64 x 64."""
     return load(SHAPES / "shapes.pt", size=64)
+
+
+def write_segmenter(path: Path) -> Path:
+    """The embedded detector with a branch for masks, of random weights, as a checkpoint."""
+    import torch
+    from torch import nn
+
+    from fusenms.sources.checkpoint import load_checkpoint
+    from fusenms.sources.modules import Conv
+    from fusenms.sources.tasks import AnchorFreeSegment, Proto
+
+    torch.manual_seed(0)
+    model = load_checkpoint(SHAPES / "shapes.pt").module
+    head = model.model[-1]
+    channels = [branch[0].conv.in_channels for branch in head.cv2]
+    head.__class__, head.nm = AnchorFreeSegment, 4
+    head.cv4, head.proto = nn.ModuleList(nn.Conv2d(c, 4, 1) for c in channels), Proto()
+    head.proto.cv1, head.proto.cv2, head.proto.cv3 = Conv(channels[0], 8, 3), Conv(8, 8, 3), Conv(8, 4)
+    head.proto.upsample = nn.ConvTranspose2d(8, 8, 2, 2)
+    torch.save({"model": model}, path)
+    return path

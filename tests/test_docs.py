@@ -8,7 +8,7 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, SHAPES
+from conftest import ROOT, SHAPES, write_segmenter
 
 from fusenms.cli import build_parser, main
 
@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 def folder(tmp_path, monkeypatch):
     """A folder with the files that the README names: small ones of ours under those names."""
     shutil.copy(SHAPES / "shapes.pt", tmp_path / "yolov8n.pt")
+    write_segmenter(tmp_path / "yolov8n-seg.pt")
     shutil.copy(SHAPES / "shapes0.jpg", tmp_path / "bus.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path

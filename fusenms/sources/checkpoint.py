@@ -116,7 +116,7 @@ def _stand_ins() -> dict[str, Any]:
     table |= {
         f"models.yolo.{name}": modules.DetectionModel for name in ("Model", "DetectionModel", "SegmentationModel")
     }
-    ours = (*_BLOCKS, modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
+    ours = (*_BLOCKS, *tasks.HEADS.values(), modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
     table |= {f"{cls.__module__}.{cls.__name__}": cls for cls in ours}
     return table | dict.fromkeys(_INERT, Inert)
 

@@ -247,7 +247,8 @@ def markdown(timings: list[Timing], notes: list[str], memory: dict[str, float], 
         f"runs in one process, "
         f"{args.threads} threads. ONNX Runtime {onnxruntime.__version__}, PyTorch {torch.__version__}, {platform.system()} "
         f"{platform.machine()}, CPU only. Absolute times are this machine's; read the ratios.", "",
-        "Made by `make bench CHECKPOINT=FILE.pt`.", "", "![Whole model](benchmarks.svg)", "",
+        "Made by `make bench CHECKPOINT=FILE.pt`. Other tasks: [benchmarks-tasks.md](benchmarks-tasks.md).", "",
+        "![Whole model](benchmarks.svg)", "",
     ]  # fmt: skip
     for part in dict.fromkeys(t.part for t in timings):
         rows = [t for t in timings if t.part == part]
