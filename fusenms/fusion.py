@@ -109,33 +109,23 @@ class _Tail:
         numbers = chosen.numbers(kept.place)
         made[contract.INDICES] = g.where(valid, numbers, g.ints(contract.NO_LABEL))
         if layout.masks is not None:
-            coefficients, prototypes = (
-                self._channels(layout.masks.coefficients, numbers, valid),
-                g.tensor(layout.masks.prototypes),
-            )
-            if self.config.masks == "coefficients":
-                return made | {
-                    contract.MASK_COEFFICIENTS: coefficients,
-                    contract.PROTOTYPES: g.op("Identity", prototypes),
-                }
-            rows, boxes = self.config.max_detections, made[contract.BOXES]
-            made[contract.MASKS] = assemble_masks(
-                g,
-                self.image,
-                coefficients,
-                prototypes,
-                boxes,
-                valid,
-                rows,
-                self.sides,
-                self.adaptive,
-                self.config.rounds is None,
-            )
+            coefficients = self._channels(layout.masks.coefficients, numbers, valid)
+            made |= self._masks(coefficients, g.tensor(layout.masks.prototypes), made[contract.BOXES], valid)
         if layout.keypoints is not None:
             terms = self._channels(layout.keypoints.values, numbers, valid)
             points = decode_keypoints(g, layout, self.image, terms, numbers)
             made[contract.KEYPOINTS] = g.where(g.unsqueeze(g.unsqueeze(valid, 2), 3), points, g.floats(0.0))
         return made
+
+    def _masks(self, coefficients: Tensor, prototypes: Tensor, boxes: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        g, config = self.g, self.config
+        if config.masks == "coefficients":
+            return {contract.MASK_COEFFICIENTS: coefficients, contract.PROTOTYPES: g.op("Identity", prototypes)}
+        rows, branches = config.max_detections, config.rounds is None
+        masks = assemble_masks(
+            g, self.image, coefficients, prototypes, boxes, valid, rows, self.sides, self.adaptive, branches
+        )
+        return {contract.MASKS: masks}
 
     def _channels(self, tap: Tap, numbers: Tensor, valid: Tensor) -> Tensor:
         """The channels of a tap for these candidates ``[B, K]``: ``[B, K, channels]``; zeros where a row is not valid."""

@@ -172,6 +172,11 @@ def keypoints_decoded(classes: int = 5) -> Layout:
     return replace(decoded(classes), keypoints=KeypointTerms(Tap("output0", 1, 4 + classes, 16 + classes), 3))
 
 
+def masks_and_keypoints(classes: int = 5) -> Layout:
+    """Both, as some train them."""
+    return replace(keypoints(classes), masks=MASKS)
+
+
 def oriented(classes: int = 5) -> Layout:
     """YOLOv8-obb at its earliest tap."""
     return replace(distances(classes), angle=AngleTerm(Tap("angle", 1, 0, 1), sigmoid=True))
@@ -189,7 +194,7 @@ def oriented_decoded(classes: int = 5) -> Layout:
 
 FURTHER = (
     *(masks, masks_end_to_end, masks_decoded, masks_anchor_boxes, keypoints, keypoints_end_to_end, keypoints_decoded),
-    *(oriented, oriented_end_to_end, oriented_decoded),
+    *(masks_and_keypoints, oriented, oriented_end_to_end, oriented_decoded),
 )
 """Heads that give more than boxes."""
 

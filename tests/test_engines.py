@@ -184,6 +184,11 @@ def test_trt_graph_passes_the_parser_and_the_plugin_its_interface(tmp_path, layo
     assert checked.nodes > 30
 
 
+def test_trt_graph_with_masks_passes(tmp_path):
+    fused = fused_model(LAYOUTS["masks"](), "trt", masks="prototype", indices=True)
+    assert check_trt_graph(written(fused.model, tmp_path)).plugin
+
+
 def test_real_trt_graphs_pass(tmp_path, zoo, capsys):
     for weights in ("derived/yolov8n.pt", "yolov5n.pt"):
         path = fuse(zoo / weights, backend="trt", unverified=True).save(tmp_path / "m.onnx", unverified=True)
