@@ -51,7 +51,7 @@ SCORE_TOLERANCE = 1e-5
 FARTHEST, FARTHEST_ORIENTED = 1e18, 1e8
 """Pixels, of a box's coordinates in sum: float32 holds the square of it (of an oriented one, the fourth power), and not much more."""
 ANGLE_TOLERANCE = 1e-5
-"""Radians."""
+"""Radians; relative above one."""
 DISTANCE_ROUNDING = 4e-6
 """Absolute and relative, of the Bhattacharyya distance of two oriented boxes in float32."""
 LOGIT_ROUNDING = 1e-5
@@ -195,7 +195,7 @@ def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | N
 def matches(rows: Rows, row: int, box: Floats, score: float, label: int) -> bool:
     """Whether an observed row is this candidate, within rounding."""
     tolerance = np.full(len(box), BOX_TOLERANCE + BOX_RELATIVE * np.abs(box).max())
-    tolerance[4:] = ANGLE_TOLERANCE
+    tolerance[4:] = ANGLE_TOLERANCE * np.maximum(1, np.abs(box[4:]))
     return bool(
         rows.labels[row] == label
         and abs(rows.scores[row] - score) <= SCORE_TOLERANCE

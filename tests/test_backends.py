@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from raw_heads import FURTHER, LAYOUTS, candidates_of, fused_model, shapes_of, tail_of
+from raw_heads import FURTHER, LAYOUTS, SIZE, candidates_of, fused_model, shapes_of, tail_of
 
 from fusenms.backends import BACKENDS, get_backend
 from fusenms.errors import ConfigError, UnsupportedByBackendError
@@ -57,6 +57,19 @@ def test_candidates_numbers_equal_the_references(backend, layout):
 def test_masks_in_the_graph_equal_the_reference(backend, layout, rows):
     report = verify(fused_model(LAYOUTS[layout](), backend, masks="prototype", max_detections=rows))
     assert report, report
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixel_with_its_low_corner_on_the_edge_of_the_box(backend):
+    """The low edge is inside, the high one is not: as in Ultralytics, exactly."""
+    layout = LAYOUTS["masks_decoded"]()
+    tensors = head(layout, 1)
+    tensors["output0"][0, :5, 0] = [16, 24, 16, 32, 0.9]  # x from 8 to 24, y from 8 to 40; a pixel is 4 x 4
+    tensors["output0"][0, 9:, 0], tensors["output1"][:] = 1, 1
+    masks = tail_of(fused_model(layout, backend, masks="prototype", max_detections=40)).run(tensors)["masks"]
+    expected = np.zeros((1, 40, SIZE // 4, SIZE // 4), bool)
+    expected[0, 0, 2:10, 2:6] = True
+    np.testing.assert_array_equal(masks, expected)
 
 
 def test_masks_need_no_control_flow_with_rounds():

@@ -210,6 +210,33 @@ def test_what_the_host_program_trusts_is_not_trusted_here(tmp_path):
     assert not mark.exists()
 
 
+class Got:
+    """Pickled as what `getattr` gives, as older heads keep a method of theirs."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_getattr_in_a_file_gives_nothing(tmp_path):
+    content = tiny()
+    content["model"].model[-1].detect = Got(modules.AnchorFreeDetect, "forward")
+    torch.save(content, tmp_path / "old.pt")
+    head = load_checkpoint(tmp_path / "old.pt").head
+    assert type(head.detect).__name__ == "Inert"
+    assert not callable(head.detect)
+
+
+def test_getattr_cannot_be_a_way_to_call(tmp_path):
+    """`getattr(Conv, "__subclasses__")()` by hand: what stands for it is no function, so the file is refused."""
+    data = b"\x80\x02c__builtin__\ngetattr\n(cfusenms.sources.modules\nConv\nX\x0e\x00\x00\x00__subclasses__tR)R."
+    assert pickle.loads(data), "the pickle is a dud: this test could not fail"
+    with pytest.raises(SourceError):
+        load_checkpoint(archive(data, {}, tmp_path / "calls.pt"))
+
+
 def tiny(**changes) -> dict[str, object]:
     """A small sound checkpoint to damage."""
     head = modules.AnchorFreeDetect(2, (8,), (8,))

@@ -268,6 +268,20 @@ def test_heads_of_other_tasks_are_taken_before_their_decode(tmp_path, task, turn
         assert layout.angle.sigmoid
 
 
+class Mirrored(Further):
+    """The angle turns the boxes one way, and is given the other way round."""
+
+    def joined(self, images):
+        joined = super().joined(images)
+        return torch.cat((joined[:, :-1], -joined[:, -1:]), 1)
+
+
+def test_angle_that_is_not_the_boxes_own_stays_where_the_file_has_it(tmp_path):
+    layout = recognize(load(write(Mirrored("obb"), tmp_path / "m.onnx", metadata=FURTHER_METADATA["obb"])))
+    assert layout.decode_stage == "full"
+    assert not layout.angle.sigmoid
+
+
 def test_masks_need_no_metadata_where_names_show_the_classes(tmp_path):
     path = write(Further("segment"), tmp_path / "m.onnx", metadata={"names": SHAPE_NAMES["names"]})
     assert recognize(load(path)).task == "segment"

@@ -258,3 +258,16 @@ def test_detections_of_other_models_have_no_masks_and_no_angle(tmp_path):
 def test_corners_turn_from_x_to_y():
     box = np.array([[10.0, 20.0, 6.0, 2.0, np.pi / 2]])
     np.testing.assert_allclose(oriented_to_corners(box)[0], [[9, 23], [11, 23], [11, 17], [9, 17]], atol=1e-12)
+
+
+@pytest.mark.parametrize("task", ["pose", "obb"])
+def test_keypoints_and_turned_boxes_scale_with_the_picture(zoo, tmp_path, task):
+    """Each pixel four times: the network sees the same, and everything is twice as large."""
+    picture = read_picture(zoo / "shapes" / "images" / "val0000.jpg")
+    with Detector(fuse(zoo / "shapes" / f"yolov8-p-{task}.pt", size=256).save(tmp_path / "f.onnx")) as detector:
+        small, large = detector([picture, picture.repeat(2, 0).repeat(2, 1)])
+    assert len(small) > 3
+    np.testing.assert_allclose(large.boxes, 2 * small.boxes, atol=1e-3)
+    np.testing.assert_allclose(large.keypoints[..., :2], 2 * small.keypoints[..., :2], atol=1e-3)
+    np.testing.assert_allclose(large.oriented_boxes[:, :4], 2 * small.oriented_boxes[:, :4], atol=1e-3)
+    np.testing.assert_array_equal(large.oriented_boxes[:, 4], small.oriented_boxes[:, 4])

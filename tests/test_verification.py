@@ -152,6 +152,66 @@ def test_wrong_setting_is_caught_and_named(break_it, layout, backend):
     assert any(IN_THE_SETTINGS[break_it] in problem for check in report.checks for problem in check.problems), report
 
 
+def moved(output: str, by: object, dtype: type = np.float32):
+    """Add to an output, where a row is valid."""
+
+    def break_it(model):
+        constant(model, "by", np.array(by, dtype))
+        constant(model, "zero", np.array(-1 if output == "indices" else 0, dtype))
+        rewire(model, output, lambda x: [
+            helper.make_node("Add", [x, "by"], ["moved"]), helper.make_node("Equal", [x, "zero"], ["blank"]),
+            helper.make_node("Where", ["blank", x, "moved"], [output]),
+        ])  # fmt: skip
+
+    return break_it
+
+
+def made_by(output: str, *steps: tuple[str, list[str], np.ndarray | None]):
+    """An output made of itself by one operator and a constant."""
+
+    def break_it(model):
+        def nodes(x):
+            made, name = [], x
+            for n, (op, order, value) in enumerate(steps):
+                inputs = [name if word == "x" else constant(model, f"{word}{n}", value) for word in order]
+                name = output if n == len(steps) - 1 else f"step{n}"
+                made.append(helper.make_node(op, inputs, [name], **({"axis": 2} if op == "Gather" else {})))
+            return made
+
+        rewire(model, output, nodes)
+
+    return break_it
+
+
+FURTHER_MISTAKES = {
+    "index": ("distances", {"indices": True}, moved("indices", 1, np.int32), "indices: "),
+    "coefficients": ("masks", {}, made_by("mask_coefficients", ("Gather", ["x", "order"], np.arange(6)[::-1])), "mask_coefficients: "),
+    "prototypes": ("masks", {}, made_by("prototypes", ("Mul", ["x", "half"], np.float32(1.001))), "the prototypes are not the head's"),
+    "masks": ("masks", {"masks": "prototype"}, made_by("masks", ("Gather", ["x", "order"], np.arange(16)[::-1])), "masks: "),
+    "keypoints": ("keypoints", {}, moved("keypoints", [0, 0.01, 0]), "keypoints: "),
+    "visibility": ("keypoints", {}, moved("keypoints", [0, 0, 1e-3]), "keypoints: "),
+    "blank": ("keypoints", {}, made_by("keypoints", ("Add", ["x", "one"], np.float32(1e-6))), "keypoints: rows past num_detections"),
+    "turned": ("oriented", {}, made_by("boxes", ("Mul", ["x", "way"], np.array([1, 1, 1, 1, -1], np.float32))), "turn the other way"),
+    "degrees": (
+        "oriented", {}, made_by("boxes", ("Mul", ["x", "unit"], np.array([1, 1, 1, 1, 180 / np.pi], np.float32))), "are in degrees"
+    ),
+    "sides": ("oriented", {}, made_by("boxes", ("Gather", ["x", "order"], np.array([0, 1, 3, 2, 4]))), "width and height are swapped"),
+    "angle": ("oriented", {}, moved("boxes", [0, 0, 0, 0, 0.01]), "the boxes are shifted by (+0, +0, +0, +0, +0.01) px, and rad"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", FURTHER_MISTAKES)
+@pytest.mark.parametrize("backend", ["ort", "portable"])
+def test_mistake_in_a_further_output_is_caught_and_named(mistake, backend):
+    layout, settings, break_it, named = FURTHER_MISTAKES[mistake]
+    fused = fused_model(LAYOUTS[layout](), backend, **SETTINGS | settings)
+    assert verify(fused)
+    break_it(fused.model)
+    report = verify(fused)
+    assert not report
+    assert named in str(report), report
+
+
 def test_plugin_that_suppresses_at_equality_is_caught():
     """`EfficientNMS_TRT` drops IoU >= its threshold; without the next float up, verify must see it."""
     fused = fused_model(LAYOUTS["distances"](), "trt", **SETTINGS)
