@@ -8,11 +8,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Settings of the models/% rules:  make models/yolov8n.ort.onnx SIZE=640 ARGS="--score-threshold 0.3"
 SIZE ?=
 BATCH ?= 1,8,32
+PRECISION ?=
 ARGS ?=
 CHECKPOINT ?=
 CHECKPOINTS ?=
 PICTURE ?=
-FUSE = $(BIN)/python -m fusenms $< -o $@ $(if $(SIZE),--size $(SIZE)) $(ARGS)
+FUSE = $(BIN)/python -m fusenms $< -o $@ $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 .PHONY: help demo test check bench bench-tasks format clean
 .DELETE_ON_ERROR:
@@ -24,7 +25,7 @@ help: ## Show this help
 	@echo "  make models/%.trt.onnx      the same, fused for TensorRT (EfficientNMS_TRT)"
 	@echo "  make models/%.portable.onnx the same, with neither NMS operator nor plugin"
 	@echo "  make models/%.rtx           a TensorRT-RTX engine of models/%.portable.onnx"
-	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) SIZE= ARGS= BATCH=$(BATCH)"
+	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) SIZE= PRECISION= ARGS= BATCH=$(BATCH)"
 
 demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land in fusenms-demo/
 	$(BIN)/python -m fusenms demo

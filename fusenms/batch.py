@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from fusenms.artifacts import ImageInput, RawModel
 from fusenms.errors import SourceError
-from fusenms.graph import with_outputs
+from fusenms.graph import with_only_outputs
 from fusenms.layout import Layout
 
 ROUNDING = 1e-4  # relative to the largest value of a tensor
@@ -31,18 +31,11 @@ def open_batch(raw: RawModel, layout: Layout) -> RawModel:
         return raw
     frozen, tensors = raw.frozen_batch, layout.sources
     opened = _opened(raw.model, raw.image, frozen)
-    note, independent = _show_independence(raw, _ending_in(raw.model, tensors), _ending_in(opened, tensors), tensors)
+    note, independent = _show_independence(
+        raw, with_only_outputs(raw.model, tensors), with_only_outputs(opened, tensors), tensors
+    )
     image = replace(raw.image, independent=independent)
     return replace(raw, model=opened, image=image, notes=(*raw.notes, note), frozen_batch=None)
-
-
-def _ending_in(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy whose outputs are these tensors alone."""
-    copy = with_outputs(model, tensors)
-    kept = [entry for entry in copy.graph.output if entry.name in tensors]
-    del copy.graph.output[:]
-    copy.graph.output.extend(kept)
-    return copy
 
 
 def _opened(model: onnx.ModelProto, image: ImageInput, frozen: int) -> onnx.ModelProto:

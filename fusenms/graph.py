@@ -227,6 +227,44 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     return copy
 
 
+def with_only_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """A copy whose outputs are these tensors alone, in the model's order."""
+    copy = with_outputs(model, tensors)
+    kept = [entry for entry in copy.graph.output if entry.name in tensors]
+    del copy.graph.output[:]
+    copy.graph.output.extend(kept)
+    return copy
+
+
+def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model without nodes that nothing needs, in order, each with a name of its own. Its metadata stays behind."""
+    graph = gs.import_onnx(model)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    taken: set[str] = set()
+    for i, node in enumerate(graph.nodes):
+        node.name = node.name if node.name and node.name not in taken else f"{node.op}_{i}"
+        taken.add(node.name)
+    ordered = gs.export_onnx(graph, do_type_check=False)
+    ordered.ir_version = model.ir_version
+    return ordered
+
+
+def constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with initializers in place of its `Constant` nodes that hold a tensor."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    nodes = list(copy.graph.node)
+    del copy.graph.node[:]
+    for node in nodes:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            item = copy.graph.initializer.add()
+            item.CopyFrom(node.attribute[0].t)
+            item.name = node.output[0]
+        else:
+            copy.graph.node.append(node)
+    return copy
+
+
 def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
     """The part of the model behind some of its tensors, which become its inputs.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from fusenms.artifacts import FusedModel, Pixels, RawModel
 from fusenms.backends import get_backend
 from fusenms.batch import open_batch
 from fusenms.config import PostprocessConfig
+from fusenms.drift import drift
 from fusenms.errors import ConfigError, VerificationError
 from fusenms.fusion import fuse_head
 from fusenms.heads import recognize
 from fusenms.layout import Layout
+from fusenms.precision import PRECISIONS, to_half
 from fusenms.sources import load
-from fusenms.verification import verify
+from fusenms.verification import pictures_for, verify
 
 
 def fuse(
@@ -36,6 +39,7 @@ def fuse(
     family: str | None = None,
     images: np.ndarray | None = None,
     unverified: bool = False,
+    precision: str = "fp32",
     **config: Any,
 ) -> FusedModel:
     """Load weights, recognize the head, fuse the post-processing and prove the result.
@@ -48,6 +52,7 @@ def fuse(
         family: name of the detector family, where the file leaves more than one open.
         images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
         unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
+        precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says what that changes on the pictures.
         **config: fields of `PostprocessConfig`.
 
     Returns:
@@ -73,8 +78,23 @@ def fuse(
     else:
         raw = load(weights, **loading)
     found = recognize(raw, family)
-    fused = fuse_head(open_batch(raw, found), found, settings, backend)
+    raw = open_batch(raw, found)
+    fused = fuse_head(raw, found, settings, backend)
+    if precision != "fp32":
+        full, fused = fused, fuse_head(in_precision(raw, found, precision), found, settings, backend)
+        fused = replace(fused, notes=(*fused.notes, drift(full, fused, pictures_for(fused, images)).summary))
     return fused if unverified else prove(fused, verify(fused, images=images))
+
+
+def in_precision(raw: RawModel, layout: Layout, precision: str) -> RawModel:
+    """The network in that precision.
+
+    Raises:
+        ConfigError: there is none of that name, or the network cannot be had in it.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    return raw if precision == raw.precision else to_half(raw, layout)
 
 
 def prove(fused: FusedModel, report: Any) -> FusedModel:

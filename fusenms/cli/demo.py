@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     make_folder(args.output)
     target = args.output / "shapes.ort.onnx"
     check_writable(target)
-    _, fused = make(source / "shapes.pt", "ort", PostprocessConfig(), steps)
+    fused, _ = make(source / "shapes.pt", "ort", PostprocessConfig(), steps)
     with progress_bar("verify") as progress:
         report = verify(fused, progress=progress)
     prove(fused, report).save(target)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from fusenms.artifacts import PIXELS, FusedModel, RawModel, check_writable
+from fusenms.artifacts import PIXELS, FusedModel, check_writable
 from fusenms.backends import BACKENDS, get_backend
 from fusenms.batch import open_batch
 from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
 from fusenms.config import PostprocessConfig
 from fusenms.contract import MASK_KINDS, NAME_PRESETS
+from fusenms.drift import drift
 from fusenms.errors import ConfigError
 from fusenms.fusion import fuse_head
 from fusenms.heads import HEADS, recognize
-from fusenms.pipeline import prove
+from fusenms.pipeline import in_precision, prove
+from fusenms.precision import HALF, PRECISIONS
 from fusenms.runtime.pictures import list_pictures, load_tensor
 from fusenms.sources import load
-from fusenms.verification import verify
+from fusenms.verification import pictures_for, verify
 
 NAME = "fuse"
 HELP = "fuse the post-processing into a detector's weights, prove it, write the model (the default command)"
@@ -77,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--family",
         choices=[head.name for head in HEADS],
         help="detector family, where the file leaves more than one open",
+    )
+    model.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        default=PRECISIONS[0],
+        help="of the network; the decode and all after it are float32 in any case (default: %(default)s)",
     )
     post = parser.add_argument_group("post-processing")
     post.add_argument(
@@ -146,11 +154,17 @@ def run(args: argparse.Namespace) -> int:
     check_writable(output, Path(args.weights))
     if args.images is not None:
         list_pictures(args.images)  # fails early
-    _, fused = make(args.weights, args.backend, config, steps, args)
+    fused, full = make(args.weights, args.backend, config, steps, args)
+    images = None
+    if args.images is not None:
+        images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch)
+    if full is not None:
+        changed = drift(full, fused, pictures_for(fused, images))
+        steps.values["drift"] = changed.to_dict()
+        hint = "" if changed.before or images is not None else " (give --images for pictures that show something)"
+        steps.line("half", f"{changed.summary}{hint}")
+        fused = replace(fused, notes=(*fused.notes, changed.summary))
     if not args.unverified:
-        images = None
-        if args.images is not None:
-            images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch)
         with progress_bar("verify") as progress:
             report = verify(fused, images=images, progress=progress)
         steps.values["verification"] = report.to_dict()
@@ -170,8 +184,8 @@ def make(
     config: PostprocessConfig,
     steps: Steps,
     options: argparse.Namespace | None = None,
-) -> tuple[RawModel, FusedModel]:
-    """Load, recognize and fuse, with a line for each."""
+) -> tuple[FusedModel, FusedModel | None]:
+    """Load, recognize and fuse, with a line for each; in half precision, the same in float32 too."""
     chosen = {name: getattr(options, name) for name in LOADING} if options else {}
     raw = load(weights, **chosen)
     layout = recognize(raw, options.family if options else None)
@@ -181,13 +195,15 @@ def make(
     steps.line("load", f"{raw.source} · {layout.family} {layout.task} · {layout.num_classes} classes{safe}")
     for note in raw.notes:
         steps.line("export" if checkpoint else "read", note)
-    fused = fuse_head(raw, layout, config, backend)
+    fused, full = fuse_head(raw, layout, config, backend), None
+    if options is not None and options.precision != raw.precision:
+        full, fused = fused, fuse_head(in_precision(raw, layout, options.precision), layout, config, backend)
     for note in fused.notes[len(raw.notes) :]:
-        steps.line("input", note)
+        steps.line("half" if note == HALF else "input", note)
     outputs = ", ".join(name for name, _ in layout.outputs(config))
     steps.line("fuse", f"{layout.decode_stage} decode · {fused.suppressed_by} · {outputs}")
     steps.values |= {
         "source": raw.source, "family": layout.family, "task": layout.task, "classes": list(fused.names), "notes": list(fused.notes),
         "backend": backend, "decode": layout.decode_stage, "layout": layout.to_dict(), "config": config.to_dict(),
     }  # fmt: skip
-    return raw, fused
+    return fused, full
