@@ -106,8 +106,8 @@ class RawModel:
     """A detector as ONNX, up to its raw head, with dynamic batch; or with a ``frozen_batch``, which `fusenms.batch` opens.
 
     ``layout`` is set where the source knows it (our own export, a module described by hand);
-    otherwise `fusenms.recognize` finds it. ``notes`` are lines for the user on how it came about. ``pixels`` and ``stretch`` say how
-    the network wants its pictures; None: as its family usually does.
+    otherwise `fusenms.recognize` finds it. ``precision`` is that of the network, "fp32" or "fp16". ``notes`` are lines for the user on
+    how it came about. ``pixels`` and ``stretch`` say how the network wants its pictures; None: as its family usually does.
     """
 
     model: onnx.ModelProto
@@ -120,6 +120,7 @@ class RawModel:
     pixels: Pixels | None = None
     stretch: bool | None = None
     frozen_batch: int | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class FusedModel:
     config: PostprocessConfig
     backend: str
     suppressed_by: str = ""
+    precision: str = "fp32"
     report: Report | None = field(default=None, compare=False)
     notes: tuple[str, ...] = ()
 
@@ -156,6 +158,7 @@ class FusedModel:
             contract.KEY_IMAGE: json.dumps(self.image.to_dict()),
             contract.KEY_DECODE: self.layout.decode_stage,
             contract.KEY_SUPPRESSION: self.suppressed_by,
+            contract.KEY_PRECISION: self.precision,
             contract.KEY_NOTES: json.dumps(list(self.notes)),
             contract.KEY_VERIFICATION: self.report.summary if self.report else contract.UNVERIFIED,
             contract.KEY_NAMES: str(dict(enumerate(self.names))),
@@ -220,6 +223,7 @@ def load_fused(path: str | os.PathLike[str]) -> FusedModel:
             config=PostprocessConfig.from_dict(json.loads(metadata[contract.KEY_CONFIG])),
             backend=metadata[contract.KEY_BACKEND],
             suppressed_by=metadata.get(contract.KEY_SUPPRESSION, ""),
+            precision=metadata.get(contract.KEY_PRECISION, "fp32"),
             notes=tuple(json.loads(metadata[contract.KEY_NOTES])),
         )
     except (KeyError, TypeError, ValueError, SourceError) as error:
@@ -239,6 +243,14 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     for name, spec in fused.layout.outputs(config):
         height, width = sizes.get(name, [0, 0])[-2:] if "h" in spec.shape else (0, 0)  # the picture's size says them
         wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections, height, width)[1:])]
+    if unknown := [entry.name for entry in graph.output if entry.name not in wanted]:
+        raise SourceError(
+            f"{path}: the graph gives {', '.join(unknown)} too, which its metadata does not name; fuse the model again"
+        )
+    if fused.task != fused.layout.task:
+        raise SourceError(
+            f"{path}: its metadata says that its task is {fused.task!r}, but its head is one of {fused.layout.task!r}; fuse the model again"
+        )
     for name, shape in wanted.items():
         if sizes.get(name) != shape:
             found = f"{sizes[name]}" if name in sizes else "nothing of that name"

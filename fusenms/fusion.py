@@ -39,7 +39,7 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     if config.rounds is not None and not layout.suppress:
         raise ConfigError(f"rounds is {config.rounds}, but this head needs no suppression; leave it out")
     if config.masks == "prototype" and layout.masks is None:
-        raise ConfigError(f"masks is {config.masks!r}, but this is a {layout.task} model, which has none; leave it out")
+        raise ConfigError(f"masks is {config.masks!r}, but a model of task {layout.task!r} has none; leave it out")
     g = Graph(raw.model)
     _check_taps(raw, layout)
     shapes = _head_shapes(raw, layout)
@@ -73,7 +73,9 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     )
     names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
     notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; inside made into {pixels}")
-    return FusedModel(g.to_model(), image, names, layout.task, raw.source, layout, config, backend, by, None, notes)
+    return FusedModel(
+        g.to_model(), image, names, layout.task, raw.source, layout, config, backend, by, raw.precision, None, notes
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Candidates of a gridded head are numbered by level, then anchor, then row, then 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -150,6 +151,13 @@ class MaskTerms:
     coefficients: Tap
     prototypes: str
 
+    def __post_init__(self) -> None:
+        _check_tap("coefficients", self.coefficients)
+        if not isinstance(self.prototypes, str) or not self.prototypes:
+            raise ConfigError(
+                f"prototypes is {self.prototypes!r}; expected the name of a tensor [batch, M, height, width]"
+            )
+
 
 @dataclass(frozen=True)
 class KeypointTerms:
@@ -165,10 +173,15 @@ class KeypointTerms:
     point: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.numbers not in (2, 3) or self.values.channels % self.numbers:
+        _check_tap("values", self.values)
+        if type(self.numbers) is not int or self.numbers not in (2, 3) or self.values.channels % self.numbers:
             raise ConfigError(
-                f"keypoints of {self.numbers} numbers in {self.values.channels} channels; expected 2 or 3 (x, y, visibility) for each point"
+                f"keypoints of {self.numbers!r} numbers in {self.values.channels} channels; expected 2 or 3 (x, y, visibility) each"
             )
+        for name in ("factor", "point"):
+            value = getattr(self, name)
+            if not (name == "factor" and value is None) and not _is_finite(value):
+                raise ConfigError(f"{name} of keypoints is {value!r}; expected a finite number")
 
     @property
     def count(self) -> int:
@@ -185,6 +198,11 @@ class AngleTerm:
 
     value: Tap
     sigmoid: bool = False
+
+    def __post_init__(self) -> None:
+        _check_tap("value", self.value, 1)
+        if not isinstance(self.sigmoid, bool):
+            raise ConfigError(f"sigmoid is {self.sigmoid!r}; expected True or False")
 
 
 @dataclass(frozen=True)
@@ -258,9 +276,12 @@ class Layout:
             tap = getattr(self, name)
             if tap is None and name not in ("boxes", "classes"):
                 continue
-            if not isinstance(tap, Tap) or channels not in (None, tap.channels):
-                found = f"has {tap.channels} channels" if isinstance(tap, Tap) else f"is {tap!r}"
-                raise ConfigError(f"{name} {found}; expected a Tap{f' of {channels}' if channels else ''}")
+            _check_tap(name, tap, channels)
+        for name, terms in (("masks", MaskTerms), ("keypoints", KeypointTerms), ("angle", AngleTerm)):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), terms):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a {terms.__name__}")
+        if self.masks is not None and self.angle is not None:
+            raise ConfigError("masks end at upright boxes, so they do not go with an angle")
         if self.labels is not None and (self.classes.channels != 1 or self.suppress):
             raise ConfigError(
                 "labels are of finished rows: expected one channel of classes, the score, and suppress=False"
@@ -270,8 +291,6 @@ class Layout:
             raise ConfigError("background goes with Activation.SOFTMAX, and objectness does not")
         if self.keypoints is not None and self.keypoints.factor is not None and not isinstance(self.decode, Distances):
             raise ConfigError("keypoints with a factor go with the cells of Distances; finished ones have none")
-        if self.angle is not None and self.angle.value.channels != 1:
-            raise ConfigError(f"angle has {self.angle.value.channels} channels; expected a Tap of 1")
         if self.angle is not None and not (
             isinstance(self.decode, Distances)
             or (
@@ -416,6 +435,16 @@ class Layout:
             raise SourceError(
                 f"the layout stored in the file is unreadable ({error!r}); export the model again"
             ) from error
+
+
+def _check_tap(name: str, tap: Any, channels: int | None = None) -> None:
+    if not isinstance(tap, Tap) or channels not in (None, tap.channels):
+        found = f"has {tap.channels} channels" if isinstance(tap, Tap) else f"is {tap!r}"
+        raise ConfigError(f"{name} {found}; expected a Tap{f' of {channels}' if channels else ''}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _named(kind: Any) -> str:

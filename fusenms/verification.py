@@ -160,7 +160,7 @@ def verify(
     fused = model if isinstance(model, FusedModel) else load_fused(model)
     if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
         raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
-    sizes = [(fused, _pictures(fused, images))]
+    sizes = [(fused, pictures_for(fused, images))]
     if fused.image.dynamic_size:  # another size, where the candidates stand elsewhere
         image = fused.image
         other = replace(image, height=image.height + image.stride, width=image.width + 2 * image.stride)
@@ -182,7 +182,12 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
 
-def _pictures(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
+def pictures_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
+    """These pictures, checked; a made-up one where there are none.
+
+    Raises:
+        InputError: they do not fit the model.
+    """
     size = (fused.image.height, fused.image.width)
     if images is None:
         return picture(*size)
@@ -381,9 +386,10 @@ class _Verification:
         problems = []
         for name, value in wanted.items():
             got, blank = outputs[name][i], contract.NO_LABEL if name == contract.INDICES else 0
+            rows, value = got[:count].astype(np.float64), value.astype(np.float64)
             with np.errstate(invalid="ignore"):
-                apart = np.abs(got[:count].astype(np.float64) - value) > tolerance.get(name, np.zeros(1))
-            apart &= ~(np.isnan(got[:count].astype(np.float64)) & np.isnan(value.astype(np.float64)))
+                near = np.abs(rows - value) <= tolerance.get(name, np.zeros(1))  # false for NaN
+            apart = ~(near | (rows == value) | (np.isnan(rows) & np.isnan(value)))
             if apart.any():
                 row = int(np.nonzero(apart.reshape(count, -1).any(1))[0][0])
                 problems.append(

@@ -80,9 +80,7 @@ def test_masks_need_no_control_flow_with_rounds():
 
 @pytest.mark.parametrize("layout", ["distances", "keypoints", "oriented"])
 def test_error_when_masks_are_asked_of_a_head_without(layout):
-    with pytest.raises(
-        ConfigError, match=r"masks is 'prototype', but this is a (detect|pose|obb) model, which has none"
-    ):
+    with pytest.raises(ConfigError, match=r"masks is 'prototype', but a model of task '(detect|pose|obb)' has none"):
         fused_model(LAYOUTS[layout](), masks="prototype")
 
 

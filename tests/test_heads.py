@@ -287,10 +287,34 @@ def test_masks_need_no_metadata_where_names_show_the_classes(tmp_path):
     assert recognize(load(path)).task == "segment"
 
 
-def test_error_when_a_pose_file_does_not_say_its_keypoints(tmp_path):
-    metadata = {key: value for key, value in FURTHER_METADATA["pose"].items() if key != "kpt_shape"}
+@pytest.mark.parametrize(
+    "shape", [None, "[0, 3]", "[17]", "abc", "[1e999, 3]", "[4.9, 3.2]", "{4: 1, 3: 2}", "'43'", "[4, 4]"]
+)
+def test_error_when_a_pose_file_does_not_say_its_keypoints(tmp_path, shape):
+    metadata = FURTHER_METADATA["pose"] | {"kpt_shape": shape}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
     with pytest.raises(HeadNotRecognizedError, match="does not say how many keypoints it has; expected kpt_shape"):
         recognize(load(write(Further("pose"), tmp_path / "m.onnx", metadata=metadata)))
+
+
+def test_error_when_keypoints_are_not_what_the_file_says(tmp_path):
+    path = write(Further("pose"), tmp_path / "m.onnx", metadata=FURTHER_METADATA["pose"] | {"kpt_shape": "[2, 3]"})
+    with pytest.raises(HeadNotRecognizedError, match="found 9 channels after the box, but 3 class names"):
+        recognize(load(path))
+
+    class Unlikely(Further):
+        """The visibility is not the last of the three."""
+
+        def joined(self, images):
+            joined = super().joined(images)
+            order = [*range(7), *(7 + 3 * point + i for point in range(4) for i in (2, 1, 0))]
+            return joined[:, order]
+
+    path = write(Unlikely("pose"), tmp_path / "m.onnx", metadata=FURTHER_METADATA["pose"])
+    with pytest.raises(
+        HeadNotRecognizedError, match=r"keypoints are \[4, 3\], but every third of their numbers goes from"
+    ):
+        recognize(load(path))
 
 
 @pytest.mark.parametrize("task", ["pose", "obb"])

@@ -5,7 +5,18 @@ import pytest
 from raw_heads import LAYOUTS
 
 from fusenms.errors import ConfigError, SourceError
-from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Join, Layout, Tap
+from fusenms.layout import (
+    Activation,
+    AngleTerm,
+    BoxFormat,
+    Decoded,
+    Distances,
+    Join,
+    KeypointTerms,
+    Layout,
+    MaskTerms,
+    Tap,
+)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -66,3 +77,46 @@ def test_error_when_a_tap_is_none(span):
 def test_error_when_the_format_of_boxes_is_text():
     with pytest.raises(ConfigError, match=r"format is 'cxcywh'; expected one of .*BoxFormat\.XYXY"):
         Decoded("cxcywh")
+
+
+TAP = Tap("x", 1, 0, 12)
+DISTANCES = ("any", Tap("b", 1, 0, 64), Tap("c", 1, 0, 3), None, Activation.SIGMOID, Distances((8, 16), 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MaskTerms("m", "p"), "coefficients is 'm'; expected a Tap"),
+        (lambda: MaskTerms(TAP, None), "prototypes is None; expected the name of a tensor"),
+        (lambda: KeypointTerms(None, 3), "values is None; expected a Tap"),
+        (lambda: KeypointTerms(TAP, "3"), "keypoints of '3' numbers in 12 channels"),
+        (lambda: KeypointTerms(TAP, 3.0), "keypoints of 3.0 numbers"),
+        (lambda: KeypointTerms(Tap("x", 1, 0, 11), 3), "keypoints of 3 numbers in 11 channels"),
+        (lambda: KeypointTerms(TAP, 3, float("nan")), "factor of keypoints is nan; expected a finite number"),
+        (lambda: KeypointTerms(TAP, 3, 2.0, None), "point of keypoints is None"),
+        (lambda: KeypointTerms(TAP, 3, "2"), "factor of keypoints is '2'"),
+        (lambda: AngleTerm(None), "value is None; expected a Tap of 1"),
+        (lambda: AngleTerm(TAP), "value has 12 channels; expected a Tap of 1"),
+        (lambda: AngleTerm(Tap("x", 1, 0, 1), "no"), "sigmoid is 'no'; expected True or False"),
+        (lambda: Layout(*DISTANCES, masks="p"), "masks is 'p'; expected a MaskTerms"),
+        (lambda: Layout(*DISTANCES, keypoints=(1, 2)), r"keypoints is \(1, 2\); expected a KeypointTerms"),
+        (lambda: Layout(*DISTANCES, angle=Tap("x", 1, 0, 1)), "expected a AngleTerm"),
+        (lambda: Layout(*DISTANCES, masks=MaskTerms(TAP, "p"), angle=AngleTerm(Tap("a", 1, 0, 1))), "masks end at upright boxes"),
+        (
+            lambda: Layout(*DISTANCES[:5], Decoded(BoxFormat.XYXY), angle=AngleTerm(Tap("a", 1, 0, 1))),
+            "boxes has 64 channels",
+        ),
+        (
+            lambda: Layout("any", Tap("b", 1, 0, 4), *DISTANCES[2:5], Decoded(BoxFormat.XYXY), angle=AngleTerm(Tap("a", 1, 0, 1))),
+            "an angle goes with Distances, or with Decoded boxes as BoxFormat.CXCYWH",
+        ),
+        (
+            lambda: Layout("any", Tap("b", 1, 0, 4), *DISTANCES[2:5], Decoded(BoxFormat.XYXY), keypoints=KeypointTerms(TAP, 3, 2.0)),
+            "keypoints with a factor go with the cells of Distances",
+        ),
+        (lambda: Distances((8, 16), 16, values=(0.0, 1.0)), "values are 2 numbers; expected one for each of 16 bins"),
+    ],
+)  # fmt: skip
+def test_error_when_further_terms_make_no_sense(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch.nn import functional
@@ -14,6 +15,7 @@ from fusenms.backends import BACKENDS
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.boxes import cxcywh_to_xyxy, oriented_to_corners, pairwise_probiou
 from fusenms.cli import main
+from fusenms.errors import SourceError
 from fusenms.graph import with_outputs
 from fusenms.reference import candidates
 from fusenms.runtime.drawing import draw
@@ -271,3 +273,39 @@ def test_keypoints_and_turned_boxes_scale_with_the_picture(zoo, tmp_path, task):
     np.testing.assert_allclose(large.keypoints[..., :2], 2 * small.keypoints[..., :2], atol=1e-3)
     np.testing.assert_allclose(large.oriented_boxes[:, :4], 2 * small.oriented_boxes[:, :4], atol=1e-3)
     np.testing.assert_array_equal(large.oriented_boxes[:, 4], small.oriented_boxes[:, 4])
+
+
+def test_masks_are_chosen_as_arrays_are(zoo, tmp_path):
+    with Detector(fuse(zoo / "shapes" / "yolov8-p-seg.pt", size=256).save(tmp_path / "f.onnx")) as detector:
+        found = detector(zoo / "shapes" / "images" / "val0000.jpg")[0]
+    every, good = np.asarray(found.masks), found.scores > np.median(found.scores)
+    assert 0 < good.sum() < len(found)
+    for some in (good, [0, 2], slice(1, 3), np.array([-1])):
+        np.testing.assert_array_equal(np.asarray(found.masks[some]), every[some])
+    np.testing.assert_array_equal(found.masks[-1], every[-1])
+    with pytest.raises(ValueError, match="leave copy=False out"):
+        np.array(found.masks, copy=False)
+    assert all(len(outline) > 2 for outlines in found.masks.polygons() for outline in outlines)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda p: p.update({"fusenms.layout": p["fusenms.layout"].replace('"keypoints": {', '"keypoints": null, "was": {')}), "keypoints too"),
+        (lambda p: p.update({"task": "segment"}), "task is 'segment', but its head is one of 'pose'"),
+        (lambda p: p.update({"fusenms.layout": p["fusenms.layout"].replace('"numbers": 3', '"numbers": 3.0')}), "damaged"),
+        (lambda p: p.update({"fusenms.layout": p["fusenms.layout"].replace('"factor": 2.0', '"factor": "2"')}), "damaged"),
+        (lambda p: p.update({"fusenms.config": p["fusenms.config"].replace('"indices": true', '"indices": false')}), "indices too"),
+    ],
+)  # fmt: skip
+def test_error_when_a_file_says_something_else_than_it_is(zoo, tmp_path, break_it, message):
+    path = fuse(zoo / "shapes" / "yolov8-p-pose.pt", size=64, indices=True, unverified=True).save(
+        tmp_path / "f.onnx", unverified=True
+    )
+    model = onnx.load(path)
+    metadata = {item.key: item.value for item in model.metadata_props}
+    break_it(metadata)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+    with pytest.raises(SourceError, match=message):
+        Detector(path)

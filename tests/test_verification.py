@@ -190,6 +190,8 @@ FURTHER_MISTAKES = {
     "masks": ("masks", {"masks": "prototype"}, made_by("masks", ("Gather", ["x", "order"], np.arange(16)[::-1])), "masks: "),
     "keypoints": ("keypoints", {}, moved("keypoints", [0, 0.01, 0]), "keypoints: "),
     "visibility": ("keypoints", {}, moved("keypoints", [0, 0, 1e-3]), "keypoints: "),
+    "nan": ("keypoints", {}, moved("keypoints", np.nan), "keypoints: "),
+    "nan coefficients": ("masks", {}, moved("mask_coefficients", np.nan), "mask_coefficients: "),
     "blank": ("keypoints", {}, made_by("keypoints", ("Add", ["x", "one"], np.float32(1e-6))), "keypoints: rows past num_detections"),
     "turned": ("oriented", {}, made_by("boxes", ("Mul", ["x", "way"], np.array([1, 1, 1, 1, -1], np.float32))), "turn the other way"),
     "degrees": (

@@ -21,7 +21,9 @@ HELP = "run a fused model on pictures: a table of what was found, and annotated 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="FUSED", help="a fused .onnx that runs in ONNX Runtime (backend ort or portable)"
+        "model",
+        metavar="FUSED",
+        help="a fused .onnx that runs in ONNX Runtime (backend ort or portable, or one without a plugin)",
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="pictures, or folders of pictures")
     parser.add_argument(
@@ -108,7 +110,7 @@ def _print_table(result: dict[str, Any], found: Detections) -> None:
     )
     if not len(found):
         return
-    turned = found.oriented_boxes[:, 4].any()
+    turned = found.oriented
     columns = ["cx", "cy", "w", "h", "angle"] if turned else ["x1", "y1", "x2", "y2"]
     boxes = found.oriented_boxes if turned else found.boxes
     if len(found.masks):

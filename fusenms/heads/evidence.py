@@ -79,10 +79,13 @@ class Evidence:
     def keypoints(self) -> tuple[int, int] | None:
         """How many keypoints the file says it has, and numbers of each; None where it says nothing that can be read."""
         try:
-            count, numbers = ast.literal_eval(read_metadata(self.raw.model).get(contract.KEY_KEYPOINTS, ""))
-            return int(count), int(numbers)
-        except (ValueError, SyntaxError, TypeError):
+            shape = ast.literal_eval(read_metadata(self.raw.model).get(contract.KEY_KEYPOINTS, ""))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return None
+        if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(type(n) is int for n in shape):
+            return None
+        count, numbers = shape
+        return (count, numbers) if count > 0 and numbers in (2, 3) else None
 
     def split_prototypes(self) -> tuple[list[Sample], list[Sample]]:
         """The outputs, those apart that may be the prototypes of masks: ``[1, M, height, width]``."""

@@ -27,7 +27,7 @@ def further_channels(evidence: Evidence, maps: list[Sample]) -> int | Mismatch:
         )
     if task == "pose":
         points = evidence.keypoints
-        if points is None or points[0] < 1 or points[1] not in (2, 3):
+        if points is None:
             return Mismatch(
                 "the file does not say how many keypoints it has; expected kpt_shape in its metadata, as [17, 3]"
             )
@@ -44,3 +44,15 @@ def further_terms(evidence: Evidence, tap: Tap | None, maps: list[Sample]) -> di
     if evidence.raw.task == "pose" and evidence.keypoints is not None:
         return {"keypoints": KeypointTerms(tap, evidence.keypoints[1])}
     return {"angle": AngleTerm(tap)}
+
+
+def not_terms(evidence: Evidence, rows: np.ndarray) -> str | None:
+    """Why the further channels ``[N, channels]`` are not what the file says they are; None where they may be."""
+    if evidence.raw.task == "pose" and evidence.keypoints is not None and evidence.keypoints[1] == 3:
+        visibility = rows.reshape(len(rows), *evidence.keypoints)[..., 2]
+        if not ((visibility >= 0) & (visibility <= 1)).all():
+            return (
+                f"the file says that keypoints are {list(evidence.keypoints)}, but every third of their numbers goes from "
+                f"{visibility.min():.3g} to {visibility.max():.3g}; expected visibilities, from 0 to 1"
+            )
+    return None

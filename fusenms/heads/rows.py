@@ -14,7 +14,7 @@ import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.evidence import Evidence, Sample, are_corners, are_normalized, are_probabilities
-from fusenms.heads.further import TASKS, further_channels, further_terms
+from fusenms.heads.further import TASKS, further_channels, further_terms, not_terms
 from fusenms.heads.late import earliest_rows
 from fusenms.layout import Activation, BoxFormat, Decoded, Join, Layout, Tap
 
@@ -35,7 +35,9 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     if len(own) == 3 and own[2] == 6 + further and own[1] <= MOST:
         sample = together[0]
         rows = sample.value[0]
-        if reason := _not_rows(rows[:, :4], rows[:, 4], rows[:, 5], evidence, certain):
+        if reason := _not_rows(rows[:, :4], rows[:, 4], rows[:, 5], evidence, certain) or not_terms(
+            evidence, rows[:, 6:]
+        ):
             return Mismatch(reason)
         boxes, scores, labels = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 6)))
         terms = further_terms(evidence, Tap(sample.tensor, 2, 6, own[2]) if further else None, maps)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.evidence import Evidence, Sample, follows_grid, width_of
-from fusenms.heads.further import TASKS, further_channels, further_terms
+from fusenms.heads.further import TASKS, further_channels, further_terms, not_terms
 from fusenms.heads.late import earliest_distances
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
@@ -61,6 +61,8 @@ def _match_channels(
         )
     if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
         return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
+    if reason := not_terms(evidence, rows[:, 4 + classes :]):
+        return Mismatch(reason)
     if certain and classes > 1 and sorted((4, 1, classes - 1)) in evidence.joins:
         return Mismatch(f"the output is joined from 4, 1 and {classes - 1} channels, so channel 5 is objectness")
     if certain and not names:

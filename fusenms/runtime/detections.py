@@ -12,7 +12,7 @@ from fusenms.boxes import oriented_to_corners
 from fusenms.runtime.masks import Masks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
     """What was found in one picture, best first; never optional, empty arrays where nothing was.
 
@@ -27,6 +27,7 @@ class Detections:
             model has none.
         masks: a sequence of n boolean arrays ``[height, width]`` of the picture; of length 0 where the model has none.
         indices: ``[n]`` int32, the candidate that each row came from; -1 where the model does not say.
+        oriented: whether the model gives turned boxes.
         converged: false where a model with a fixed number of rounds says that they were too few: boxes may be wrong.
     """
 
@@ -38,6 +39,7 @@ class Detections:
     keypoints: np.ndarray
     masks: Masks
     indices: np.ndarray
+    oriented: bool = False
     converged: bool = True
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class Detections:
             }
             for box, score, label in self
         ]
-        if self.oriented_boxes[:, 4].any():
+        if self.oriented:
             for row, box, corners in zip(rows, self.oriented_boxes, self.corners, strict=True):
                 row |= {"oriented_box": [*_rounded(box[:4]), round(float(box[4]), 6)], "corners": _rounded(corners)}
         if self.keypoints.shape[1]:

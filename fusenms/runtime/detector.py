@@ -132,7 +132,8 @@ class Detector:
     def _found(self, outputs: dict[str, np.ndarray], count: int, place: Placement, converged: bool) -> Detections:
         """What was found in one picture, given its outputs."""
         boxes, scores, labels = (outputs[name][:count] for name in self._names[1:])
-        if boxes.shape[1] == 5:
+        turned = boxes.shape[1] == 5
+        if turned:
             oriented = place.oriented_to_picture(boxes)
             boxes = upright_around(oriented_to_corners(oriented))
         else:
@@ -149,6 +150,7 @@ class Detector:
             place.points_to_picture(points),
             Masks(self._mask_logits(outputs, count), boxes, place, (self._image.height, self._image.width)),
             outputs.get(contract.INDICES, np.full(count, -1, np.int32))[:count].copy(),
+            turned,
             converged,
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from fusenms.runtime.pictures import Placement, opencv
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Masks(Sequence[np.ndarray]):
     """Masks as boolean arrays ``[height, width]`` of the picture: ``masks[i]``, or ``np.asarray(masks)``, ``[n, height, width]``.
 
@@ -34,9 +34,10 @@ class Masks(Sequence[np.ndarray]):
         return len(self.logits)
 
     def __getitem__(self, i: Any) -> Any:
-        """Mask ``i``; of a slice, those masks as `Masks`."""
-        if isinstance(i, slice):
-            return Masks(self.logits[i], self.boxes[i], self.place, self.size)
+        """Mask ``i``; of a slice, a list of numbers or a boolean array, those masks as `Masks`."""
+        if np.ndim(i) or isinstance(i, slice):
+            some = i if isinstance(i, slice) else np.asarray(i)
+            return Masks(self.logits[some], self.boxes[some], self.place, self.size)
         inside = self._enlarged(self.logits[i]) > 0
         x1, y1, x2, y2 = self.boxes[i]
         columns, rows = np.arange(self.place.width), np.arange(self.place.height)
@@ -48,16 +49,19 @@ class Masks(Sequence[np.ndarray]):
         return (self[i] for i in range(len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("masks are made when asked for, so there is nothing to share; leave copy=False out")
         shape = (len(self), self.place.height, self.place.width)
         return np.stack(list(self)).astype(dtype or bool) if len(self) else np.zeros(shape, dtype or bool)
 
     def polygons(self) -> list[list[np.ndarray]]:
-        """Of each mask its outlines ``[m, 2]`` float32 (x, y in pixels of the picture), the largest first; without holes."""
+        """Of each mask its outlines ``[m, 2]`` float32 (x, y in pixels of the picture), the largest first; without holes, and without
+        specks of fewer than three points, which are no polygons."""
         cv2, found = opencv(), []
         for mask in self:
             outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
             outlines = sorted(outlines, key=cv2.contourArea, reverse=True)
-            found.append([outline.reshape(-1, 2).astype(np.float32) for outline in outlines])
+            found.append([outline.reshape(-1, 2).astype(np.float32) for outline in outlines if len(outline) > 2])
         return found
 
     def _enlarged(self, logits: np.ndarray) -> np.ndarray:

@@ -190,7 +190,7 @@ def load_checkpoint(path: Path, one_to_many: bool = False) -> Checkpoint:
             "(keys `model` or `ema`), as Ultralytics and YOLOv5 save it: pass that file, not a state dict"
         )
     if not isinstance(model, modules.DetectionModel):
-        raise SourceError(f"{path}: found a {type(model).__name__}; expected a detection model")
+        raise SourceError(f"{path}: found {type(model).__name__} in place of a network; expected {EXPECTED}")
     try:
         _check_tree(path, model)
         checkpoint = _finish(model, one_to_many)
