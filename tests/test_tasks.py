@@ -288,16 +288,20 @@ def test_masks_are_chosen_as_arrays_are(zoo, tmp_path):
     assert all(len(outline) > 2 for outlines in found.masks.polygons() for outline in outlines)
 
 
+def replaced(key: str, old: str, new: str):
+    return lambda metadata: metadata.update({key: metadata[key].replace(old, new)})
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda p: p.update({"fusenms.layout": p["fusenms.layout"].replace('"keypoints": {', '"keypoints": null, "was": {')}), "keypoints too"),
-        (lambda p: p.update({"task": "segment"}), "task is 'segment', but its head is one of 'pose'"),
-        (lambda p: p.update({"fusenms.layout": p["fusenms.layout"].replace('"numbers": 3', '"numbers": 3.0')}), "damaged"),
-        (lambda p: p.update({"fusenms.layout": p["fusenms.layout"].replace('"factor": 2.0', '"factor": "2"')}), "damaged"),
-        (lambda p: p.update({"fusenms.config": p["fusenms.config"].replace('"indices": true', '"indices": false')}), "indices too"),
+        (replaced("fusenms.layout", '"keypoints": {', '"keypoints": null, "was": {'), "keypoints too"),
+        (replaced("task", "pose", "segment"), "task is 'segment', but its head is one of 'pose'"),
+        (replaced("fusenms.layout", '"numbers": 3', '"numbers": 3.0'), "damaged"),
+        (replaced("fusenms.layout", '"factor": 2.0', '"factor": "2"'), "damaged"),
+        (replaced("fusenms.config", '"indices": true', '"indices": false'), "indices too"),
     ],
-)  # fmt: skip
+)
 def test_error_when_a_file_says_something_else_than_it_is(zoo, tmp_path, break_it, message):
     path = fuse(zoo / "shapes" / "yolov8-p-pose.pt", size=64, indices=True, unverified=True).save(
         tmp_path / "f.onnx", unverified=True
