@@ -13,7 +13,7 @@ ARGS ?=
 CHECKPOINT ?=
 CHECKPOINTS ?=
 PICTURE ?=
-FUSE = $(BIN)/python -m fusenms $< -o $@ $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
+FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 .PHONY: help demo test check bench bench-tasks format clean
 .DELETE_ON_ERROR:
@@ -25,6 +25,7 @@ help: ## Show this help
 	@echo "  make models/%.trt.onnx      the same, fused for TensorRT (EfficientNMS_TRT)"
 	@echo "  make models/%.portable.onnx the same, with neither NMS operator nor plugin"
 	@echo "  make models/%.rtx           a TensorRT-RTX engine of models/%.portable.onnx"
+	@echo "  make models/%.engine        a TensorRT engine of models/%.trt.onnx (TensorRT and a GPU are this machine's)"
 	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) SIZE= PRECISION= ARGS= BATCH=$(BATCH)"
 
 demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land in fusenms-demo/
@@ -73,6 +74,9 @@ models/%.portable.onnx: models/%.raw.onnx | $(VENV)/.run
 
 models/%.rtx: models/%.portable.onnx | $(VENV)/.rtx
 	$(BIN)/python -m fusenms engine $< -o $@ --builder rtx --batch $(BATCH)
+
+models/%.engine: models/%.trt.onnx | $(VENV)/.run
+	$(BIN)/python -m fusenms engine $< -o $@ --builder trt --batch $(BATCH)
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("fusenms needs Python 3.10 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'

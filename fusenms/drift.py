@@ -50,17 +50,25 @@ class Drift:
 
 def drift(before: FusedModel, after: FusedModel, images: np.ndarray) -> Drift:
     """Run both in ONNX Runtime on pictures ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one."""
-    runners = [OnnxRuntimeRunner(get_backend(m.backend).to_standard(m.model)) for m in (before, after)]
+    runner = OnnxRuntimeRunner(get_backend(after.backend).to_standard(after.model))
+    rows = [runner.infer(image[None]) for image in images]
+    runner.close()
+    return drift_of(before, images, after, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+
+
+def drift_of(before: FusedModel, images: np.ndarray, after: FusedModel, outputs: dict[str, np.ndarray]) -> Drift:
+    """The same, where the outputs of ``after`` on the pictures are known: ``[n, …]`` by name."""
+    runner = OnnxRuntimeRunner(get_backend(before.backend).to_standard(before.model))
     counts, same, worst = [0, 0], 0, [0.0, 0.0]  # of either model; pairs; box and score
-    for image in images:
-        one, two = (_rows(m, runner.infer(image[None])) for m, runner in zip((before, after), runners, strict=True))
+    for n, image in enumerate(images):
+        one = _rows(before, runner.infer(image[None]))
+        two = _rows(after, {name: value[n : n + 1] for name, value in outputs.items()})
         counts[0], counts[1] = counts[0] + len(one[1]), counts[1] + len(two[1])
         for i, j in _pairs(one, two):
             same += 1
             worst[0] = max(worst[0], float(np.abs(one[0][i, :4] - two[0][j, :4]).max()))
             worst[1] = max(worst[1], float(abs(one[1][i] - two[1][j])))
-    for runner in runners:
-        runner.close()
+    runner.close()
     return Drift(len(images), counts[0], counts[1], same, worst[0], worst[1])
 
 

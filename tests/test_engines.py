@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -16,7 +17,10 @@ from fusenms.backends.trt import PLUGIN
 from fusenms.cli import main
 from fusenms.engines import Engine, EngineSettings, get_builder
 from fusenms.engines import rtx as rtx_module
+from fusenms.engines.base import load_engine
+from fusenms.engines.nvidia import Library, configure
 from fusenms.engines.rtx import build_rtx
+from fusenms.engines.running import compare_engine
 from fusenms.engines.trt_check import check_trt_graph
 from fusenms.errors import (
     BackendUnavailableError,
@@ -83,7 +87,7 @@ def test_open_size_builds(tmp_path):
 
 @pytest.mark.parametrize("class_agnostic", [False, True])
 @pytest.mark.parametrize(
-    ("backend", "operator"), [("ort", "has no kernel for NonMaxSuppression"), ("trt", f"does not take {PLUGIN}")]
+    ("backend", "operator"), [("ort", "has no kernel for NonMaxSuppression"), ("trt", f"has no plugin {PLUGIN}")]
 )
 def test_refusal_names_the_node_and_the_cure(tmp_path, backend, operator, class_agnostic):
     path = fuse(SHAPES / "shapes.pt", size=64, backend=backend, class_agnostic=class_agnostic).save(tmp_path / "m.onnx")
@@ -253,3 +257,129 @@ def test_progress_is_told(tmp_path):
     )
     assert any(done == total for _, done, total in told)
     assert np.all([done <= total for _, done, total in told])
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """An engine of the embedded detector, beside its ONNX file."""
+    path = fuse(SHAPES / "shapes.pt", size=64, backend="portable", unverified=True)
+    path = path.save(tmp_path / "shapes.portable.onnx", unverified=True)
+    build_rtx(str(path), BATCH).save(tmp_path / "shapes.rtx")
+    return tmp_path / "shapes.rtx"
+
+
+def test_engine_is_read_with_what_its_sidecar_says(engine):
+    read = load_engine(engine)
+    assert read.data == engine.read_bytes()
+    assert read.info["builder"]["name"] == "TensorRT-RTX"
+    assert read.info["builder"]["strongly_typed"] is True
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "is not the engine that shapes.rtx.json speaks of"),
+        (lambda path: path.with_name("shapes.rtx.json").unlink(), "has no sidecar shapes.rtx.json"),
+        (lambda path: path.with_name("shapes.rtx.json").write_text("{}"), "has no sidecar shapes.rtx.json"),
+        (lambda path: path.with_name("shapes.rtx.json").write_text("no json"), "has no sidecar shapes.rtx.json"),
+        (lambda path: path.unlink(), "cannot be read"),
+    ],
+)
+def test_engine_that_is_not_the_one_of_its_sidecar_is_refused(engine, harm, message, capsys):
+    harm(engine)
+    with pytest.raises(SourceError, match=message):
+        load_engine(engine)
+    assert main(["verify", str(engine)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_verify_says_that_an_engine_was_not_run(engine, capsys):
+    """There is no GPU here, or no cuda-python: then that is what it says, and it is no success."""
+    if find_spec("cuda") is not None and find_spec("cuda.bindings") is not None:
+        from cuda.bindings import runtime
+
+        if int(runtime.cudaGetDeviceCount()[0]) == 0:
+            pytest.skip("there is a GPU; make test-gpu runs the engine")
+    assert main(["verify", str(engine)]) == 1
+    said = capsys.readouterr()
+    assert "the one that its sidecar speaks of" in said.out
+    assert "the engine was not run" in said.err
+
+
+def test_engine_needs_the_file_that_it_was_built_of(engine):
+    (engine.parent / "shapes.portable.onnx").unlink()
+    with pytest.raises(SourceError, match=r"was built of shapes\.portable\.onnx, which is not at"):
+        compare_engine(engine)
+
+
+def test_main_command_builds_an_engine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [str(SHAPES / "shapes.pt"), "--size", "64", "--unverified"]
+    assert main([*command, "--backend", "portable", "--engine", "rtx", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["engine"]["builder"]["name"] == "TensorRT-RTX"
+    assert load_engine(tmp_path / "shapes.rtx").info["source"]["file"] == "shapes.portable.onnx"
+    if find_spec("tensorrt") is None:
+        assert main([*command, "--backend", "trt"]) == 0
+        assert "TensorRT is not installed here; where it is: python -m fusenms engine" in capsys.readouterr().out
+        assert main(["engine", "shapes.trt.onnx"]) == 1  # a trt file's builder is TensorRT
+        assert "TensorRT is not installed" in capsys.readouterr().err
+
+
+def test_timing_cache_is_written_and_read(tmp_path):
+    path = written(fused_model(LAYOUTS["decoded"](), "portable").model, tmp_path)
+    settings = EngineSettings(batch=(1, 1, 1), timing_cache=tmp_path / "times", workspace=64)
+    for _ in range(2):
+        assert build_rtx(path, settings).data
+        assert (tmp_path / "times").stat().st_size > 0
+
+
+class Older:
+    """TensorRT 8.5 as far as its names go: what it has, and what it has not yet. What they do is not played."""
+
+    __version__ = "8.5.3.1"
+
+    class NetworkDefinitionCreationFlag:
+        EXPLICIT_BATCH = 0
+
+    class BuilderFlag:
+        FP16, INT8 = "fp16", "int8"
+
+    class ProfilingVerbosity:
+        DETAILED = "detailed"
+
+
+class Config:
+    def __init__(self):
+        self.flags = []
+
+    def set_flag(self, flag):
+        self.flags.append(flag)
+
+
+@pytest.mark.parametrize(("precision", "flags"), [("fp32", []), ("fp16", ["fp16"])])
+def test_older_versions_are_let_choose_half_precision_where_the_graph_has_it(precision, flags):
+    library, config = Library(Older, "TensorRT", {}), Config()
+    model = fuse(SHAPES / "shapes.pt", size=64, precision=precision, unverified=True).model
+    configure(library, config, EngineSettings(), model, None)
+    assert config.flags == flags
+    assert (library.strongly_typed, library.network_flags()) == (False, 1)
+
+
+def test_plugins_are_those_of_the_registry():
+    assert "ROIAlign_TRT" in rtx_module.load_rtx().plugins()
+    assert PLUGIN not in rtx_module.load_rtx().plugins()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"version_compatible": True}, "TensorRT 8.5.3.1 has no version-compatible engines"),
+        ({"hardware_compatible": True}, "TensorRT 8.5.3.1 has no hardware-compatible engines"),
+        ({"compute_capabilities": ("8.6",)}, "builds for the GPU that it runs on"),
+    ],
+)
+def test_error_when_an_older_version_has_no_such_setting(setting, message):
+    model = fused_model(LAYOUTS["decoded"](), "portable").model
+    with pytest.raises(ConfigError, match=message):
+        configure(Library(Older, "TensorRT", {}), Config(), EngineSettings(**setting), model, None)

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from fusenms.artifacts import read_metadata, read_onnx
+from fusenms.artifacts import check_writable, read_metadata, read_onnx
 from fusenms.cli.printing import Steps, megabytes, progress_bar
 from fusenms.contract import KEY_BACKEND
 from fusenms.engines import BUILDERS, EngineSettings, get_builder
@@ -14,6 +14,7 @@ from fusenms.engines.base import check_places
 from fusenms.engines.trt_check import check_trt_graph
 
 NAME = "engine"
+SUFFIXES = {"rtx": ".rtx", "trt": ".engine"}
 HELP = "build an engine of a fused file (or of any .onnx), with a sidecar that says what it is"
 
 
@@ -21,9 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", metavar="FILE", type=Path, help="an .onnx; for builder rtx, fused with --backend portable"
     )
-    parser.add_argument("--builder", choices=list(BUILDERS), default="rtx", help="default: %(default)s")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="where to write (default: NAME.BUILDER in this folder)"
+        "--builder",
+        choices=list(BUILDERS),
+        help="rtx: TensorRT-RTX, without a GPU; trt: TensorRT, for this machine's GPU (default: trt for a file fused with --backend trt, "
+        "else rtx)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write (default: NAME.rtx or NAME.engine in this folder)",
     )
     parser.add_argument(
         "--batch",
@@ -44,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="M.N",
         help="GPUs to build for, as 8.6 12.0 (default: the builder's choice)",
+    )
+    parser.add_argument("--workspace", type=int, metavar="MIB", help="most memory of a layer while it runs")
+    parser.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="measured times: read where the file is there, and written"
+    )
+    parser.add_argument("--version-compatible", action="store_true", help="the engine runs with later versions too")
+    parser.add_argument(
+        "--hardware-compatible", action="store_true", help="the engine runs on later GPUs too (Ampere and newer)"
     )
     parser.add_argument(
         "--check", action="store_true",
@@ -68,14 +86,36 @@ def run(args: argparse.Namespace) -> int:
         steps.finish(file=str(args.file), parser=checked.parser, nodes=checked.nodes, plugin=checked.plugin)
         return 0
     settings = EngineSettings(
-        batch=args.batch, height=args.height, width=args.width, compute_capabilities=tuple(args.compute_capability)
-    )
-    output = args.output or Path(args.file.name.removesuffix(".onnx").removesuffix(".portable") + f".{args.builder}")
-    check_places(output, args.file)
+        batch=args.batch, height=args.height, width=args.width, compute_capabilities=tuple(args.compute_capability),
+        workspace=args.workspace, timing_cache=args.timing_cache, version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+    )  # fmt: skip
+    if args.timing_cache is not None:
+        check_writable(args.timing_cache, args.file)
     backend = read_metadata(read_onnx(args.file)).get(KEY_BACKEND)
+    builder = args.builder or ("trt" if backend == "trt" else "rtx")
+    output = args.output or engine_path(args.file, builder)
+    check_places(output, args.file)
     steps.line("read", f"{args.file.name} · {f'fused, backend {backend}' if backend else 'not fused by fusenms'}")
+    written = build(args.file, builder, settings, output, steps)
+    steps.values["seconds"] = round(time.monotonic() - start, 3)
+    steps.line(
+        "wrote",
+        f"{', '.join(map(str, written))} ({megabytes(output.stat().st_size)}) in {time.monotonic() - start:.1f} s",
+    )
+    steps.finish()
+    return 0
+
+
+def engine_path(file: Path, builder: str) -> Path:
+    """Where the engine of a file goes, in this folder, where nothing else is said."""
+    return Path(file.name.removesuffix(".onnx").removesuffix(".portable") + SUFFIXES[builder])
+
+
+def build(file: Path, builder_name: str, settings: EngineSettings, output: Path, steps: Steps) -> list[Path]:
+    """Build an engine and write it with its sidecar, with a line for each step; return what was written."""
     with progress_bar("engine") as progress:
-        engine = get_builder(args.builder)(str(args.file), settings, progress)
+        engine = get_builder(builder_name)(str(file), settings, progress)
     builder, inputs = engine.info["builder"], engine.info["inputs"]
     targets = builder["compute_capabilities"]
     targets = targets if isinstance(targets, str) else ", ".join(targets)
@@ -86,9 +126,5 @@ def run(args: argparse.Namespace) -> int:
         steps.line("input", f"{name} {' / '.join(str(shapes[key]) for key in ('min', 'opt', 'max'))}")
     run_on = "opened on this machine's GPU, layers listed" if engine.layers else "not run: no GPU that it opens on here"
     steps.line("inspect", run_on)
-    written = engine.save(output)
-    steps.line(
-        "wrote", f"{', '.join(map(str, written))} ({megabytes(len(engine.data))}) in {time.monotonic() - start:.1f} s"
-    )
-    steps.finish(output=str(output), opened=engine.layers is not None, **engine.info)
-    return 0
+    steps.values |= {"output": str(output), "opened": engine.layers is not None, **engine.info}
+    return engine.save(output)

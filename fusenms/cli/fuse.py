@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from fusenms.artifacts import PIXELS, FusedModel, check_writable
 from fusenms.backends import BACKENDS, get_backend
 from fusenms.batch import open_batch
+from fusenms.cli.engine import build, engine_path
 from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
 from fusenms.config import PostprocessConfig
 from fusenms.contract import MASK_KINDS, NAME_PRESETS
 from fusenms.drift import drift
+from fusenms.engines import BUILDERS, EngineSettings
+from fusenms.engines.base import check_places
 from fusenms.errors import ConfigError
 from fusenms.fusion import fuse_head
 from fusenms.heads import HEADS, recognize
@@ -43,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="where to write (default: WEIGHTS.BACKEND.onnx in this folder)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "none", *BUILDERS],
+        default="auto",
+        help="build an engine of the file too (default: with TensorRT where it is installed and the backend is trt)",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these pictures too")
     parser.add_argument("--unverified", action="store_true", help="skip the verification; the file says so")
@@ -137,6 +147,13 @@ LOADING = ("size", "dynamic_size", "opset", "make_dynamic", "one_to_many", "pixe
 """What `fusenms.load` takes of the command line."""
 
 
+def engine_builder(asked: str, backend: str) -> str | None:
+    """Which builder makes an engine of what was fused; None where none is wanted."""
+    if asked != "auto":
+        return None if asked == "none" else asked
+    return "trt" if backend == "trt" and find_spec("tensorrt") is not None else None
+
+
 def rounds_argument(text: str) -> int | None:
     """Rounds from their text; None for auto."""
     if text != "auto" and not text.isdigit():
@@ -152,6 +169,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("images are for verifying, and unverified leaves that out; leave one of them out")
     output = args.output or Path(Path(args.weights).stem + backend.suffix)
     check_writable(output, Path(args.weights))
+    if (builder := engine_builder(args.engine, args.backend)) is not None:
+        check_places(output.parent / engine_path(output, builder), Path(args.weights))
     if args.images is not None:
         list_pictures(args.images)  # fails early
     fused, full = make(args.weights, args.backend, config, steps, args)
@@ -171,6 +190,15 @@ def run(args: argparse.Namespace) -> int:
         fused = prove(fused, report)
         steps.line("verify", report.summary)
     fused.save(output, unverified=args.unverified)
+    if builder is not None:
+        own = Steps(args.json)
+        written = build(output, builder, EngineSettings(), output.parent / engine_path(output, builder), own)
+        steps.values["engine"] = own.values
+        steps.line("wrote", ", ".join(map(str, written)))
+    elif args.backend == "trt" and args.engine == "auto":
+        steps.line(
+            "engine", f"not built: TensorRT is not installed here; where it is: python -m fusenms engine {output}"
+        )
     seconds = time.monotonic() - start
     note = " · UNVERIFIED, and marked as such" if args.unverified else ""
     steps.line("wrote", f"{output} ({megabytes(output.stat().st_size)}) in {seconds:.1f} s{note}")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from fusenms.artifacts import load_fused
 from fusenms.cli.printing import Steps, progress_bar
+from fusenms.engines.base import load_engine
+from fusenms.engines.running import ENGINES, compare_engine
+from fusenms.errors import BackendUnavailableError
 from fusenms.verification import BATCHES, verify
 
 NAME = "verify"
@@ -14,7 +17,7 @@ HELP = "compare a fused file with the float64 reference, at several batch sizes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a fused .onnx")
+    parser.add_argument("file", metavar="FILE", help="a fused .onnx, or an engine that fusenms built")
     parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these pictures too")
     parser.add_argument(
         "--batch", type=int, nargs="+", default=list(BATCHES), metavar="B", help="batch sizes (default: 1 2 7)"
@@ -22,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if Path(args.file).suffix in ENGINES:
+        return _engine(args)
     steps, fused = Steps(args.json), load_fused(args.file)
     images = None
     if args.images is not None:
@@ -33,3 +38,36 @@ def run(args: argparse.Namespace) -> int:
     steps.line("verify" if report else "DIFFERS", str(report))
     steps.finish(file=args.file, verification=report.to_dict())
     return 0 if report else 1
+
+
+WORST_BOX, WORST_SCORE = 2.0, 0.02
+"""Pixels and score by which an engine may differ: it computes in TF32 or float16, and its convolutions in another order."""
+
+
+def _engine(args: argparse.Namespace) -> int:
+    """Is it the engine of its sidecar, and on a GPU: does it find what its ONNX file finds?"""
+    steps, path = Steps(args.json), Path(args.file)
+    builder = load_engine(path).info["builder"]
+    steps.line("engine", f"{builder['name']} {builder['version']} · the one that its sidecar speaks of")
+    images = None
+    if args.images is not None:
+        from fusenms.runtime.pictures import load_tensor
+
+        image = load_engine(path).info["inputs"]
+        height, width = next(iter(image.values()))["opt"][2:]
+        images = load_tensor(args.images, height, width, stretch=False)
+    try:
+        found = compare_engine(path, images=images)
+    except BackendUnavailableError as error:
+        raise BackendUnavailableError(f"{path}: the engine was not run: {error}") from error
+    wrong = 0
+    for batch, drift in found:
+        equal = (
+            drift.before == drift.after == drift.same
+            and drift.worst_box <= WORST_BOX
+            and drift.worst_score <= WORST_SCORE
+        )
+        wrong += not equal
+        steps.line("verify" if equal else "DIFFERS", f"batch {batch} · {drift.summary}")
+    steps.finish(file=args.file, batches={batch: drift.to_dict() for batch, drift in found}, equal=not wrong)
+    return 1 if wrong else 0

@@ -7,12 +7,13 @@ from typing import Final
 
 from fusenms.engines.base import Engine, EngineSettings
 from fusenms.engines.rtx import build_rtx
+from fusenms.engines.tensorrt import build_tensorrt
 from fusenms.errors import ConfigError
 from fusenms.verification import Progress
 
 Build = Callable[[str, EngineSettings, "Progress | None"], Engine]
 
-BUILDERS: Final[dict[str, Build]] = {"rtx": build_rtx}
+BUILDERS: Final[dict[str, Build]] = {"rtx": build_rtx, "trt": build_tensorrt}
 
 __all__ = ["BUILDERS", "Engine", "EngineSettings", "get_builder"]
 

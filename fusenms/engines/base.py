@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from fusenms.artifacts import check_writable, read_metadata, write_atomically
-from fusenms.errors import ConfigError
+from fusenms.errors import ConfigError, SourceError
 
 Sizes = tuple[int, int, int]
 """Least, usual and most."""
@@ -24,7 +24,11 @@ class EngineSettings:
     Attributes:
         batch: least, usual and most pictures of a run; None: 1, 8 and 32 where the model leaves that open.
         height, width: the same for the picture's sides; None: the file's usual ones where the model leaves them open.
-        compute_capabilities: GPUs to build for, as ``8.6``; empty: the builder's own choice.
+        compute_capabilities: GPUs to build for, as ``8.6``; empty: the builder's own choice. TensorRT-RTX only.
+        workspace: most memory that a layer may take while it runs, in MiB; None: the builder's own choice.
+        timing_cache: a file of measured times, read where it is there and written after the build: the next build is faster.
+        version_compatible: the engine runs with later versions too.
+        hardware_compatible: the engine runs on later GPUs too (Ampere and newer).
 
     Raises:
         ConfigError: a value is out of its range.
@@ -34,6 +38,10 @@ class EngineSettings:
     height: Sizes | None = None
     width: Sizes | None = None
     compute_capabilities: tuple[str, ...] = ()
+    workspace: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "height", "width"):
@@ -42,6 +50,8 @@ class EngineSettings:
                 continue
             if len(sizes) != 3 or sorted(sizes) != list(sizes) or sizes[0] < 1:
                 raise ConfigError(f"{name} is {list(sizes)}; expected least, usual and most, rising, from 1 on")
+        if self.workspace is not None and (type(self.workspace) is not int or self.workspace < 1):
+            raise ConfigError(f"workspace is {self.workspace!r}; expected a positive number of MiB")
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,34 @@ class Engine:
         else:
             layers.unlink(missing_ok=True)  # of another engine
         return written
+
+
+def load_engine(path: Path) -> Engine:
+    """Read an engine that `Engine.save` wrote, if it is the one that its sidecar speaks of. An engine can hold code: others are refused.
+
+    Raises:
+        SourceError: the engine or its sidecar is missing, unreadable, or of another engine.
+    """
+    sidecar, _ = beside(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    try:
+        info = json.loads(sidecar.read_text(encoding="utf-8"))
+        expected = info["engine"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{path}: has no sidecar {sidecar.name} that says what it is ({error}); an engine can hold code, so it is not opened "
+            "without: build it again with fusenms engine"
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise SourceError(
+            f"{path}: is not the engine that {sidecar.name} speaks of (SHA-256 {found[:12]}…, expected {str(expected)[:12]}…); it was "
+            "changed or replaced: build it again"
+        )
+    return Engine(data, info)
 
 
 def beside(path: Path) -> tuple[Path, Path]:

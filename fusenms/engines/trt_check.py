@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 
 from fusenms.artifacts import read_onnx
 from fusenms.backends.trt import DOMAIN, PLUGIN
-from fusenms.engines.rtx import load_rtx, make_logger, parse
+from fusenms.engines.nvidia import make_logger, parse
+from fusenms.engines.rtx import load_rtx
 from fusenms.errors import SourceError, UnsupportedByBackendError
 
 FLOAT_KIND, INT_KIND, STRING_KIND = onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT, onnx.AttributeProto.STRING
@@ -58,7 +59,8 @@ def check_trt_graph(path: str) -> Checked:
         UnsupportedByBackendError: the parser refuses a node, or the plugin node breaks the plugin's interface.
         SourceError: the file cannot be read, or has several plugin nodes.
     """
-    rtx = load_rtx()
+    library = load_rtx()
+    rtx = library.module
     model = read_onnx(Path(path))
     plugins = [node for node in model.graph.node if node.op_type == PLUGIN]
     if len(plugins) > 1:
@@ -67,11 +69,11 @@ def check_trt_graph(path: str) -> Checked:
         _check_attributes(path, plugins[0])
         model = _opened(model, plugins[0])
     logger = make_logger(rtx)
-    network = rtx.Builder(logger).create_network(1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parse(rtx, network, logger, model, path)
+    network = rtx.Builder(logger).create_network(library.network_flags())
+    parse(library, network, logger, model, path)
     if plugins:
         _check_inputs(path, plugins[0], [network.get_output(i) for i in range(network.num_outputs)])
-    return Checked(f"TensorRT-RTX {rtx.__version__}", len(model.graph.node), plugins[0].name if plugins else None)
+    return Checked(library.name, len(model.graph.node), plugins[0].name if plugins else None)
 
 
 def _opened(model: onnx.ModelProto, plugin: onnx.NodeProto) -> onnx.ModelProto:

@@ -1,0 +1,41 @@
+"""Engines of TensorRT, 8.5 to 11, on a machine with an NVIDIA GPU: of any fused file that it takes, with plugins or without."""
+
+from __future__ import annotations
+
+from fusenms.engines.base import Engine, EngineSettings
+from fusenms.engines.nvidia import Library, build
+from fusenms.errors import BackendUnavailableError
+from fusenms.verification import Progress
+
+CURES = {
+    "DynamicQuantizeLinear": "dynamic int8 files are for CPUs: take the float file that this one was made from",
+    "ConvInteger": "dynamic int8 files are for CPUs: take the float file that this one was made from",
+    "EfficientNMS_TRT": "fuse the weights again with --backend portable",
+    "TopK": "TensorRT's TopK takes a fixed number of at most 3840: lower --max-candidates",
+}
+"""What to do about an operator that the parser refuses."""
+
+
+def build_tensorrt(path: str, settings: EngineSettings, progress: Progress | None = None) -> Engine:
+    """Build an engine of an ONNX file, for the GPU of this machine.
+
+    Raises:
+        BackendUnavailableError: TensorRT is not installed.
+        UnsupportedByBackendError, EngineBuildError, ConfigError, SourceError: as `fusenms.engines.nvidia.build` says.
+    """
+    return build(load_tensorrt(), path, settings, progress)
+
+
+def load_tensorrt() -> Library:
+    """TensorRT.
+
+    Raises:
+        BackendUnavailableError: it is not installed.
+    """
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"TensorRT is not installed ({error}); install it with: pip install 'fusenms[trt]', on a machine with an NVIDIA GPU"
+        ) from error
+    return Library(tensorrt, "TensorRT", CURES)
