@@ -15,7 +15,7 @@ CHECKPOINTS ?=
 PICTURE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-.PHONY: help demo test check bench bench-tasks format clean
+.PHONY: help demo test test-gpu check bench bench-tasks format clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -33,6 +33,9 @@ demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land 
 
 test: $(VENV)/.dev ## Run the tests (CPU, no network)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-gpu: $(VENV)/.dev ## What only a GPU can show; fails where there is none
+	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
 
 check: $(VENV)/.dev ## Lint, format check, types
 	$(BIN)/ruff check .

@@ -1,0 +1,69 @@
+"""What only a GPU can show; `make test-gpu` runs it, and where there is none it fails: nothing here is skipped.
+
+It has not been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusenms import fuse
+from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.drift import drift_of
+from fusenms.engines.base import EngineSettings
+from fusenms.engines.rtx import build_rtx, load_rtx
+from fusenms.engines.running import EngineRunner, compare_engine
+from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+ZOO = ROOT.parent / "shared" / "zoo"
+SHAPES = ROOT / "models" / "shapes"
+BATCH = EngineSettings(batch=(1, 2, 8), compute_capabilities=("current",))
+WEIGHTS = ["yolov8-p", "yolo26-p", "rtdetr-p", "yolov8-p-seg", "yolov8-p-pose", "yolov8-p-obb"]
+
+
+def pictures(size: int) -> np.ndarray:
+    files = sorted((ZOO / "shapes" / "images").glob("val*.jpg"))
+    return to_tensor([letterbox(read_picture(file), size, size)[0] for file in files])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_rtx_engine_finds_what_its_file_finds(tmp_path, name, precision):
+    fused = fuse(ZOO / "shapes" / f"{name}.pt", size=256, backend="portable", precision=precision, unverified=True)
+    build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH).save(tmp_path / "m.rtx")
+    for batch, drift in compare_engine(tmp_path / "m.rtx", images=pictures(256)):
+        assert drift.before > 5 * batch, drift.summary
+        assert drift.same >= 0.98 * drift.before, f"batch {batch}: {drift.summary}"
+        assert drift.worst_box < 2, f"batch {batch}: {drift.summary}"
+
+
+def test_engine_with_rounds_needs_no_control_flow_and_finds_the_same(tmp_path):
+    fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend="portable", rounds=12, unverified=True)
+    engine = build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH)
+    runner = EngineRunner(engine, load_rtx())
+    images = pictures(256)
+    drift = drift_of(fused, images, fused, runner.infer(images))
+    assert drift.before == drift.after == drift.same > 40, drift.summary
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_onnxruntime_on_cuda_finds_the_same(precision):
+    fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, precision=precision, unverified=True)
+    images = pictures(256)
+    got = OnnxRuntimeRunner(fused.model, ("CUDAExecutionProvider",)).infer(images)
+    drift = drift_of(fused, images, fused, got)
+    assert drift.same >= 0.98 * drift.before > 40, drift.summary
+
+
+def test_tensorrt_engine_with_the_plugin_finds_what_its_file_finds(tmp_path):
+    from fusenms.engines.tensorrt import build_tensorrt
+
+    fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend="trt", unverified=True)
+    path = fused.save(tmp_path / "m.onnx", unverified=True)
+    build_tensorrt(str(path), EngineSettings(batch=(1, 2, 8))).save(tmp_path / "m.engine")
+    for batch, drift in compare_engine(tmp_path / "m.engine", images=pictures(256)):
+        assert drift.same >= 0.98 * drift.before > 5 * batch, f"batch {batch}: {drift.summary}"
