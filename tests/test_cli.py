@@ -67,18 +67,18 @@ def test_json_is_one_object(capsys):
 
 def test_every_setting_reaches_the_file(capsys):
     flags = "--score-threshold 0.1 --iou-threshold 0.6 --max-detections 50 --max-candidates 500 --class-agnostic --multi-label"
-    flags += " --backend portable --rounds 9"
+    flags += " --backend portable --rounds 9 --indices"
     assert main([WEIGHTS, "--size", "96x64", *flags.split(), "--names", "yolov7", "--opset", "18", "-o", "x.onnx"]) == 0
     capsys.readouterr()
     assert main(["inspect", "x.onnx", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["config"] == {
         "score_threshold": 0.1, "iou_threshold": 0.6, "max_detections": 50, "max_candidates": 500,
-        "class_agnostic": True, "multi_label": True, "rounds": 9, "names": "yolov7",
+        "class_agnostic": True, "multi_label": True, "rounds": 9, "masks": "coefficients", "indices": True, "names": "yolov7",
     }  # fmt: skip
     assert values["inputs"] == ["images[batch, 3, 96, 64]"]
     assert values["outputs"][0] == "num_dets[batch, 1]"
-    assert values["outputs"][4] == "converged[batch, 1]"
+    assert values["outputs"][4:] == ["converged[batch, 1]", "indices[batch, 50]"]
 
 
 def test_images_are_verified_on(capsys):
