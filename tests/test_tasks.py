@@ -232,6 +232,21 @@ def test_detect_prints_and_draws_all_of_it(zoo, tmp_path, capsys, monkeypatch):
         assert all(row[key] and row["index"] >= 0 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("yolov8-p-seg", "masks: 32 coefficients"),
+        ("yolov8-p-pose", "keypoints: 4 of 3 numbers"),
+        ("yolov8-p-obb", "turned by an angle"),
+    ],
+)
+def test_inspect_says_what_else_the_head_gives(zoo, tmp_path, capsys, name, said):
+    fused = fuse(zoo / "shapes" / f"{name}.pt", size=64, unverified=True)
+    for path in (zoo / "shapes" / f"{name}.pt", fused.save(tmp_path / "f.onnx", unverified=True)):
+        assert main(["inspect", str(path)]) == 0
+        assert said in capsys.readouterr().out
+
+
 def test_turned_boxes_are_drawn_as_they_lie(zoo, tmp_path):
     picture = read_picture(zoo / "shapes" / "images" / "val0000.jpg")
     with Detector(fuse(zoo / "shapes" / "yolov8-p-obb.pt", size=256).save(tmp_path / "f.onnx")) as detector:

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 def _fused(path: Path, steps: Steps) -> None:
     fused = load_fused(path)
     _tensors(fused.model, steps)
-    steps.line("kind", f"fused model · backend {fused.backend} · from {fused.source}")
+    by = f", suppression by {fused.suppressed_by}" if fused.suppressed_by else ""
+    steps.line("kind", f"fused model · backend {fused.backend}{by} · {fused.precision} · from {fused.source}")
     steps.line("head", _layout_text(fused.layout.to_dict()))
     steps.line("decode", DECODES[fused.layout.decode_stage])
     config = fused.config.to_dict()
@@ -117,11 +118,22 @@ def _layout_text(layout: dict[str, Any]) -> str:
     decode = {key: value for key, value in layout["decode"].items() if key != "kind"}
     details = ", ".join(f"{key} {json.dumps(value)}" for key, value in decode.items())
     objectness = " · objectness" if layout["objectness"] else ""
-    boxes = f"{layout['decode']['kind']} ({details})"
+    boxes = f"{layout['decode']['kind']} ({details})" + _further_text(layout)
     if layout["labels"]:
         return f"{layout['family']} · finished rows · boxes: {boxes}"
     nms = "" if layout["suppress"] else " · end-to-end"
     return f"{layout['family']} · {classes} classes{objectness}{nms} · scores: {layout['activation']} · boxes: {boxes}"
+
+
+def _further_text(layout: dict[str, Any]) -> str:
+    """What the head gives beside upright boxes."""
+    masks, points, found = layout["masks"], layout["keypoints"], ""
+    if masks:
+        found += f" · masks: {masks['coefficients']['stop'] - masks['coefficients']['start']} coefficients"
+    if points:
+        count = (points["values"]["stop"] - points["values"]["start"]) // points["numbers"]
+        found += f" · keypoints: {count} of {points['numbers']} numbers"
+    return f"{found} · turned by an angle" if layout["angle"] else found
 
 
 def _tensors(model: Any, steps: Steps) -> None:
