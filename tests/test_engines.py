@@ -383,3 +383,16 @@ def test_error_when_an_older_version_has_no_such_setting(setting, message):
     model = fused_model(LAYOUTS["decoded"](), "portable").model
     with pytest.raises(ConfigError, match=message):
         configure(Library(Older, "TensorRT", {}), Config(), EngineSettings(**setting), model, None)
+
+
+def test_engine_that_nobody_asked_for_may_fail(tmp_path, monkeypatch, capsys):
+    """TensorRT is there as far as its name goes, and does not load: the file is written, and a line says what is missing."""
+    if find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fusenms.cli.fuse.find_spec", lambda name: name)
+    command = [str(SHAPES / "shapes.pt"), "--size", "64", "--unverified", "--backend", "trt"]
+    assert main(command) == 0
+    assert "not built: TensorRT is not installed" in capsys.readouterr().out
+    assert main([*command, "--engine", "trt"]) == 1
+    assert (tmp_path / "shapes.trt.onnx").is_file()
