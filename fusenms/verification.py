@@ -19,22 +19,10 @@ from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner, first_line
 from fusenms.diagnosis import explain
 from fusenms.errors import FusenmsError, InputError, SourceError
+from fusenms.further import further_differences
 from fusenms.graph import cut_before, with_outputs
 from fusenms.heads.evidence import picture
-from fusenms.reference import (
-    BOX_RELATIVE,
-    KEYPOINT_TOLERANCE,
-    SCORE_TOLERANCE,
-    Candidates,
-    Expected,
-    Rows,
-    candidates,
-    keypoints,
-    mask_coefficients,
-    masks,
-    matches,
-    postprocess,
-)
+from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
 from fusenms.scenes import SCENES, Stage, heads
 
 BATCHES = (1, 2, 7)
@@ -336,7 +324,7 @@ class _Verification:
                 problems.append(f"rows past num_detections ({count}) are not blank (zeros, label {contract.NO_LABEL})")
             close_calls = expected.close_calls
             if not problems:
-                further, doubtful = self._further(head, outputs, i, expected)
+                further, doubtful = further_differences(head, outputs, i, self.layout, self.config, size, expected)
                 problems, close_calls = problems + further, close_calls + doubtful
             elif cause := self._explain(observed, expected, found, first):
                 problems[0] += cause
@@ -354,50 +342,6 @@ class _Verification:
             return ()
         name = self.layout.masks.prototypes
         return (inputs if name in inputs else outputs)[name].shape[2:]
-
-    def _further(
-        self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], i: int, expected: Expected
-    ) -> tuple[list[str], int]:
-        """What differs in the outputs beyond boxes, scores and labels, whose rows are right; and how many pixels of masks hang on
-        rounding and differ."""
-        size = (self.fused.image.height, self.fused.image.width)
-        numbers, doubtful_pixels = expected.indices, 0
-        count, wanted = len(numbers), dict[str, np.ndarray]()
-        tolerance: dict[str, np.ndarray] = {}
-        if self.config.indices:
-            wanted[contract.INDICES] = numbers
-        if self.layout.masks is not None:
-            coefficients = mask_coefficients(head, i, self.layout, numbers)
-            prototypes = head[self.layout.masks.prototypes][i]
-            if self.config.masks == "coefficients":
-                wanted[contract.MASK_COEFFICIENTS] = coefficients
-                if not np.array_equal(outputs[contract.PROTOTYPES][i], prototypes, equal_nan=True):
-                    return ["the prototypes are not the head's"], 0
-            else:
-                inside, doubtful = masks(coefficients, prototypes, expected.rows.boxes, size)
-                got = outputs[contract.MASKS][i, :count]
-                wanted[contract.MASKS] = np.where(doubtful, got, inside)
-                doubtful_pixels = int((doubtful & (got != inside)).sum())
-        if self.layout.keypoints is not None:
-            points = keypoints(head, i, self.layout, size, numbers)
-            wanted[contract.KEYPOINTS] = points
-            tolerance[contract.KEYPOINTS] = KEYPOINT_TOLERANCE + BOX_RELATIVE * np.abs(points)
-            tolerance[contract.KEYPOINTS][..., 2:] = SCORE_TOLERANCE
-        problems = []
-        for name, value in wanted.items():
-            got, blank = outputs[name][i], contract.NO_LABEL if name == contract.INDICES else 0
-            rows, value = got[:count].astype(np.float64), value.astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                near = np.abs(rows - value) <= tolerance.get(name, np.zeros(1))  # false for NaN
-            apart = ~(near | (rows == value) | (np.isnan(rows) & np.isnan(value)))
-            if apart.any():
-                row = int(np.nonzero(apart.reshape(count, -1).any(1))[0][0])
-                problems.append(
-                    f"{name}: {counted(int(apart.reshape(count, -1).any(1).sum()), 'row')} differ, the first is row {row}"
-                )
-            if np.any(got[count:] != blank):
-                problems.append(f"{name}: rows past num_detections ({count}) are not blank ({blank})")
-        return problems, doubtful_pixels
 
     def _explain(self, observed: Rows, expected: Expected, found: Candidates, first: Rows | None) -> str:
         cause = explain(observed, expected.rows, found, self.config, first)
