@@ -93,10 +93,10 @@ class EngineRunner:
 
 def _cuda() -> Any:
     try:
-        from cuda.bindings import runtime  # type: ignore[import-untyped]
+        from cuda.bindings import runtime
     except ImportError:
         try:
-            from cuda import cudart as runtime  # type: ignore[import-untyped]  # cuda-python before 12.6
+            from cuda import cudart as runtime  # cuda-python before 12.6
         except ImportError as error:
             raise BackendUnavailableError(
                 f"cuda-python is not installed ({error}); install it with: pip install cuda-python, on a machine with an NVIDIA GPU"
