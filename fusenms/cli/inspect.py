@@ -115,7 +115,7 @@ def _no_head(error: Exception, steps: Steps) -> None:
 
 def _layout_text(layout: dict[str, Any]) -> str:
     classes = layout["classes"]["stop"] - layout["classes"]["start"]
-    decode = {key: value for key, value in layout["decode"].items() if key != "kind"}
+    decode = {key: value for key, value in layout["decode"].items() if key != "kind" and value not in ((), [])}
     details = ", ".join(f"{key} {json.dumps(value)}" for key, value in decode.items())
     objectness = " · objectness" if layout["objectness"] else ""
     boxes = f"{layout['decode']['kind']} ({details})" + _further_text(layout)
