@@ -8,7 +8,7 @@ import pytest
 from fusenms import PostprocessConfig
 from fusenms.boxes import pairwise_iou
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
-from fusenms.reference import Rows, candidates, postprocess
+from fusenms.reference import Rows, candidates, masks, postprocess
 
 SIZE = (64, 64)
 
@@ -125,3 +125,19 @@ def test_equal_to_a_plain_greedy_loop(seed, agnostic):
         if scores[i].max() > 0.3 and all(pairwise_iou(boxes[k : k + 1], boxes[i : i + 1])[0, 0] <= 0.4 for k in rivals):
             kept.append(int(i))
     assert postprocess(found(boxes, scores), config).indices.tolist() == kept[:25]
+
+
+def test_pixels_of_masks_are_doubtful_only_where_rounding_decides():
+    rng = np.random.default_rng(0)
+    coefficients, prototypes = rng.normal(0, 1, (3, 8)), rng.normal(0, 1, (8, 16, 16)).astype(np.float32)
+    boxes = np.array([[0.0, 0, 64, 64], [9.5, 9.5, 41, 33], [8, 8, 40, 32]])  # the last one's edges are those of pixels
+    inside, doubtful = masks(coefficients, prototypes, boxes, SIZE)
+    sums = np.einsum("nm,mhw->nhw", coefficients, prototypes.astype(float))
+    np.testing.assert_array_equal(inside[0], sums[0] > 0)
+    assert doubtful[0, 1:, 1:].sum() == 0
+    assert doubtful[1].sum() == 0
+    columns = np.zeros((16, 16), bool)
+    columns[:, [2, 10]] = columns[[2, 8]] = True
+    np.testing.assert_array_equal(doubtful[2], columns)
+    prototypes[:, 5, 5] = 0
+    assert masks(coefficients, prototypes, boxes, SIZE)[1][0, 5, 5]
