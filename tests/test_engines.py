@@ -15,6 +15,7 @@ from raw_heads import LAYOUTS, SIZE, fused_model
 from fusenms import PostprocessConfig, fuse
 from fusenms.backends.trt import PLUGIN
 from fusenms.cli import main
+from fusenms.drift import Drift
 from fusenms.engines import Engine, EngineSettings, get_builder
 from fusenms.engines import rtx as rtx_module
 from fusenms.engines.base import load_engine
@@ -29,6 +30,7 @@ from fusenms.errors import (
     SourceError,
     UnsupportedByBackendError,
 )
+from fusenms.runtime.pictures import letterbox, read_picture, stretched, to_tensor
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
 DTYPES = {"float32": "float", "int32": "int32", "bool": "bool"}
@@ -396,3 +398,36 @@ def test_engine_that_nobody_asked_for_may_fail(tmp_path, monkeypatch, capsys):
     assert "not built: TensorRT is not installed" in capsys.readouterr().out
     assert main([*command, "--engine", "trt"]) == 1
     assert (tmp_path / "shapes.trt.onnx").is_file()
+
+
+@pytest.mark.parametrize("stretch", [False, True])
+def test_engine_gets_its_pictures_as_the_detector_fits_them(tmp_path, monkeypatch, stretch):
+    fused = fuse(SHAPES / "shapes.pt", size=64, backend="portable", stretch=stretch, unverified=True)
+    build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH).save(tmp_path / "m.rtx")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes((SHAPES / "shapes0.jpg").read_bytes())
+    given = []
+    monkeypatch.setattr(
+        "fusenms.cli.verify.compare_engine",
+        lambda path, images: given.append(images) or [(1, Drift(1, 3, 3, 3, 0.0, 0.0))],
+    )
+    assert main(["verify", str(tmp_path / "m.rtx"), "--images", str(tmp_path / "pictures")]) == 0
+    fit = stretched if stretch else letterbox
+    np.testing.assert_array_equal(given[0], to_tensor([fit(read_picture(SHAPES / "shapes0.jpg"), 64, 64)[0]]))
+    assert not np.array_equal(*(f(read_picture(SHAPES / "shapes0.jpg"), 64, 64)[0] for f in (letterbox, stretched)))
+
+
+@pytest.mark.parametrize(
+    ("drift", "status"),
+    [
+        (Drift(1, 3, 3, 3, 0.5, 0.001), 0),
+        (Drift(1, 3, 2, 2, 0.5, 0.001), 1),
+        (Drift(1, 3, 4, 3, 0.5, 0.001), 1),
+        (Drift(1, 3, 3, 3, 9.0, 0.001), 1),
+        (Drift(1, 3, 3, 3, 0.5, 0.1), 1),
+        (Drift(1, 0, 0, 0, 0.0, 0.0), 1),  # nothing was compared
+    ],
+)
+def test_engine_that_finds_something_else_does_not_pass(engine, monkeypatch, drift, status):
+    monkeypatch.setattr("fusenms.cli.verify.compare_engine", lambda path, images: [(1, drift)])
+    assert main(["verify", str(engine)]) == status

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from fusenms.artifacts import load_fused
 from fusenms.cli.printing import Steps, progress_bar
+from fusenms.contract import KEY_IMAGE
 from fusenms.engines.base import load_engine
 from fusenms.engines.running import ENGINES, compare_engine
-from fusenms.errors import BackendUnavailableError
+from fusenms.errors import BackendUnavailableError, InputError
 from fusenms.verification import BATCHES, verify
 
 NAME = "verify"
@@ -47,19 +49,24 @@ WORST_BOX, WORST_SCORE = 2.0, 0.02
 def _engine(args: argparse.Namespace) -> int:
     """Is it the engine of its sidecar, and on a GPU: does it find what its ONNX file finds?"""
     steps, path = Steps(args.json), Path(args.file)
-    builder = load_engine(path).info["builder"]
+    info = load_engine(path).info
+    builder = info["builder"]
     steps.line("engine", f"{builder['name']} {builder['version']} · the one that its sidecar speaks of")
     images = None
     if args.images is not None:
         from fusenms.runtime.pictures import load_tensor
 
-        image = load_engine(path).info["inputs"]
-        height, width = next(iter(image.values()))["opt"][2:]
-        images = load_tensor(args.images, height, width, stretch=False)
+        stretch = json.loads(info["metadata"].get(KEY_IMAGE, "{}")).get("stretch", False)
+        height, width = next(iter(info["inputs"].values()))["opt"][2:]
+        images = load_tensor(args.images, height, width, stretch)
     try:
         found = compare_engine(path, images=images)
     except BackendUnavailableError as error:
         raise BackendUnavailableError(f"{path}: the engine was not run: {error}") from error
+    if not any(drift.before for _, drift in found):
+        raise InputError(
+            f"{path}: nothing is found in these pictures, so nothing was compared; give others with --images DIR"
+        )
     wrong = 0
     for batch, drift in found:
         equal = (
