@@ -64,12 +64,14 @@ KEYPOINT_TOLERANCE = 1e-3
 class Rows:
     """Detections of one image, best first: ``boxes`` ``[n, 4]`` xyxy in pixels of the input, ``scores`` ``[n]``, ``labels`` ``[n]``.
 
-    Oriented boxes are ``[n, 5]``, cx, cy, w, h in pixels and the angle in radians.
+    Oriented boxes are ``[n, 5]``, cx, cy, w, h in pixels and the angle in radians. ``indices`` ``[n]`` are the candidates' numbers, where
+    they are known; they tell candidates apart that look the same.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    indices: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -305,17 +307,23 @@ def _follow(
         reach = chosen.key[first] - _key_rounding(chosen.key[first], found.rounding)
         cluster = first + np.flatnonzero(alive[first:] & (chosen.key[first:] >= reach))
     if row < len(observed):
-        for place in cluster:
-            if matches(observed, row, boxes[place], chosen.score[place], chosen.label[place]):
-                return int(place), place == first and not doubtful[place]
+        alike = [i for i in cluster if matches(observed, row, boxes[i], chosen.score[i], chosen.label[i])]
+        if (indices := observed.indices) is not None:
+            alike.sort(key=lambda i: chosen.anchor[i] != indices[row])
+        if alike:
+            return int(alike[0]), alike[0] == first and not doubtful[alike[0]]
     return (-1, False) if doubtful[first] else (first, True)
 
 
 def _iou_rounding(box: Floats, rivals: Floats) -> Floats:
-    """How far the IoU of float32 boxes may be off: relative rounding, and coordinates over the shortest side."""
+    """How far the IoU of float32 boxes may be off: relative rounding, and coordinates over the shortest side.
+
+    Where that side is itself below rounding, float32 may have none, and then the IoU is 0, whatever it was.
+    """
     largest = np.maximum(np.abs(box).max(), np.abs(rivals).max(1))
     shortest = np.minimum((box[2:] - box[:2]).min(), (rivals[:, 2:] - rivals[:, :2]).min(1))
-    return np.minimum(IOU_ROUNDING + 4 * PIXEL_ROUNDING * largest / np.maximum(shortest, 1e-6), IOU_ROUNDING_MOST)
+    off = np.minimum(IOU_ROUNDING + 4 * PIXEL_ROUNDING * largest / np.maximum(shortest, 1e-6), IOU_ROUNDING_MOST)
+    return np.where(shortest <= PIXEL_ROUNDING * largest, 1.0, off)
 
 
 def _probiou_rounding(box: Floats, rivals: Floats, overlap: Floats) -> Floats:

@@ -111,6 +111,13 @@ def test_clear_decision_does_not_follow_what_was_observed():
     assert len(postprocess(head, config, wrong).rows) == 1
 
 
+@pytest.mark.parametrize(("height", "kept"), [(1e-5, 2), (1e-2, 1)])
+def test_boxes_that_float32_may_not_tell_from_lines_are_close_calls(height, kept):
+    boxes = [[0, 60, 10, 60 + height]] * 2  # one of the units in the last place of 60 is 4e-6
+    observed = Rows(np.array(boxes), np.array([0.9, 0.8]), np.array([0, 0]))
+    assert len(postprocess(found(boxes, [[0.9], [0.8]]), PostprocessConfig(), observed).rows) == kept
+
+
 @pytest.mark.parametrize("agnostic", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_to_a_plain_greedy_loop(seed, agnostic):
