@@ -11,11 +11,16 @@ BATCH ?= 1,8,32
 PRECISION ?=
 ARGS ?=
 CHECKPOINT ?=
+# Of the plugin library: where TensorRT is, and GPUs to compile for (the last one also for later GPUs).
+TENSORRT_ROOT ?=
+CUDA_ARCHS ?= 80 86 89 90 100 120
+GENCODE = $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+	-gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
 CHECKPOINTS ?=
 PICTURE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-.PHONY: help demo test test-gpu check bench bench-tasks format clean
+.PHONY: help demo test test-gpu check bench bench-tasks plugin format clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -24,6 +29,7 @@ help: ## Show this help
 	@echo "  make models/%.ort.onnx      models/%.pt or models/%.raw.onnx, fused for ONNX Runtime"
 	@echo "  make models/%.trt.onnx      the same, fused for TensorRT (EfficientNMS_TRT)"
 	@echo "  make models/%.portable.onnx the same, with neither NMS operator nor plugin"
+	@echo "  make models/%.plugin.onnx   the same, for TensorRT with our own plugin FusedNMS"
 	@echo "  make models/%.rtx           a TensorRT-RTX engine of models/%.portable.onnx"
 	@echo "  make models/%.engine        a TensorRT engine of models/%.trt.onnx (TensorRT and a GPU are this machine's)"
 	@echo "  Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) SIZE= PRECISION= ARGS= BATCH=$(BATCH)"
@@ -50,6 +56,12 @@ bench-tasks: $(VENV)/.bench ## The same for masks, keypoints, oriented boxes: ma
 	@test -n "$(CHECKPOINTS)" || { echo "name checkpoints with YOLOv8's head: make bench-tasks CHECKPOINTS=\"A-seg.pt B-pose.pt C-obb.pt\""; exit 2; }
 	$(BIN)/python tests/benchmarks/tasks.py $(CHECKPOINTS) $(if $(PICTURE),--picture $(PICTURE)) $(ARGS)
 
+plugin: plugins/libfusenms_plugin.so ## Build the TensorRT plugin library: make plugin TENSORRT_ROOT=DIR (its include and lib), with nvcc
+
+plugins/libfusenms_plugin.so: plugins/fused_nms_plugin.cu plugins/fused_nms.cu
+	@test -n "$(TENSORRT_ROOT)" || { echo "say where TensorRT is: make plugin TENSORRT_ROOT=/usr/local/tensorrt"; exit 2; }
+	nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC -isystem $(TENSORRT_ROOT)/include $(GENCODE) $< -o $@ -L $(TENSORRT_ROOT)/lib -lnvinfer
+
 format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -66,6 +78,12 @@ models/%.trt.onnx: models/%.pt | $(VENV)/.run
 models/%.portable.onnx: models/%.pt | $(VENV)/.run
 	$(FUSE) --backend portable
 
+models/%.plugin.onnx: models/%.pt | $(VENV)/.run
+	$(FUSE) --backend plugin
+
+models/%.plugin.onnx: models/%.raw.onnx | $(VENV)/.run
+	$(FUSE) --backend plugin
+
 models/%.ort.onnx: models/%.raw.onnx | $(VENV)/.run
 	$(FUSE) --backend ort
 
@@ -77,6 +95,9 @@ models/%.portable.onnx: models/%.raw.onnx | $(VENV)/.run
 
 models/%.rtx: models/%.portable.onnx | $(VENV)/.rtx
 	$(BIN)/python -m fusenms engine $< -o $@ --builder rtx --batch $(BATCH)
+
+models/%.plugin.engine: models/%.plugin.onnx | $(VENV)/.run
+	$(BIN)/python -m fusenms engine $< -o $@ --builder trt --batch $(BATCH)
 
 models/%.engine: models/%.trt.onnx | $(VENV)/.run
 	$(BIN)/python -m fusenms engine $< -o $@ --builder trt --batch $(BATCH)

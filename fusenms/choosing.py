@@ -7,13 +7,12 @@ the batch, so a quiet picture costs next to nothing; else it is `max_candidates`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fusenms.artifacts import ImageInput
-from fusenms.backends.base import Chosen
 from fusenms.config import PostprocessConfig
 from fusenms.decoding import decode_boxes
 from fusenms.graph import FLOAT, INT32, INT64, Graph, Tensor
@@ -23,19 +22,62 @@ FARTHEST, FARTHEST_ORIENTED = 1e18, 1e8
 """Pixels; the area of a box that reaches farther (of an oriented one, its square) is not finite in float32; no box of a picture does."""
 
 
-def choose(
-    g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig, widths: Mapping[str, int], total: int | None, adaptive: bool
-) -> Chosen:  # fmt: skip
-    """Emit the choice; the decoding of what was chosen is emitted where the backend asks for it.
+@dataclass(frozen=True)
+class Head:
+    """A head in a graph.
 
-    Args:
+    Attributes:
+        layout: what it means.
+        image: the model's input.
         widths: channels of each head tensor.
         total: candidates per image, None where that is open.
-        adaptive: let the number of chosen candidates follow the data.
     """
+
+    layout: Layout
+    image: ImageInput
+    widths: Mapping[str, int]
+    total: int | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The candidates that enter suppression, best first.
+
+    Attributes:
+        scores: ``[B, k]`` float32 probabilities.
+        passing: ``[B, k]`` bool: above the threshold; those that are not stand last.
+        rows: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4 or 5]`` float32, labels ``[B, n]`` int32
+            and valid ``[B, n]`` bool: passing, and without a class score or a box that never wins.
+        count: k; None where it depends on the data (`Backend.adaptive`).
+        num_classes: how many classes there are.
+        oriented: whether boxes are cx, cy, w, h and an angle, and suppressed by their probabilistic IoU; else they are xyxy.
+        numbers: emit the candidates' own numbers ``[B, n]`` int32 (as `fusenms.layout` counts them) of places ``[B, n]`` int32 among the
+            chosen.
+    """
+
+    scores: Tensor
+    passing: Tensor
+    rows: Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor]]
+    count: int | None
+    num_classes: int
+    oriented: bool
+    numbers: Callable[[Tensor], Tensor]
+
+    @property
+    def box_size(self) -> int:
+        """Numbers of a box."""
+        return 5 if self.oriented else 4
+
+
+def choose(g: Graph, head: Head, config: PostprocessConfig, adaptive: bool) -> Chosen:
+    """Emit the choice; the decoding of what was chosen is emitted where the backend asks for it.
+
+    ``adaptive``: let the number of chosen candidates follow the data.
+    """
+    layout, image, total = head.layout, head.image, head.total
     multi_label = layout.every_class or (config.multi_label and layout.labels is None)
     most = config.max_candidates if layout.suppress else config.max_detections
-    pool, origin = _Pool.of_head(g, layout, widths), None
+    pool, origin = _Pool.of_head(g, layout, head.widths), None
     bounded = layout.objectness is not None and layout.objectness_weight is None
     if bounded and layout.activation is Activation.SIGMOID and adaptive:
         origin = _pass_objectness(g, pool, config, total)

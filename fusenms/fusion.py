@@ -13,13 +13,13 @@ import numpy as np
 from fusenms import contract
 from fusenms.artifacts import FusedModel, ImageInput, Pixels, RawModel
 from fusenms.backends import get_backend
-from fusenms.backends.base import Chosen, Kept, select
+from fusenms.backends.base import Found, by_choosing, select
 from fusenms.backends.portable import PORTABLE
-from fusenms.choosing import choose
+from fusenms.choosing import Head
 from fusenms.config import PostprocessConfig
 from fusenms.decoding import assemble_masks, decode_keypoints
 from fusenms.errors import ConfigError, SourceError
-from fusenms.graph import FLOAT, INT32, Graph, Tensor, declared_shape, declared_type
+from fusenms.graph import FLOAT, Graph, Tensor, declared_shape, declared_type
 from fusenms.heads import spec_of
 from fusenms.heads.evidence import Evidence
 from fusenms.layout import Layout, Tap
@@ -55,11 +55,12 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     widths = {new.tensor: shapes[old.tensor][old.channel_axis - 1] for old, new in zip(taps, layout.taps, strict=True)}
     _join(g, layout, types)
     layout = replace(layout, joins=())
-    suppressor = emitter if layout.angle is None else PORTABLE  # no NMS operator and no plugin knows oriented boxes
-    suppress, by = (suppressor.suppress, suppressor.suppresses_by) if layout.suppress else (select, NO_SUPPRESSION)
-    chosen = choose(g, layout, image, config, widths, total, suppressor.adaptive and layout.suppress)
+    suppressor = emitter if layout.angle is None or emitter.knows_oriented else PORTABLE  # no NMS operator knows them
+    find, by = suppressor.find, suppressor.suppresses_by
+    if not layout.suppress:
+        find, by = by_choosing(select, adaptive=False), NO_SUPPRESSION
     tail = _Tail(g, layout, image, config, widths, sides, emitter.adaptive)
-    outputs = tail.outputs(chosen, suppress(g, chosen, config))
+    outputs = tail.outputs(find(g, Head(layout, image, widths, total), config))
     g.set_outputs(
         [
             (
@@ -94,22 +95,19 @@ class _Tail:
     sides: tuple[int, ...] | None
     adaptive: bool
 
-    def outputs(self, chosen: Chosen, kept: Kept) -> dict[str, Tensor]:
-        """The outputs of the contract, by our names: blank where a row is not valid; what else a row has is gathered for it."""
-        g, layout, valid = self.g, self.layout, kept.valid
-        scores = g.op("GatherElements", chosen.scores, kept.place, axis=1)
+    def outputs(self, found: Found) -> dict[str, Tensor]:
+        """The outputs of the contract, by our names; what else a row has is gathered for it."""
+        g, layout, valid = self.g, self.layout, found.valid
         made = {
-            contract.NUM_DETECTIONS: g.reduce("ReduceSum", g.cast(valid, INT32), 1, keepdims=True),
-            contract.BOXES: g.where(g.unsqueeze(valid, 2), kept.boxes, g.floats(0.0)),
-            contract.SCORES: g.where(valid, scores, g.floats(0.0)),
-            contract.LABELS: g.where(valid, kept.labels, g.ints(contract.NO_LABEL)),
+            contract.NUM_DETECTIONS: found.count,
+            contract.BOXES: found.boxes,
+            contract.SCORES: found.scores,
+            contract.LABELS: found.labels,
+            contract.INDICES: found.indices,
         }
-        if kept.converged is not None:
-            made[contract.CONVERGED] = kept.converged
-        if layout.masks is None and layout.keypoints is None and not self.config.indices:
-            return made
-        numbers = chosen.numbers(kept.place)
-        made[contract.INDICES] = g.where(valid, numbers, g.ints(contract.NO_LABEL))
+        if found.converged is not None:
+            made[contract.CONVERGED] = found.converged
+        numbers = g.where(valid, found.indices, g.ints(0))
         if layout.masks is not None:
             coefficients = self._channels(layout.masks.coefficients, numbers, valid)
             made |= self._masks(coefficients, g.tensor(layout.masks.prototypes), made[contract.BOXES], valid)

@@ -5,7 +5,8 @@ onnx-graphsurgeon drops metadata and producer; `Graph.to_model` carries them ove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,7 +31,7 @@ class Graph:
         self._model = model
         self._graph = gs.import_onnx(model)
         self._tensors = self._graph.tensors()
-        self._count = 0
+        self._count = _last_number(self._tensors)
 
     @property
     def opset(self) -> int:
@@ -60,6 +61,14 @@ class Graph:
             for i, given in enumerate(node.inputs):
                 if given is tensor:
                     node.inputs[i] = made
+
+    def replace(self, op: str, make: Callable[[], Sequence[Tensor]]) -> None:
+        """Put what ``make`` emits, a tensor for each of its outputs, in the place of the one node of that operator."""
+        (node,) = (node for node in self._graph.nodes if node.op == op)
+        before = list(node.outputs)
+        node.outputs.clear()
+        for old, new in zip(before, make(), strict=True):
+            self._graph.nodes.append(gs.Node("Identity", f"{TAIL}/{old.name}", inputs=[new], outputs=[old]))
 
     @property
     def names(self) -> set[str]:
@@ -214,6 +223,12 @@ class Graph:
         if self.opset >= 13:
             return self.op("Unsqueeze", x, self.const([axis], np.int64))
         return self.op("Unsqueeze", x, axes=[axis])
+
+
+def _last_number(names: Iterable[str]) -> int:
+    """The highest number among names that were given here before; 0 where none was."""
+    numbers = (re.match(rf"{TAIL}/.*?_(\d+)", name) for name in names)
+    return max((int(found[1]) for found in numbers if found), default=0)
 
 
 def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:

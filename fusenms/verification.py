@@ -207,7 +207,7 @@ class _Verification:
                 f"the file lacks the head's tensors {', '.join(lost)} that its metadata names; "
                 "it was changed after it was written: fuse the model again"
             )
-        whole = OnnxRuntimeRunner(backend.to_standard(with_outputs(fused.model, self.layout.tensors)))
+        whole = OnnxRuntimeRunner(backend.to_standard(with_outputs(fused.model, self.layout.tensors), fused))
         shapes = self._on_pictures(whole, pictures, batches)
         whole.close()
         if shapes:
@@ -246,7 +246,7 @@ class _Verification:
         tap = self.layout.classes
         stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][2 - tap.channel_axis])
         backend = get_backend(self.fused.backend)
-        tail = OnnxRuntimeRunner(backend.to_standard(cut_before(self.fused.model, shapes)))
+        tail = OnnxRuntimeRunner(backend.to_standard(cut_before(self.fused.model, shapes), self.fused))
         names = tuple(SCENES)
         runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
         for step, (batch, some) in enumerate(runs):
@@ -313,7 +313,10 @@ class _Verification:
                 continue
             count = int(np.clip(counts[i, 0], 0, len(scores[i])))
             observed = Rows(
-                boxes[i, :count].astype(np.float64), scores[i, :count].astype(np.float64), labels[i, :count]
+                boxes[i, :count].astype(np.float64),
+                scores[i, :count].astype(np.float64),
+                labels[i, :count],
+                outputs[contract.INDICES][i, :count] if self.config.indices else None,
             )
             found = candidates(head, i, self.layout, size)
             expected = postprocess(found, self.config, observed)

@@ -266,4 +266,4 @@ def fused_model(layout: Layout, backend: str = "ort", opset: int = 17, **config:
 def tail_of(fused: FusedModel) -> OnnxRuntimeRunner:
     """The part behind the head, open in ONNX Runtime: head tensors in, outputs of the contract out."""
     shapes = dict(zip(fused.layout.tensors, shapes_of(fused.layout).values(), strict=True))
-    return OnnxRuntimeRunner(get_backend(fused.backend).to_standard(cut_before(fused.model, shapes)))
+    return OnnxRuntimeRunner(get_backend(fused.backend).to_standard(cut_before(fused.model, shapes), fused))

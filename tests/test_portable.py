@@ -52,7 +52,7 @@ class Tail:
           }}""")
         raw = RawModel(model, ImageInput("images", 32, 32, 32), (), "detect", "any.onnx", self.layout)
         self.fused = fuse_head(raw, self.layout, self.config, backend)
-        standard = get_backend(backend).to_standard(self.fused.model)
+        standard = get_backend(backend).to_standard(self.fused.model, self.fused)
         tail = cut_before(standard, {"head_boxes": (count, 4), "head_scores": (count, classes)})
         self.runner = OnnxRuntimeRunner(tail)
 

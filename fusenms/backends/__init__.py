@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fusenms.backends.base import Backend
 from fusenms.backends.ort import ORT
+from fusenms.backends.plugin import PLUGGED
 from fusenms.backends.portable import PORTABLE
 from fusenms.backends.trt import TRT
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ORT, TRT, PORTABLE)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ORT, TRT, PORTABLE, PLUGGED)}
 
 __all__ = ["BACKENDS", "Backend", "get_backend"]
 

@@ -9,39 +9,12 @@ from typing import Protocol
 import numpy as np
 import onnx
 
+from fusenms import contract
+from fusenms.artifacts import FusedModel
+from fusenms.choosing import Chosen, Head, choose
 from fusenms.config import PostprocessConfig
 from fusenms.errors import BackendUnavailableError, SourceError
-from fusenms.graph import Graph, Tensor
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The candidates that enter suppression, best first.
-
-    Attributes:
-        scores: ``[B, k]`` float32 probabilities.
-        passing: ``[B, k]`` bool: above the threshold; those that are not stand last.
-        rows: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4 or 5]`` float32, labels ``[B, n]`` int32
-            and valid ``[B, n]`` bool: passing, and without a class score or a box that never wins.
-        count: k; None where it depends on the data (`Backend.adaptive`).
-        num_classes: how many classes there are.
-        oriented: whether boxes are cx, cy, w, h and an angle, and suppressed by their probabilistic IoU; else they are xyxy.
-        numbers: emit the candidates' own numbers ``[B, n]`` int32 (as `fusenms.layout` counts them) of places ``[B, n]`` int32 among the
-            chosen.
-    """
-
-    scores: Tensor
-    passing: Tensor
-    rows: Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor]]
-    count: int | None
-    num_classes: int
-    oriented: bool
-    numbers: Callable[[Tensor], Tensor]
-
-    @property
-    def box_size(self) -> int:
-        """Numbers of a box."""
-        return 5 if self.oriented else 4
+from fusenms.graph import INT32, Graph, Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +37,33 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Found:
+    """Detections of every image, best first: K rows, blank past the count (0; labels and indices -1).
+
+    Attributes:
+        valid: ``[B, K]`` bool: rows that are in use; they stand first.
+        count: ``[B, 1]`` int32.
+        boxes: ``[B, K, 4 or 5]`` float32.
+        scores: ``[B, K]`` float32.
+        labels: ``[B, K]`` int32.
+        indices: ``[B, K]`` int32, the candidates' numbers, as `fusenms.layout` counts them.
+        converged: as in `Kept`.
+    """
+
+    valid: Tensor
+    count: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    indices: Tensor
+    converged: Tensor | None = None
+
+
+Find = Callable[[Graph, Head, PostprocessConfig], Found]
+"""Emit all that lies between a head and its detections."""
+
+
+@dataclass(frozen=True)
 class Backend:
     """One way to suppress.
 
@@ -71,21 +71,45 @@ class Backend:
         name: what ``--backend`` says.
         suffix: of the files it makes.
         suppresses_by: the operator, for people.
-        suppress: emit suppression and selection of the chosen candidates; raises UnsupportedByBackendError.
-        to_standard: the same model for ONNX Runtime: plugins get a body of standard operators, for checking only.
+        find: emit choice, decoding, suppression and selection; raises UnsupportedByBackendError.
+        to_standard: a model, or a part of it, for ONNX Runtime: plugins get a body of standard operators, for checking only.
         runs_on_onnxruntime: whether the file itself runs there.
         adaptive: whether the number of candidates may depend on the data; else it is fixed.
         has_rounds: whether `PostprocessConfig.rounds` means something to it.
+        knows_oriented: whether it suppresses oriented boxes itself.
     """
 
     name: str
     suffix: str
     suppresses_by: str
-    suppress: Callable[[Graph, Chosen, PostprocessConfig], Kept]
-    to_standard: Callable[[onnx.ModelProto], onnx.ModelProto]
+    find: Find
+    to_standard: Callable[[onnx.ModelProto, FusedModel], onnx.ModelProto]
     runs_on_onnxruntime: bool
     adaptive: bool
     has_rounds: bool = False
+    knows_oriented: bool = False
+
+
+def by_choosing(suppress: Callable[[Graph, Chosen, PostprocessConfig], Kept], adaptive: bool) -> Find:
+    """Choose and decode by tensor operators, and suppress what was chosen."""
+
+    def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
+        chosen = choose(g, head, config, adaptive)
+        kept = suppress(g, chosen, config)
+        valid = kept.valid
+        scores = g.op("GatherElements", chosen.scores, kept.place, axis=1)
+        blank = g.ints(contract.NO_LABEL)
+        return Found(
+            valid,
+            g.reduce("ReduceSum", g.cast(valid, INT32), 1, keepdims=True),
+            g.where(g.unsqueeze(valid, 2), kept.boxes, g.floats(0.0)),
+            g.where(valid, scores, g.floats(0.0)),
+            g.where(valid, kept.labels, blank),
+            g.where(valid, chosen.numbers(kept.place), blank),
+            kept.converged,
+        )
+
+    return find
 
 
 def select(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from fusenms.backends.base import Backend, Chosen, Kept, one_class_each
+from fusenms.artifacts import FusedModel
+from fusenms.backends.base import Backend, Kept, by_choosing, one_class_each
+from fusenms.choosing import Chosen
 from fusenms.config import PostprocessConfig
 from fusenms.graph import FLOAT, INT32, Graph, Tensor
 
@@ -53,9 +55,17 @@ def _descending(g: Graph, chosen: Chosen) -> Tensor:
     return g.op("CumSum", ones, g.const(1, np.int64), reverse=1)
 
 
-def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_standard(model: onnx.ModelProto, _: FusedModel) -> onnx.ModelProto:
     """The model itself."""
     return model
 
 
-ORT = Backend("ort", ".ort.onnx", "NonMaxSuppression", suppress, to_standard, runs_on_onnxruntime=True, adaptive=True)
+ORT = Backend(
+    "ort",
+    ".ort.onnx",
+    "NonMaxSuppression",
+    by_choosing(suppress, adaptive=True),
+    to_standard,
+    runs_on_onnxruntime=True,
+    adaptive=True,
+)

@@ -24,8 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from fusenms.backends.base import Backend, Chosen, Kept
+from fusenms.artifacts import FusedModel
+from fusenms.backends.base import Backend, Kept, by_choosing
 from fusenms.backends.overlap import overlap_oriented, overlap_upright
+from fusenms.choosing import Chosen
 from fusenms.config import PostprocessConfig
 from fusenms.graph import FLOAT, INT32, Graph, Tensor
 
@@ -169,7 +171,7 @@ class _Blocks:
         return g.op("Greater", g.reduce("ReduceMax", hits, 2), g.floats(0.5))
 
 
-def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_standard(model: onnx.ModelProto, _: FusedModel) -> onnx.ModelProto:
     """The model itself."""
     return model
 
@@ -178,9 +180,10 @@ PORTABLE = Backend(
     "portable",
     ".portable.onnx",
     "tensor operators",
-    suppress,
+    by_choosing(suppress, adaptive=False),
     to_standard,
     runs_on_onnxruntime=True,
     adaptive=False,
     has_rounds=True,
+    knows_oriented=True,
 )

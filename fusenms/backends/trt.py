@@ -21,7 +21,9 @@ import numpy as np
 import onnx
 from onnx import parser
 
-from fusenms.backends.base import Backend, Chosen, Kept, one_class_each
+from fusenms.artifacts import FusedModel
+from fusenms.backends.base import Backend, Kept, by_choosing, one_class_each
+from fusenms.choosing import Chosen
 from fusenms.config import MAX_CANDIDATES_LIMIT, PostprocessConfig
 from fusenms.errors import UnsupportedByBackendError
 from fusenms.graph import INT32, Graph
@@ -173,7 +175,7 @@ def plugin_body(opset: int) -> onnx.FunctionProto:
     return parser.parse_function("\n".join(lines).replace("OPSET", str(opset)))
 
 
-def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_standard(model: onnx.ModelProto, _: FusedModel) -> onnx.ModelProto:
     """The model with a body for the plugin, so that ONNX Runtime can run it."""
     standard = onnx.ModelProto()
     standard.CopyFrom(model)
@@ -184,4 +186,12 @@ def to_standard(model: onnx.ModelProto) -> onnx.ModelProto:
     return standard
 
 
-TRT = Backend("trt", ".trt.onnx", PLUGIN, suppress, to_standard, runs_on_onnxruntime=False, adaptive=False)
+TRT = Backend(
+    "trt",
+    ".trt.onnx",
+    PLUGIN,
+    by_choosing(suppress, adaptive=False),
+    to_standard,
+    runs_on_onnxruntime=False,
+    adaptive=False,
+)

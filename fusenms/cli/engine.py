@@ -14,6 +14,8 @@ from fusenms.engines.base import check_places
 from fusenms.engines.trt_check import check_trt_graph
 
 NAME = "engine"
+TENSORRT = ("trt", "plugin")
+"""Backends whose files only TensorRT itself takes."""
 SUFFIXES = {"rtx": ".rtx", "trt": ".engine"}
 HELP = "build an engine of a fused file (or of any .onnx), with a sidecar that says what it is"
 
@@ -25,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--builder",
         choices=list(BUILDERS),
-        help="rtx: TensorRT-RTX, without a GPU; trt: TensorRT, for this machine's GPU (default: trt for a file fused with --backend trt, "
-        "else rtx)",
+        help="rtx: TensorRT-RTX, without a GPU; trt: TensorRT, for this machine's GPU (default: trt for a file fused with --backend trt "
+        "or plugin, else rtx)",
     )
     parser.add_argument(
         "-o",
@@ -64,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hardware-compatible", action="store_true", help="the engine runs on later GPUs too (Ampere and newer)"
     )
     parser.add_argument(
+        "--plugin-library", type=Path, metavar="FILE",
+        help="a library with the plugin FusedNMS (make plugin), for TensorRT 10.0 to 10.8; later ones carry it in the engine",
+    )  # fmt: skip
+    parser.add_argument(
         "--check", action="store_true",
         help="build nothing: show that the parser of TensorRT-RTX, which is TensorRT's own without plugins, takes the file; the "
         "plugin node of a trt file is compared with its published interface",
@@ -88,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
     settings = EngineSettings(
         batch=args.batch, height=args.height, width=args.width, compute_capabilities=tuple(args.compute_capability),
         workspace=args.workspace, timing_cache=args.timing_cache, version_compatible=args.version_compatible,
-        hardware_compatible=args.hardware_compatible,
+        hardware_compatible=args.hardware_compatible, plugin_library=args.plugin_library,
     )  # fmt: skip
     if args.timing_cache is not None:
         check_writable(args.timing_cache, args.file)
     backend = read_metadata(read_onnx(args.file)).get(KEY_BACKEND)
-    builder = args.builder or ("trt" if backend == "trt" else "rtx")
+    builder = args.builder or ("trt" if backend in TENSORRT else "rtx")
     output = args.output or engine_path(args.file, builder)
     check_places(output, args.file)
     steps.line("read", f"{args.file.name} · {f'fused, backend {backend}' if backend else 'not fused by fusenms'}")

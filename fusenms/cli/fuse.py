@@ -11,7 +11,7 @@ from pathlib import Path
 from fusenms.artifacts import PIXELS, FusedModel, check_writable
 from fusenms.backends import BACKENDS, get_backend
 from fusenms.batch import open_batch
-from fusenms.cli.engine import build, engine_path
+from fusenms.cli.engine import TENSORRT, build, engine_path
 from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
 from fusenms.config import PostprocessConfig
 from fusenms.contract import MASK_KINDS, NAME_PRESETS
@@ -151,7 +151,7 @@ def engine_builder(asked: str, backend: str) -> str | None:
     """Which builder makes an engine of what was fused; None where none is wanted."""
     if asked != "auto":
         return None if asked == "none" else asked
-    return "trt" if backend == "trt" and find_spec("tensorrt") is not None else None
+    return "trt" if backend in TENSORRT and find_spec("tensorrt") is not None else None
 
 
 def rounds_argument(text: str) -> int | None:
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             steps.values["engine"] = own.values
             steps.line("wrote", ", ".join(map(str, written)))
-    elif args.backend == "trt" and args.engine == "auto":
+    elif args.backend in TENSORRT and args.engine == "auto":
         steps.line(
             "engine", f"not built: TensorRT is not installed here; where it is: python -m fusenms engine {output}"
         )

@@ -10,6 +10,7 @@ from fusenms.artifacts import load_fused
 from fusenms.cli.printing import Steps, progress_bar
 from fusenms.contract import KEY_IMAGE
 from fusenms.engines.base import load_engine
+from fusenms.engines.plugin import load_plugin_library
 from fusenms.engines.running import ENGINES, compare_engine
 from fusenms.errors import BackendUnavailableError, InputError
 from fusenms.verification import BATCHES, verify
@@ -21,6 +22,12 @@ HELP = "compare a fused file with the float64 reference, at several batch sizes"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a fused .onnx, or an engine that fusenms built")
     parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these pictures too")
+    parser.add_argument(
+        "--plugin-library",
+        type=Path,
+        metavar="FILE",
+        help="of an engine that was built with one: the library with the plugin",
+    )
     parser.add_argument(
         "--batch", type=int, nargs="+", default=list(BATCHES), metavar="B", help="batch sizes (default: 1 2 7)"
     )
@@ -52,6 +59,8 @@ def _engine(args: argparse.Namespace) -> int:
     info = load_engine(path).info
     builder = info["builder"]
     steps.line("engine", f"{builder['name']} {builder['version']} · the one that its sidecar speaks of")
+    if args.plugin_library is not None:
+        load_plugin_library(args.plugin_library)
     images = None
     if args.images is not None:
         from fusenms.runtime.pictures import load_tensor

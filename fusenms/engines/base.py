@@ -29,6 +29,7 @@ class EngineSettings:
         timing_cache: a file of measured times, read where it is there and written after the build: the next build is faster.
         version_compatible: the engine runs with later versions too.
         hardware_compatible: the engine runs on later GPUs too (Ampere and newer).
+        plugin_library: a library with the plugin `FusedNMS` (`make plugin`), opened first; None: TensorRT carries it in the engine.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -42,6 +43,7 @@ class EngineSettings:
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    plugin_library: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "height", "width"):

@@ -17,7 +17,9 @@ import onnx
 
 from fusenms import contract
 from fusenms.artifacts import read_metadata, read_onnx, write_atomically
+from fusenms.backends.plugin import PLUGIN
 from fusenms.engines.base import Engine, EngineSettings, Sizes, describe
+from fusenms.engines.plugin import carried, load_plugin_library
 from fusenms.errors import ConfigError, EngineBuildError, SourceError, UnsupportedByBackendError
 from fusenms.verification import Progress
 
@@ -83,7 +85,10 @@ def build(library: Library, path: str, settings: EngineSettings, progress: Progr
         SourceError: the file cannot be read, or has an input that no setting gives a size.
     """
     trt, model = library.module, read_onnx(Path(path))
-    _check_plugins(library, path, model)
+    if settings.plugin_library is not None:
+        load_plugin_library(settings.plugin_library)
+    whole = with_own_plugin(library, path, model)
+    _check_plugins(library, path, whole)
     logger = make_logger(trt)
     try:
         builder = trt.Builder(logger)
@@ -92,7 +97,7 @@ def build(library: Library, path: str, settings: EngineSettings, progress: Progr
             f"{path}: {library.name} does not start ({logger.text}); it builds on a machine with an NVIDIA GPU and its driver"
         ) from error
     network = builder.create_network(library.network_flags())
-    parse(library, network, logger, model, path)
+    parse(library, network, logger, whole, path)
     config = builder.create_builder_config()
     configure(library, config, settings, model, progress)
     profile, inputs = builder.create_optimization_profile(), {}
@@ -118,6 +123,7 @@ def build(library: Library, path: str, settings: EngineSettings, progress: Progr
             "name": library.title, "version": trt.__version__, "layers": network.num_layers, "strongly_typed": library.strongly_typed,
             "compute_capabilities": list(dict.fromkeys(settings.compute_capabilities)) or "the builder's choice",
             "version_compatible": settings.version_compatible, "hardware_compatible": settings.hardware_compatible,
+            **({} if whole is model else {"carries": PLUGIN}),
         },
         {
             "inputs": {name: {"min": least, "opt": usual, "max": most} for name, (least, usual, most) in inputs.items()},
@@ -125,6 +131,17 @@ def build(library: Library, path: str, settings: EngineSettings, progress: Progr
         },
     )  # fmt: skip
     return Engine(bytes(plan), info, _inspect(trt, bytes(plan)))
+
+
+def with_own_plugin(library: Library, path: str, model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, as it is or, where it has a `FusedNMS` node and no library with that plugin is open, for an engine that carries it.
+
+    Raises:
+        UnsupportedByBackendError: this version does not carry plugins in engines.
+    """
+    if all(node.op_type != PLUGIN for node in model.graph.node) or PLUGIN in library.plugins():
+        return model
+    return carried(library.module, library.name, path, model)
 
 
 def _check_plugins(library: Library, path: str, model: onnx.ModelProto) -> None:

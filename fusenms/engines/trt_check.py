@@ -15,6 +15,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from fusenms.artifacts import read_onnx
+from fusenms.backends.plugin import DOMAIN as OWN_DOMAIN
+from fusenms.backends.plugin import INPUTS, OUTPUTS, VERSION, Settings
+from fusenms.backends.plugin import PLUGIN as OWN_PLUGIN
 from fusenms.backends.trt import DOMAIN, PLUGIN
 from fusenms.engines.nvidia import make_logger, parse
 from fusenms.engines.rtx import load_rtx
@@ -39,7 +42,7 @@ MOST_CLASSES = 4096
 
 @dataclass(frozen=True)
 class Checked:
-    """What was checked: the parser, how many nodes it took, and the plugin node's name (None where there is none)."""
+    """What was checked: the parser, how many nodes it took, and which plugin (None where there is none)."""
 
     parser: str
     nodes: int
@@ -47,8 +50,19 @@ class Checked:
 
     @property
     def summary(self) -> str:
-        beside = f" but {PLUGIN}, which keeps to its published interface" if self.plugin else ""
+        beside = f" but {self.plugin}, which keeps to its published interface" if self.plugin else ""
         return f"the ONNX parser of {self.parser} takes all {self.nodes} nodes{beside}"
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """A plugin: what comes out of it, ``K`` being its attribute ``rows``, and how a node of it and its inputs are checked."""
+
+    rows: str
+    kinds: tuple[int, ...]
+    shapes: tuple[tuple[Any, ...], ...]
+    check_node: Callable[[str, onnx.NodeProto], None]
+    check_inputs: Callable[[str, onnx.NodeProto, dict[str, Any]], None]
 
 
 def check_trt_graph(path: str) -> Checked:
@@ -62,36 +76,42 @@ def check_trt_graph(path: str) -> Checked:
     library = load_rtx()
     rtx = library.module
     model = read_onnx(Path(path))
-    plugins = [node for node in model.graph.node if node.op_type == PLUGIN]
+    plugins = [node for node in model.graph.node if node.op_type in PLUGINS]
     if len(plugins) > 1:
-        raise SourceError(f"{path}: found {len(plugins)} {PLUGIN} nodes; expected one at most")
-    if plugins:
-        _check_attributes(path, plugins[0])
-        model = _opened(model, plugins[0])
+        raise SourceError(f"{path}: found {len(plugins)} plugin nodes; expected one at most")
+    for node in plugins:
+        PLUGINS[node.op_type].check_node(path, node)
+        model = _opened(model, node)
     logger = make_logger(rtx)
     network = rtx.Builder(logger).create_network(library.network_flags())
     parse(library, network, logger, model, path)
-    if plugins:
-        _check_inputs(path, plugins[0], [network.get_output(i) for i in range(network.num_outputs)])
-    return Checked(library.name, len(model.graph.node), plugins[0].name if plugins else None)
+    for node in plugins:
+        ends = [network.get_output(i) for i in range(network.num_outputs)]
+        starts = [network.get_input(i) for i in range(network.num_inputs)]
+        PLUGINS[node.op_type].check_inputs(path, node, {tensor.name: tensor for tensor in (*starts, *ends)})
+    return Checked(library.name, len(model.graph.node), plugins[0].op_type if plugins else None)
 
 
 def _opened(model: onnx.ModelProto, plugin: onnx.NodeProto) -> onnx.ModelProto:
     """The model without the plugin node, open where it was."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
-    graph = opened.graph
-    graph.node.remove(next(node for node in graph.node if node.op_type == PLUGIN))
-    rows = next(a.i for a in plugin.attribute if a.name == "max_output_boxes")
-    kinds = (TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32)
-    shapes: tuple[list[Any], ...] = (["batch", 1], ["batch", rows, 4], ["batch", rows], ["batch", rows])
-    own = {entry.name for entry in graph.output}
-    for name, kind, shape in zip(plugin.output, kinds, shapes, strict=True):
-        if name not in own:
+    graph, interface = opened.graph, PLUGINS[plugin.op_type]
+    graph.node.remove(next(node for node in graph.node if node.op_type == plugin.op_type))
+    sizes = {"K": next(a.i for a in plugin.attribute if a.name == interface.rows)}
+    kept = [
+        entry for entry in graph.output if entry.name not in plugin.output
+    ]  # what it makes itself is no output of the rest
+    del graph.output[:]
+    graph.output.extend(kept)
+    read = {name for node in graph.node for name in node.input}
+    for name, kind, shape in zip(plugin.output, interface.kinds, interface.shapes, strict=True):
+        if name in read:
+            shape = tuple(sizes.get(size, size) for size in shape)
             graph.input.append(helper.make_tensor_value_info(name, kind, shape))
-        else:  # nothing stands between the plugin and the model's output
-            graph.output.remove(next(entry for entry in graph.output if entry.name == name))
-    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in plugin.input)
+    present = {entry.name for entry in (*graph.input, *graph.output)}
+    inputs = [name for name in dict.fromkeys(plugin.input) if name not in present]
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs)
     return opened
 
 
@@ -115,8 +135,7 @@ def _check_attributes(path: str, plugin: onnx.NodeProto) -> None:
     _refuse(path, plugin, problems)
 
 
-def _check_inputs(path: str, plugin: onnx.NodeProto, outputs: list[Any]) -> None:
-    tensors = {tensor.name: tensor for tensor in outputs}
+def _check_inputs(path: str, plugin: onnx.NodeProto, tensors: dict[str, Any]) -> None:
     boxes, scores = (tensors[name] for name in plugin.input)
     shapes = [tuple(boxes.shape), tuple(scores.shape)]
     problems = [f"{t.name} is {t.dtype.name}" for t in (boxes, scores) if t.dtype.name not in ("FLOAT", "HALF")]
@@ -132,8 +151,56 @@ def _check_inputs(path: str, plugin: onnx.NodeProto, outputs: list[Any]) -> None
     _refuse(path, plugin, problems)
 
 
+def _check_fused(path: str, plugin: onnx.NodeProto) -> None:
+    try:
+        Settings.of_node(plugin)
+    except SourceError as error:
+        raise UnsupportedByBackendError(f"{path}: {error}") from error
+    own = {a.name: helper.get_attribute_value(a) for a in plugin.attribute if a.name.startswith("plugin_")}
+    problems = [] if plugin.domain == OWN_DOMAIN else [f"its domain is {plugin.domain!r}, not {OWN_DOMAIN!r}"]
+    if own != {"plugin_version": VERSION.encode(), "plugin_namespace": OWN_DOMAIN.encode()}:
+        problems.append(f"it says of itself {own}")
+    if (len(plugin.input), len(plugin.output)) != (len(INPUTS), len(OUTPUTS)):
+        problems.append(
+            f"it has {len(plugin.input)} inputs and {len(plugin.output)} outputs, not {INPUTS} and {OUTPUTS}"
+        )
+    _refuse(path, plugin, problems)
+
+
+def _check_fused_inputs(path: str, plugin: onnx.NodeProto, tensors: dict[str, Any]) -> None:
+    settings, problems = Settings.of_node(plugin), []
+    given = {name: tensors[tensor] for name, tensor in zip(INPUTS, plugin.input, strict=True)}
+    for name in INPUTS[1:]:
+        axis, width, start = getattr(settings, name)
+        tensor, shape = given[name], tuple(given[name].shape)
+        if axis and (len(shape) != 3 or shape[axis] != width or start >= width):
+            problems.append(f"{name} is {list(shape)}, not three sizes with {width} channels on axis {axis}")
+        if tensor.dtype.name not in ("FLOAT", "HALF") or tensor.dtype != given["classes"].dtype:
+            problems.append(f"{name} is {tensor.dtype.name}, and classes {given['classes'].dtype.name}")
+    _refuse(path, plugin, problems)
+
+
 def _refuse(path: str, plugin: onnx.NodeProto, problems: list[str]) -> None:
     if problems:
         raise UnsupportedByBackendError(
-            f"{path}: node {plugin.name!r} breaks the interface of {PLUGIN}: {'; '.join(problems)}. Fuse the weights again"
+            f"{path}: node {plugin.name!r} breaks the interface of {plugin.op_type}: {'; '.join(problems)}. Fuse the weights again"
         )
+
+
+PLUGINS = {
+    PLUGIN: _Interface(
+        "max_output_boxes",
+        (TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32),
+        (("batch", 1), ("batch", "K", 4), ("batch", "K"), ("batch", "K")),
+        _check_attributes,
+        _check_inputs,
+    ),
+    OWN_PLUGIN: _Interface(
+        "max_detections",
+        (TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT32),
+        (("batch", 1), ("batch", "K", None), ("batch", "K"), ("batch", "K"), ("batch", "K")),
+        _check_fused,
+        _check_fused_inputs,
+    ),
+}
+"""By operator."""

@@ -1,0 +1,199 @@
+"""The plugin `FusedNMS` for TensorRT: its kernels, compiled for one node, and carried in the engine.
+
+TensorRT from 10.9 on takes plugins whose kernel it stores in the engine (quickly deployable plugins, ahead of time), so that nothing is
+needed where the engine runs. Such a plugin is one kernel, so the node is split into two. Where a library with the plugin is open (`make
+plugin`), that is used, and the node stays as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import struct
+from pathlib import Path
+from types import GenericAlias
+from typing import Any
+
+import onnx
+
+from fusenms.backends.plugin import DOMAIN, INPUTS, PLUGIN, VERSION, Settings
+from fusenms.errors import BackendUnavailableError, EngineBuildError, SourceError, UnsupportedByBackendError
+
+SELECT, SUPPRESS = f"{PLUGIN}_select", f"{PLUGIN}_suppress"
+TILE, SELECT_THREADS, SUPPRESS_THREADS, SHAPE_NUMBERS = 64, 256, 1024, 7
+"""As plugins/fused_nms.cu has them."""
+ARCHITECTURE = "compute_75"
+"""The oldest that current compilers make PTX for; GPUs since then take it."""
+
+
+def kernel_source() -> str:
+    """The kernels' CUDA source.
+
+    Raises:
+        SourceError: the file is missing from the installation.
+    """
+    here = Path(__file__).resolve().parent.parent
+    for path in (here / "_plugins" / "fused_nms.cu", here.parent / "plugins" / "fused_nms.cu"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    raise SourceError("the plugin's kernels are missing from this installation; install fusenms again")
+
+
+def baked_source(settings: Settings, half: bool) -> str:
+    """The kernels `fused_nms_select` and `fused_nms_suppress` with their settings built in, for a head in float16 (``half``) or float32."""
+
+    definitions = {
+        "FUSENMS_BAKED": ", ".join(map(str, struct.unpack(f"{ctypes.sizeof(settings) // 4}i", settings))),
+        "FUSENMS_ELEMENT": "fusenms::Half" if half else "float",
+        "FUSENMS_KIND": "Oriented" if settings.angle[0] else "Upright",
+    }
+    return "".join(f"#define {name} {value}\n" for name, value in definitions.items()) + kernel_source()
+
+
+def compile_ptx(source: str, architecture: str = ARCHITECTURE) -> bytes:
+    """Compile CUDA source to PTX with NVRTC; needs no GPU.
+
+    Raises:
+        BackendUnavailableError: cuda-python or NVRTC is not installed.
+        EngineBuildError: the source is refused.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:
+        raise BackendUnavailableError(
+            f"the plugin's kernels cannot be compiled: {error}; install NVRTC with: pip install 'fusenms[plugin]'"
+        ) from error
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"fused_nms.cu", 0, [], [])
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    kind = "ProgramLog" if int(status) else "PTX"
+    size = getattr(nvrtc, f"nvrtcGet{kind}Size")(program)[1]
+    text = b" " * size
+    getattr(nvrtc, f"nvrtcGet{kind}")(program, text)
+    nvrtc.nvrtcDestroyProgram(program)
+    if int(status):
+        raise EngineBuildError(f"NVRTC refuses the plugin's kernels: {text.decode().strip()[:600]}")
+    return text
+
+
+def load_plugin_library(path: Path) -> None:
+    """Open a library that holds the plugin, which registers it with TensorRT. It is code: open your own only.
+
+    Raises:
+        SourceError: it cannot be opened.
+    """
+    try:
+        ctypes.CDLL(str(path.resolve()), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise SourceError(
+            f"{path}: cannot be opened as a plugin library ({error}); make one with: make plugin"
+        ) from error
+
+
+def carried(trt: Any, name: str, path: str, model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its `FusedNMS` node split into the two plugins that an engine carries, which are registered.
+
+    Raises:
+        UnsupportedByBackendError: this version does not carry plugins in engines.
+    """
+    try:
+        plugins = importlib.import_module(f"{trt.__name__}.plugin")
+        plugins.aot_impl  # noqa: B018 - TensorRT 10.8 has the rest
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedByBackendError(
+            f"{path}: {name} has no plugin {PLUGIN}, and does not carry plugins in engines (TensorRT 10.9 does); open a library with "
+            "--plugin-library (make plugin), or fuse the weights again with --backend portable, which needs none"
+        ) from error
+    if not hasattr(plugins.op, DOMAIN):
+        _register(trt, plugins)
+    return split(model)
+
+
+def split(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with two nodes in the place of its `FusedNMS`, one for each kernel; their settings are one text."""
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    place, node = next((i, node) for i, node in enumerate(whole.graph.node) if node.op_type == PLUGIN)
+    given = dict(zip(INPUTS, node.input, strict=True))
+    keys, counts, kept = (f"{node.name}/{part}" for part in ("keys", "counts", "kept"))
+    common: dict[str, Any] = {
+        "domain": DOMAIN, "plugin_version": VERSION, "plugin_namespace": DOMAIN, "aot": 1,
+        "settings": json.dumps(Settings.of_node(node).to_dict()),
+    }  # fmt: skip
+    parts = (
+        onnx.helper.make_node(
+            SELECT, [given[name] for name in ("classes", "objectness", "background")], [keys, counts],
+            name=f"{node.name}/select", **common,
+        ),
+        onnx.helper.make_node(
+            SUPPRESS, [keys, counts, *(given[name] for name in ("boxes", "angle", "picture"))], [*node.output, kept],
+            name=f"{node.name}/suppress", **common,
+        ),
+    )  # fmt: skip
+    nodes = [*whole.graph.node[:place], *parts, *whole.graph.node[place + 1 :]]
+    del whole.graph.node[:]
+    whole.graph.node.extend(nodes)
+    return whole
+
+
+def _register(trt: Any, plugins: Any) -> None:
+    """Register the two plugins. Their functions are told by their annotations, which have to be classes."""
+    tensor = plugins.TensorDesc
+
+    def read(settings: str) -> Settings:
+        return Settings.of_dict(json.loads(settings))
+
+    def made(dtype: Any, *shape: Any) -> Any:
+        return plugins.from_shape_expr(shape, dtype=dtype)
+
+    def kernel(
+        kind: str, s: Settings, half: bool, grid: tuple[Any, Any], threads: int, numbers: tuple[Any, ...]
+    ) -> Any:
+        launch = plugins.KernelLaunchParams()
+        launch.grid_x, launch.grid_y = grid
+        launch.block_x = threads
+        arguments = plugins.SymIntExprs.from_tuple([plugins.SymInt32(number) for number in numbers])
+        return f"fused_nms_{kind}", compile_ptx(baked_source(s, half)), launch, arguments
+
+    def select(classes, objectness, background, settings):  # type: ignore[no-untyped-def]
+        s = read(settings)
+        images, candidates = classes.shape_expr[0], classes.shape_expr[3 - s.classes[0]]
+        each = 2 * (s.num_classes if s.multi_label else 1)  # a key is two int32
+        return made(trt.int32, images, candidates * each), made(trt.int32, images, plugins.cdiv(candidates, TILE))
+
+    def select_kernel(classes, objectness, background, settings, outputs, tactic):  # type: ignore[no-untyped-def]
+        s = read(settings)
+        candidates = classes.shape_expr[3 - s.classes[0]]
+        grid = (plugins.cdiv(candidates, TILE), classes.shape_expr[0])
+        return kernel("select", s, classes.dtype == trt.float16, grid, SELECT_THREADS, (candidates,))
+
+    def suppress(keys, counts, boxes, angle, picture, settings):  # type: ignore[no-untyped-def]
+        s, images = read(settings), boxes.shape_expr[0]
+        rows = s.max_detections
+        return (
+            made(trt.int32, images, 1), made(trt.float32, images, rows, 5 if s.angle[0] else 4), made(trt.float32, images, rows),
+            made(trt.int32, images, rows), made(trt.int32, images, rows), made(trt.float32, images, SHAPE_NUMBERS, rows),
+        )  # fmt: skip
+
+    def suppress_kernel(keys, counts, boxes, angle, picture, settings, outputs, tactic):  # type: ignore[no-untyped-def]
+        s = read(settings)
+        size = (s.height, s.width) if s.height else (picture.shape_expr[2], picture.shape_expr[3])
+        numbers = (boxes.shape_expr[3 - s.boxes[0]], *size)
+        grid = (boxes.shape_expr[0], 1)
+        return kernel("suppress", s, boxes.dtype == trt.float16, grid, SUPPRESS_THREADS, numbers)
+
+    for name, describe, compiled, inputs, outputs in (
+        (SELECT, select, select_kernel, ("classes", "objectness", "background"), 2),
+        (SUPPRESS, suppress, suppress_kernel, ("keys", "counts", "boxes", "angle", "picture"), 6),
+    ):
+        result = (str, bytes, plugins.KernelLaunchParams, plugins.SymExprs)
+        compiled.__annotations__ = {"return": GenericAlias(tuple, result)}
+        describe.__annotations__ = dict.fromkeys(inputs, tensor) | {
+            "settings": str,
+            "return": GenericAlias(tuple, (tensor,) * outputs),
+        }
+        plugins.register(f"{DOMAIN}::{name}")(describe)
+        plugins.aot_impl(f"{DOMAIN}::{name}")(compiled)
