@@ -1,4 +1,4 @@
-"""The plugin's kernels, run: on a CPU, compiled as C++ (tests/emulation), for models with a `FusedNMS` node."""
+"""The plugin's kernels, run for models with a `FusedNMS` node: on a CPU, compiled as C++ (tests/emulation), or on a GPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.backends.plugin import INPUTS, OUTPUTS, PLUGIN, Settings
+from fusenms.engines.plugin import baked_source, compile_ptx
 from fusenms.graph import sorted_model, with_only_outputs
 
 HERE = Path(__file__).resolve().parent
@@ -99,6 +100,61 @@ def on_cpu(seed: int = 0) -> Run:
             ends = np.concatenate((whole[: GUARD * view.itemsize], whole[-GUARD * view.itemsize :]))
             assert (ends == 0xA5).all(), "a kernel wrote beside its array"
         return dict(zip(OUTPUTS, (view for _, view in outputs), strict=True))
+
+    return run
+
+
+def on_gpu() -> Run:
+    """Run the kernels on the first GPU, compiled by NVRTC with their settings built in, as an engine carries them."""
+    from cuda.bindings import driver
+
+    def call(function: str, *arguments: Any) -> Any:
+        error, *result = getattr(driver, function)(*arguments)
+        assert int(error) == 0, f"{function}: {error}"
+        return result[0] if result else None
+
+    call("cuInit", 0)
+    call("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", 0)))
+
+    def run(s: Settings, inputs: Arrays, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        given = [np.ascontiguousarray(inputs[name]) for name in ARGUMENTS]
+        classes = given[0]
+        images, candidates = len(classes), classes.shape[3 - s.classes[0]]
+        tiles, rows, box = -(-candidates // TILE), s.max_detections, 5 if s.angle[0] else 4
+        each = s.num_classes if s.multi_label else 1
+        shapes = ((images, 1), (images, rows, box), (images, rows), (images, rows), (images, rows))
+        kinds = (np.int32, np.float32, np.float32, np.int32, np.int32)
+        outputs = [np.empty(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        scratch = (8 * images * candidates * each, 4 * images * tiles, 4 * images * SHAPE_NUMBERS * rows)
+        sizes = [*(array.nbytes for array in (*given, *outputs)), *scratch]
+        places = [call("cuMemAlloc", max(bytes_, 1)) for bytes_ in sizes]
+        for place, bytes_ in zip(places, sizes, strict=True):
+            call("cuMemsetD8", place, 0xA5, bytes_)
+        for place, array in zip(places, given, strict=False):
+            call("cuMemcpyHtoD", place, array.ctypes.data, array.nbytes)
+        classes_at, objectness, background, boxes, angle, *made, keys, counts, kept = (int(place) for place in places)
+        module = call("cuModuleLoadData", compile_ptx(baked_source(s, classes.dtype == np.float16)))
+
+        def launch(
+            name: str, grid: tuple[int, int], threads: int, before: list[int], numbers: list[int], after: list[int]
+        ) -> None:
+            kernel = call("cuModuleGetFunction", module, name.encode())
+            types = [ctypes.c_void_p] * len(before) + [ctypes.c_int] * len(numbers) + [ctypes.c_void_p] * len(after)
+            arguments = ((*before, *numbers, *after), tuple(types))
+            call("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, 0, 0, arguments, 0)
+
+        launch(
+            "fused_nms_select", (tiles, images), 256, [classes_at, objectness, background], [candidates], [keys, counts]
+        )
+        heads = [keys, counts, boxes, angle, classes_at]  # the last stands for the picture, which is not read
+        launch("fused_nms_suppress", (images, 1), 1024, heads, [candidates, *size], [*made, kept])
+        call("cuCtxSynchronize")
+        for array, place in zip(outputs, made, strict=True):
+            call("cuMemcpyDtoH", array.ctypes.data, place, array.nbytes)
+        for place in places:
+            call("cuMemFree", place)
+        call("cuModuleUnload", module)
+        return dict(zip(OUTPUTS, outputs, strict=True))
 
     return run
 

@@ -5,18 +5,27 @@ It has not been run on a GPU yet.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from kernels import KernelRunner, on_gpu
+from raw_heads import LAYOUTS, fused_model
 
-from fusenms import fuse
+from fusenms import PostprocessConfig, fuse, verification
+from fusenms.artifacts import ImageInput
+from fusenms.backends import BACKENDS
 from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.backends.plugin import INPUTS, PLUGGED, settings_of
+from fusenms.choosing import Head
 from fusenms.drift import drift_of
 from fusenms.engines.base import EngineSettings
 from fusenms.engines.rtx import build_rtx, load_rtx
 from fusenms.engines.running import EngineRunner, compare_engine
+from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+from fusenms.scenes import Stage, heads
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT.parent / "shared" / "zoo"
@@ -67,3 +76,43 @@ def test_tensorrt_engine_with_the_plugin_finds_what_its_file_finds(tmp_path):
     build_tensorrt(str(path), EngineSettings(batch=(1, 2, 8))).save(tmp_path / "m.engine")
     for batch, drift in compare_engine(tmp_path / "m.engine", images=pictures(256)):
         assert drift.same >= 0.98 * drift.before > 5 * batch, f"batch {batch}: {drift.summary}"
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"multi_label": True, "max_candidates": 9000}, {"class_agnostic": True, "max_detections": 1000}],
+    ids=str,
+)
+def test_plugin_kernels_equal_the_reference_at_640_pixels(half, settings):
+    layout = LAYOUTS["distances"](80)
+    config, image = PostprocessConfig(**settings), ImageInput("images", 640, 640, 32)
+    shapes = {"dist": (64, 8400), "logits": (80, 8400)}
+    head = heads(Stage(layout, config, image, 8400), ("random", "dense", "ties", "crowded", "empty"), shapes, seed=1)
+    head = {name: values.astype(np.float16 if half else np.float32) for name, values in head.items()}
+    s = settings_of(Head(layout, image, {"dist": 64, "logits": 80}, None), config)
+    given = dict.fromkeys(INPUTS, head["logits"]) | {"boxes": head["dist"]}
+    got = on_gpu()(s, given, (640, 640))
+    for i in range(len(head["logits"])):
+        count = got["num_detections"][i, 0]
+        rows = Rows(
+            *(got[name][i, :count].astype(np.float64) for name in ("boxes", "scores")), got["labels"][i, :count]
+        )
+        expected = postprocess(candidates(head, i, layout, (640, 640)), config, rows)
+        np.testing.assert_array_equal(got["indices"][i, :count], expected.indices)
+        np.testing.assert_allclose(rows.boxes, expected.rows.boxes, atol=2e-3)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if LAYOUTS[name]().suppress])
+def test_plugin_kernels_equal_the_reference(monkeypatch, layout):
+    run, plain = on_gpu(), verification.OnnxRuntimeRunner
+    monkeypatch.setitem(BACKENDS, "plugin", replace(PLUGGED, to_standard=lambda model, _: model))
+    monkeypatch.setattr(
+        verification,
+        "OnnxRuntimeRunner",
+        lambda model: (
+            KernelRunner(model, run) if any(n.op_type == "FusedNMS" for n in model.graph.node) else plain(model)
+        ),
+    )
+    report = verification.verify(fused_model(LAYOUTS[layout](), "plugin", indices=True))
+    assert report, str(report)
