@@ -46,7 +46,7 @@ def fuse(
 
     Args:
         weights: a checkpoint (`.pt`), a raw `.onnx`, a directory of a Hugging Face detector, an `nn.Module`, or a loaded `RawModel`.
-        backend: ``ort``, ``trt`` or ``portable``.
+        backend: ``ort``, ``trt``, ``portable`` or ``plugin``.
         size, dynamic_size, opset, make_dynamic, one_to_many, pixels, stretch, example, layout: as `fusenms.load` takes them.
         class_names: of an `nn.Module`, its classes.
         family: name of the detector family, where the file leaves more than one open.
