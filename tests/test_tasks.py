@@ -207,8 +207,13 @@ def test_masks_of_the_graph_are_those_of_the_prototypes(zoo, tmp_path, backend):
 def test_real_heads_equal_reference(zoo, name, backend):
     fused = fuse(zoo / "shapes" / f"{name}.pt", size=256, backend=backend, indices=True, score_threshold=0.05)
     assert fused.report, fused.report
-    by = {"ort": "NonMaxSuppression", "trt": "EfficientNMS_TRT", "portable": "tensor operators"}[backend]
-    by = "no suppression" if "26" in name else "tensor operators" if "obb" in name else by
+    by = {"ort": "NonMaxSuppression", "trt": "EfficientNMS_TRT", "portable": "tensor operators", "plugin": "FusedNMS"}[
+        backend
+    ]
+    if "26" in name:
+        by = "no suppression"
+    elif "obb" in name and backend != "plugin":
+        by = "tensor operators"
     assert fused.metadata["fusenms.suppression"] == by
 
 
