@@ -20,7 +20,7 @@ CHECKPOINTS ?=
 PICTURE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-.PHONY: help demo test test-gpu check bench bench-tasks plugin format clean
+.PHONY: help demo test test-gpu check bench bench-tasks bench-gpu plugin format clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -55,6 +55,9 @@ bench: $(VENV)/.bench ## Time fusenms beside its peers: make bench CHECKPOINT=yo
 bench-tasks: $(VENV)/.bench ## The same for masks, keypoints, oriented boxes: make bench-tasks CHECKPOINTS="A-seg.pt B-pose.pt"
 	@test -n "$(CHECKPOINTS)" || { echo "name checkpoints with YOLOv8's head: make bench-tasks CHECKPOINTS=\"A-seg.pt B-pose.pt C-obb.pt\""; exit 2; }
 	$(BIN)/python tests/benchmarks/tasks.py $(CHECKPOINTS) $(if $(PICTURE),--picture $(PICTURE)) $(ARGS)
+
+bench-gpu: $(VENV)/.dev ## Time the plugin's kernels on a GPU: make bench-gpu [ARGS="--tensorrt PYTHON"]; writes docs/benchmarks-gpu.md
+	$(BIN)/python tests/benchmarks/gpu.py --out docs $(ARGS)
 
 plugin: plugins/libfusenms_plugin.so ## Build the TensorRT plugin library: make plugin TENSORRT_ROOT=DIR (its include and lib), with nvcc
 

@@ -16,15 +16,22 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from driver import Gpu
 
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.backends.plugin import INPUTS, OUTPUTS, PLUGIN, Settings
-from fusenms.engines.plugin import baked_source, compile_ptx
+from fusenms.engines.plugin import (
+    SELECT_THREADS,
+    SHAPE_NUMBERS,
+    SUPPRESS_THREADS,
+    TILE,
+    baked_source,
+    compile_ptx,
+)
 from fusenms.graph import sorted_model, with_only_outputs
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "plugins" / "fused_nms.cu"
-TILE, SHAPE_NUMBERS = 64, 7  # as fused_nms.cu has them
 ARGUMENTS = ("classes", "objectness", "background", "boxes", "angle")  # of the two kernels, in order
 GUARD = 64  # elements before and after every array, which nothing may write to
 
@@ -104,57 +111,57 @@ def on_cpu(seed: int = 0) -> Run:
     return run
 
 
+class OnGpu:
+    """The kernels on a GPU with their inputs, compiled by NVRTC with their settings built in, as an engine carries them."""
+
+    def __init__(self, gpu: Gpu, s: Settings, inputs: Arrays, size: tuple[int, int], like: OnGpu | None = None) -> None:
+        """Load all onto the GPU. ``like``: one with the same settings, whose code is taken."""
+        classes = inputs["classes"]
+        self.gpu, self.images, self.candidates = gpu, len(classes), classes.shape[3 - s.classes[0]]
+        self.tiles, rows, box = -(-self.candidates // TILE), s.max_detections, 5 if s.angle[0] else 4
+        each, images = s.num_classes if s.multi_label else 1, self.images
+        self.shapes = ((images, 1), (images, rows, box), (images, rows), (images, rows), (images, rows))
+        places = {id(array): gpu.upload(array) for array in inputs.values()}
+        classes_at, objectness, background, boxes, angle = (places[id(inputs[name])] for name in ARGUMENTS)
+        self._made = [gpu.allocate(4 * int(np.prod(shape))) for shape in self.shapes]
+        keys, counts = gpu.allocate(8 * images * self.candidates * each), gpu.allocate(4 * images * self.tiles)
+        kept = gpu.allocate(4 * images * SHAPE_NUMBERS * rows)
+        if like is None:
+            ptx = compile_ptx(baked_source(s, classes.dtype == np.float16))
+            self._kernels = gpu.kernels(ptx, "fused_nms_select", "fused_nms_suppress")
+        else:
+            self._kernels = like._kernels
+        self._select = [classes_at, objectness, background], [self.candidates], [keys, counts]
+        picture = classes_at  # stands for it; it is not read
+        self._suppress = [keys, counts, boxes, angle, picture], [self.candidates, *size], [*self._made, kept]
+
+    def select(self) -> None:
+        self.gpu.launch(self._kernels[0], (self.tiles, self.images), SELECT_THREADS, *self._select)
+
+    def suppress(self) -> None:
+        self.gpu.launch(self._kernels[1], (self.images, 1), SUPPRESS_THREADS, *self._suppress)
+
+    def launch(self) -> None:
+        self.select()
+        self.suppress()
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The node's outputs by name."""
+        kinds = (np.int32, np.float32, np.float32, np.int32, np.int32)
+        found = [self.gpu.download(*made) for made in zip(self._made, self.shapes, kinds, strict=True)]
+        return dict(zip(OUTPUTS, found, strict=True))
+
+
 def on_gpu() -> Run:
-    """Run the kernels on the first GPU, compiled by NVRTC with their settings built in, as an engine carries them."""
-    from cuda.bindings import driver
-
-    def call(function: str, *arguments: Any) -> Any:
-        error, *result = getattr(driver, function)(*arguments)
-        assert int(error) == 0, f"{function}: {error}"
-        return result[0] if result else None
-
-    call("cuInit", 0)
-    call("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", 0)))
+    """Run the kernels on the first GPU."""
+    gpu = Gpu()
 
     def run(s: Settings, inputs: Arrays, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        given = [np.ascontiguousarray(inputs[name]) for name in ARGUMENTS]
-        classes = given[0]
-        images, candidates = len(classes), classes.shape[3 - s.classes[0]]
-        tiles, rows, box = -(-candidates // TILE), s.max_detections, 5 if s.angle[0] else 4
-        each = s.num_classes if s.multi_label else 1
-        shapes = ((images, 1), (images, rows, box), (images, rows), (images, rows), (images, rows))
-        kinds = (np.int32, np.float32, np.float32, np.int32, np.int32)
-        outputs = [np.empty(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
-        scratch = (8 * images * candidates * each, 4 * images * tiles, 4 * images * SHAPE_NUMBERS * rows)
-        sizes = [*(array.nbytes for array in (*given, *outputs)), *scratch]
-        places = [call("cuMemAlloc", max(bytes_, 1)) for bytes_ in sizes]
-        for place, bytes_ in zip(places, sizes, strict=True):
-            call("cuMemsetD8", place, 0xA5, bytes_)
-        for place, array in zip(places, given, strict=False):
-            call("cuMemcpyHtoD", place, array.ctypes.data, array.nbytes)
-        classes_at, objectness, background, boxes, angle, *made, keys, counts, kept = (int(place) for place in places)
-        module = call("cuModuleLoadData", compile_ptx(baked_source(s, classes.dtype == np.float16)))
-
-        def launch(
-            name: str, grid: tuple[int, int], threads: int, before: list[int], numbers: list[int], after: list[int]
-        ) -> None:
-            kernel = call("cuModuleGetFunction", module, name.encode())
-            types = [ctypes.c_void_p] * len(before) + [ctypes.c_int] * len(numbers) + [ctypes.c_void_p] * len(after)
-            arguments = ((*before, *numbers, *after), tuple(types))
-            call("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, 0, 0, arguments, 0)
-
-        launch(
-            "fused_nms_select", (tiles, images), 256, [classes_at, objectness, background], [candidates], [keys, counts]
-        )
-        heads = [keys, counts, boxes, angle, classes_at]  # the last stands for the picture, which is not read
-        launch("fused_nms_suppress", (images, 1), 1024, heads, [candidates, *size], [*made, kept])
-        call("cuCtxSynchronize")
-        for array, place in zip(outputs, made, strict=True):
-            call("cuMemcpyDtoH", array.ctypes.data, place, array.nbytes)
-        for place in places:
-            call("cuMemFree", place)
-        call("cuModuleUnload", module)
-        return dict(zip(OUTPUTS, outputs, strict=True))
+        kernels = OnGpu(gpu, s, inputs, size)
+        kernels.launch()
+        outputs = kernels.outputs()
+        gpu.close()
+        return outputs
 
     return run
 

@@ -1,0 +1,145 @@
+"""Time ONNX files as TensorRT engines on a GPU, in turn: the raw model, say, and the fused one.
+
+    python tests/benchmarks/engine_times.py raw.onnx fused.onnx [--module tensorrt_rtx] [--batch 1 8] [--runs 20]
+
+Needs TensorRT (8.5 or newer) or TensorRT-RTX, cuda-python and numpy, and nothing of fusenms: an old TensorRT has an old Python.
+Engines are built anew for each batch size, from the files as they are; what is timed is the engine alone, without copies to and
+from the host. Inputs are random numbers from 0 to 1, or arrays by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPEAT = 16  # runs that are timed together
+
+
+def call(function: Any, *arguments: Any) -> Any:
+    error, *result = function(*arguments)
+    if int(error):
+        raise SystemExit(f"CUDA: {function.__name__} fails ({error}); is there an NVIDIA GPU with its driver?")
+    return result[0] if result else None
+
+
+class Timed:
+    """An engine of a file, ready to run."""
+
+    def __init__(self, trt: Any, cuda: Any, path: Path, batch: int, given: dict[str, np.ndarray]) -> None:
+        logger = trt.Logger(trt.Logger.ERROR)
+        if hasattr(trt, "init_libnvinfer_plugins"):
+            trt.init_libnvinfer_plugins(logger, "")
+        builder = trt.Builder(logger)
+        explicit = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)
+        network = builder.create_network(0 if explicit is None else 1 << int(explicit))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(path)):
+            raise SystemExit(f"{path}: {'; '.join(str(parser.get_error(i)) for i in range(parser.num_errors))}")
+        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        shapes = {}
+        for i in range(network.num_inputs):
+            entry = network.get_input(i)
+            shapes[entry.name] = tuple(batch if side < 0 and at == 0 else side for at, side in enumerate(entry.shape))
+            if min(shapes[entry.name]) < 0:
+                raise SystemExit(f"{path}: input {entry.name} has open sides; fuse it at one size")
+            profile.set_shape(entry.name, *[shapes[entry.name]] * 3)
+        config.add_optimization_profile(profile)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise SystemExit(f"{path}: no engine is built of it")
+        self.cuda, self.runtime = cuda, trt.Runtime(logger)
+        self.engine = self.runtime.deserialize_cuda_engine(plan)
+        self.context, self.outputs = self.engine.create_execution_context(), {}
+        self.stream = call(cuda.cudaStreamCreate)
+        rng = np.random.default_rng(0)
+        for i in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(i)
+            dtype = np.dtype(trt.nptype(self.engine.get_tensor_dtype(name)))
+            if name in shapes:
+                self.context.set_input_shape(name, shapes[name])
+                array = given[name] if name in given else rng.random(shapes[name])
+                array = np.ascontiguousarray(array, dtype)
+                if array.shape != shapes[name]:
+                    raise SystemExit(f"{path}: input {name} is {shapes[name]}, given was {array.shape}")
+            else:
+                array = np.empty(tuple(self.context.get_tensor_shape(name)), dtype)
+            place = call(cuda.cudaMalloc, max(array.nbytes, 1))
+            if name in shapes:
+                call(
+                    cuda.cudaMemcpy, place, array.ctypes.data, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+                )
+            else:
+                self.outputs[name] = (place, array)
+            self.context.set_tensor_address(name, place)
+
+    def run(self) -> None:
+        if not self.context.execute_async_v3(self.stream):
+            raise SystemExit("an engine does not run")
+
+    def microseconds(self) -> float:
+        """Of one run, on the GPU's own clock."""
+        cuda = self.cuda
+        start, end = call(cuda.cudaEventCreate), call(cuda.cudaEventCreate)
+        call(cuda.cudaEventRecord, start, self.stream)
+        for _ in range(REPEAT):
+            self.run()
+        call(cuda.cudaEventRecord, end, self.stream)
+        call(cuda.cudaEventSynchronize, end)
+        return 1e3 * call(cuda.cudaEventElapsedTime, start, end) / REPEAT
+
+    def results(self) -> dict[str, np.ndarray]:
+        self.run()
+        call(self.cuda.cudaStreamSynchronize, self.stream)
+        for place, array in self.outputs.values():
+            kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+            call(self.cuda.cudaMemcpy, array.ctypes.data, place, array.nbytes, kind)
+        return {name: array for name, (_, array) in self.outputs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--module", default="tensorrt", help="tensorrt or tensorrt_rtx")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--inputs", type=Path, help=".npz with the inputs by name")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--json", action="store_true", help="all of the last batch size, in one line")
+    args = parser.parse_args()
+    import importlib
+
+    trt = importlib.import_module(args.module)
+    try:
+        from cuda.bindings import runtime as cuda
+    except ImportError:
+        from cuda import cudart as cuda  # cuda-python before 12.6
+    call(cuda.cudaSetDevice, 0)
+    given = dict(np.load(args.inputs)) if args.inputs else {}
+    library = f"{args.module} {trt.__version__}"
+    for batch in args.batch:
+        engines = {path.name: Timed(trt, cuda, path, batch, given) for path in args.files}
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for _ in range(args.runs):
+            for name, engine in engines.items():
+                engine.microseconds()
+                times[name].append(engine.microseconds())
+        if not args.json:
+            first = statistics.median(next(iter(times.values())))
+            for name, values in times.items():
+                middle = statistics.median(values)
+                print(f"{library}, batch {batch}: {name} {middle:.1f} us ({middle / first:.3f})", flush=True)
+            continue
+        small = {
+            name: {key: value.tolist() for key, value in engine.results().items() if value.size <= 100}
+            for name, engine in engines.items()
+        }
+        files = {name: {"microseconds": values, "outputs": small[name]} for name, values in times.items()}
+        print(json.dumps({"library": library, "batch": batch, "files": files}))
+
+
+if __name__ == "__main__":
+    main()

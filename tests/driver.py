@@ -1,0 +1,111 @@
+"""CUDA's driver API, as far as tests and benchmarks of the kernels need it, by cuda-python."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Grid = tuple[int, int]
+
+
+class Gpu:
+    """The first GPU, in the context that PyTorch and CUDA's runtime use too. What is allocated lives until `close`."""
+
+    def __init__(self) -> None:
+        """Open it; AssertionError where there is none."""
+        self.call("cuInit", 0)
+        self.device = self.call("cuDeviceGet", 0)
+        self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", self.device))
+        self.stream = self.call("cuStreamCreate", 1)  # that does not wait for the default stream
+        self._places: list[int] = []
+        self._modules: list[Any] = []
+
+    @staticmethod
+    def call(function: str, *arguments: Any) -> Any:
+        """Call the driver; its result without the error code."""
+        from cuda.bindings import driver
+
+        error, *result = getattr(driver, function)(*arguments)
+        assert int(error) == 0, f"{function}: {error}"
+        return result[0] if result else None
+
+    def close(self) -> None:
+        self.synchronize()
+        for place in self._places:
+            self.call("cuMemFree", place)
+        for module in self._modules:
+            self.call("cuModuleUnload", module)
+        self._places, self._modules = [], []
+
+    def name(self) -> str:
+        return self.call("cuDeviceGetName", 128, self.device).split(b"\0")[0].decode()
+
+    def attribute(self, name: str) -> int:
+        """A property of the device, as ``L2_CACHE_SIZE``."""
+        from cuda.bindings import driver
+
+        kind = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return self.call("cuDeviceGetAttribute", kind, self.device)
+
+    def allocate(self, size: int) -> int:
+        """Address of so many bytes, none of them zero."""
+        place = int(self.call("cuMemAlloc", max(size, 1)))
+        self._places.append(place)
+        self.call("cuMemsetD8", place, 0xA5, max(size, 1))
+        return place
+
+    def upload(self, array: np.ndarray) -> int:
+        """Address of a copy on the GPU."""
+        array = np.ascontiguousarray(array)
+        place = self.allocate(array.nbytes)
+        self.call("cuMemcpyHtoD", place, array.ctypes.data, array.nbytes)
+        return place
+
+    def download(self, place: int, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        self.synchronize()
+        array = np.empty(shape, dtype)
+        self.call("cuMemcpyDtoH", array.ctypes.data, place, array.nbytes)
+        return array
+
+    def kernels(self, ptx: bytes, *names: str) -> list[Any]:
+        """Kernels of a module, by name."""
+        self._modules.append(self.call("cuModuleLoadData", ptx))
+        return [self.call("cuModuleGetFunction", self._modules[-1], name.encode()) for name in names]
+
+    def launch(self, kernel: Any, grid: Grid, threads: int, addresses: Sequence[int], *more: Sequence[int]) -> None:
+        """Start a kernel whose arguments are addresses, and ``more`` are int32 and addresses in turn."""
+        groups = (addresses, *more)
+        kinds = [ctypes.c_int if i % 2 else ctypes.c_void_p for i, group in enumerate(groups) for _ in group]
+        values = [value for group in groups for value in group]
+        arguments = (tuple(values), tuple(kinds)) if values else 0
+        self.call("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, 0, self.stream, arguments, 0)
+
+    def synchronize(self) -> None:
+        self.call("cuStreamSynchronize", self.stream)
+
+    def graph(self, works: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        """All that is launched by ``works``, one after the other, as one graph, which the result starts."""
+        from cuda.bindings import driver
+
+        self.call("cuStreamBeginCapture", self.stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        for work in works:
+            work()
+        graph = self.call("cuStreamEndCapture", self.stream)
+        made = self.call("cuGraphInstantiate", graph, 0)
+        return lambda: self.call("cuGraphLaunch", made, self.stream)
+
+    def milliseconds(self, work: Callable[[], None], stream: Any = None) -> float:
+        """Between the start and the end of what is launched, on the GPU's own clock."""
+        stream = self.stream if stream is None else stream
+        start, end = self.call("cuEventCreate", 0), self.call("cuEventCreate", 0)
+        self.call("cuEventRecord", start, stream)
+        work()
+        self.call("cuEventRecord", end, stream)
+        self.call("cuEventSynchronize", end)
+        elapsed = self.call("cuEventElapsedTime", start, end)
+        for event in (start, end):
+            self.call("cuEventDestroy", event)
+        return elapsed
