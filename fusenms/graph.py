@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,8 @@ INT32, INT64, FLOAT, BOOL = (
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.BOOL,
 )
+MOVES = ("Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that give values as they get them, in other places."""
 TAIL = "fusenms"
 """Prefix of every node and tensor that fusenms adds."""
 
@@ -61,6 +64,27 @@ class Graph:
             for i, given in enumerate(node.inputs):
                 if given is tensor:
                     node.inputs[i] = made
+
+    def in_half(self, tensor: Tensor) -> Tensor | None:
+        """The same values in float16, where they were cast from it and only moved since; None where they were not."""
+        node = tensor.inputs[0] if tensor.inputs else None
+        if node is None or node.op not in ("Cast", *MOVES):
+            return None
+        if node.op == "Cast":
+            return node.inputs[0] if node.attrs["to"] == FLOAT and node.inputs[0].name in self._half else None
+        moved = len(node.inputs) if node.op == "Concat" else 1  # what else it is given says where to
+        inputs = [self.in_half(given) for given in node.inputs[:moved]]
+        if any(given is None for given in inputs):
+            return None
+        made = self.add(node.op, [*inputs, *node.inputs[moved:]], len(node.outputs), **node.attrs)
+        return made[[output is tensor for output in node.outputs].index(True)]
+
+    @cached_property
+    def _half(self) -> set[str]:
+        """Tensors in float16 of the model that is being edited."""
+        graph = onnx.shape_inference.infer_shapes(self._model).graph
+        known = (*graph.value_info, *graph.output, *graph.input)
+        return {entry.name for entry in known if entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
 
     def replace(self, op: str, make: Callable[[], Sequence[Tensor]]) -> None:
         """Put what ``make`` emits, a tensor for each of its outputs, in the place of the one node of that operator."""

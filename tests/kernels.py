@@ -19,7 +19,7 @@ import pytest
 from driver import Gpu
 
 from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.backends.plugin import INPUTS, OUTPUTS, PLUGIN, Settings
+from fusenms.backends.plugin import IN_HALF, INPUTS, OUTPUTS, PLUGIN, Settings
 from fusenms.engines.plugin import (
     SELECT_THREADS,
     SHAPE_NUMBERS,
@@ -182,7 +182,11 @@ class KernelRunner:
         self.inputs = [entry.name for entry in model.graph.input]
         self.outputs = [entry.name for entry in model.graph.output]
         made = [name for name in dict.fromkeys(self.node.input) if name not in self.inputs]
-        self._before = OnnxRuntimeRunner(sorted_model(with_only_outputs(model, made))) if made else None
+        before = with_only_outputs(model, made)
+        for entry in before.graph.output:
+            if entry.name.endswith(IN_HALF):
+                entry.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+        self._before = OnnxRuntimeRunner(sorted_model(before)) if made else None
         after = onnx.ModelProto()
         after.CopyFrom(model)
         after.graph.node.remove(next(node for node in after.graph.node if node.op_type == PLUGIN))

@@ -10,13 +10,14 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from conftest import SHAPES
+from conftest import SHAPES, write_segmenter
 from kernels import SOURCE, KernelRunner, library, on_cpu
 from raw_heads import LAYOUTS, STRIDES, fused_model
 
 from fusenms import PostprocessConfig, fuse, verification
 from fusenms.artifacts import ImageInput
 from fusenms.backends import BACKENDS
+from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.backends.plugin import INPUTS, OUTPUTS, PLUGGED, PLUGIN, Settings, settings_of
 from fusenms.choosing import Head
 from fusenms.cli import main
@@ -25,6 +26,7 @@ from fusenms.engines.trt_check import check_trt_graph
 from fusenms.errors import EngineBuildError, SourceError, UnsupportedByBackendError
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
 from fusenms.reference import Rows, candidates, postprocess
+from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
 from fusenms.scenes import Stage, heads
 
 SUPPRESSED = [name for name in LAYOUTS if LAYOUTS[name]().suppress]
@@ -85,6 +87,28 @@ def test_kernels_equal_the_reference_on_trained_detectors(by_kernels, zoo, weigh
     assert list(node_of(fused.model).input).count("images") == int(dynamic)
     report = verification.verify(fused)
     assert report, str(report)
+
+
+@pytest.mark.parametrize("segment", [False, True])
+def test_kernels_read_a_network_in_half_precision_without_casts(tmp_path, segment):
+    weights = write_segmenter(tmp_path / "seg.pt") if segment else SHAPES / "shapes.pt"
+    more = {"size": 64, "precision": "fp16", "score_threshold": 0.01, "indices": True, "multi_label": True}
+    fused = fuse(weights, backend="plugin", **more)
+    assert set(node_of(fused.model).input) == {"head_classes/float16", "head_boxes/float16"}
+    images = to_tensor([letterbox(read_picture(SHAPES / f"shapes{i}.jpg"), 64, 64)[0] for i in (0, 1)])
+    outputs = KernelRunner(fused.model, on_cpu(3)).infer(images)
+    expected = OnnxRuntimeRunner(PLUGGED.to_standard(fused.model, fused)).infer(images)
+    assert list(outputs) == list(expected)
+    assert outputs["num_detections"].min() > 10
+    for name, values in expected.items():
+        np.testing.assert_allclose(outputs[name], values, atol=1e-4, err_msg=name)
+
+
+def test_head_that_computes_after_the_network_stays_float32(zoo):
+    """The angle is a sigmoid in the graph; all that the kernels read has to be of one type."""
+    fused = fuse(zoo / "shapes/yolov8-p-obb.pt", size=64, backend="plugin", precision="fp16", unverified=True)
+    assert set(node_of(fused.model).input) == {"head_classes", "head_boxes", "head_angle"}
+    assert verification.verify(fused)
 
 
 # ---- a head of real size

@@ -21,7 +21,7 @@ from fusenms.backends.portable import PORTABLE
 from fusenms.choosing import FARTHEST, FARTHEST_ORIENTED, Head, strict_threshold
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError, UnsupportedByBackendError
-from fusenms.graph import Graph, Tensor
+from fusenms.graph import FLOAT, Graph, Tensor
 from fusenms.layout import (
     Activation,
     AnchorBoxes,
@@ -40,6 +40,8 @@ VERSION = "1"
 INPUTS = ("picture", "classes", "boxes", "objectness", "background", "angle")
 """Of the node. One that the head does not have is given `classes` again; so is the picture, where its size is fixed."""
 OUTPUTS = ("num_detections", "boxes", "scores", "labels", "indices")
+IN_HALF = "/float16"
+"""After the name of a head's tensor: the same, as the network in half precision gives it, before it is cast to float32."""
 
 ACTIVATIONS = (Activation.NONE, Activation.SIGMOID, Activation.SOFTMAX)
 DECODED = (BoxFormat.XYXY, BoxFormat.CXCYWH)
@@ -178,6 +180,20 @@ def _inputs(layout: Layout, settings: Settings, image: ImageInput) -> list[str]:
     return [layout.classes.tensor if settings.height else image.tensor, *names.values()]
 
 
+def _half_names(names: Sequence[str], layout: Layout) -> list[str]:
+    return [f"{name}{IN_HALF}" if name in layout.tensors else name for name in names]
+
+
+def _take_half(g: Graph, layout: Layout) -> bool:
+    """Give the head's tensors in float16 their names, where all that the node reads are cast from it: no cast comes before it then."""
+    tensors = {tap.tensor: g.in_half(g.tensor(tap.tensor)) for tap in _taps(layout).values() if tap is not None}
+    if any(half is None for half in tensors.values()):
+        return False
+    for name, half in tensors.items():
+        g.name(g.op("Identity", half), f"{name}{IN_HALF}")
+    return True
+
+
 def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
     """Emit the plugin's node.
 
@@ -187,6 +203,8 @@ def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
     settings = settings_of(head, config)
     g.import_domain(DOMAIN, 1)
     names = _inputs(head.layout, settings, head.image)
+    if _take_half(g, head.layout):
+        names = _half_names(names, head.layout)
     count, boxes, scores, labels, indices = g.add(
         PLUGIN,
         [g.tensor(name) for name in names],
@@ -221,13 +239,15 @@ def to_standard(model: onnx.ModelProto, fused: FusedModel) -> onnx.ModelProto:
     head = Head(layout, fused.image, widths, None)
     meant = settings_of(head, config)
     names = _inputs(layout, meant, fused.image)
-    if bytes(written) != bytes(meant) or list(node.input) != names:
+    if bytes(written) != bytes(meant) or list(node.input) not in (names, _half_names(names, layout)):
         wrong = [name for name, value in meant.to_dict().items() if value != written.to_dict()[name]]
         raise SourceError(
             f"node {node.name!r} and the metadata do not say the same ({', '.join(wrong) or 'inputs'}); the file was changed after it was "
             "written: fuse the weights again"
         )
     g, find_by = Graph(model), (ORT if layout.angle is None else PORTABLE).find
+    for name in {tap.tensor for tap in _taps(layout).values() if tap is not None} - g.names:
+        g.name(g.cast(g.tensor(f"{name}{IN_HALF}"), FLOAT), name)
 
     def make() -> tuple[Tensor, ...]:
         found = find_by(g, head, config)
