@@ -74,6 +74,8 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     )
     names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
     notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; inside made into {pixels}")
+    if idle := _idle_settings(layout, config):
+        notes = (*notes, f"{NO_SUPPRESSION}: {' and '.join(idle)} mean{'s' * (len(idle) == 1)} nothing to this head")
     return FusedModel(
         g.to_model(), image, names, layout.task, raw.source, layout, config, backend, by, raw.precision, None, notes
     )
@@ -134,6 +136,15 @@ class _Tail:
         part = tensor if whole else g.slice(tensor, tap.channel_axis, tap.start, tap.stop)
         rows = g.take_rows(part, numbers, 3 - tap.channel_axis, tap.channels)
         return g.where(g.unsqueeze(valid, 2), rows, g.floats(0.0))
+
+
+def _idle_settings(layout: Layout, config: PostprocessConfig) -> list[str]:
+    """Settings that are not the default, and mean nothing to a head that needs no suppression."""
+    names = [] if layout.suppress else ["iou_threshold", "max_candidates", "class_agnostic"]
+    if layout.labels is not None:
+        names.append("multi_label")
+    usual = PostprocessConfig()
+    return [name for name in names if getattr(config, name) != getattr(usual, name)]
 
 
 def _check_taps(raw: RawModel, layout: Layout) -> None:

@@ -207,6 +207,21 @@ def test_error_when_an_end_to_end_head_is_given_rounds():
         fused_model(LAYOUTS["end_to_end"](), "portable", rounds=4)
 
 
+@pytest.mark.parametrize(
+    ("layout", "settings", "idle"),
+    [
+        ("end_to_end", {}, None),
+        ("end_to_end", {"class_agnostic": True}, "class_agnostic means"),
+        ("finished_rows", {"iou_threshold": 0.6, "multi_label": True}, "iou_threshold and multi_label mean"),
+        ("decoded", {"iou_threshold": 0.6, "multi_label": True}, None),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_to_a_head_are_named(layout, settings, idle):
+    notes = fused_model(LAYOUTS[layout](), **settings).notes
+    assert notes == (() if idle is None else (f"no suppression: {idle} nothing to this head",))
+
+
 def test_error_when_backend_has_no_rounds():
     with pytest.raises(ConfigError, match="rounds is 4, but backend ort has none"):
         fused_model(LAYOUTS["decoded"](), "ort", rounds=4)

@@ -19,7 +19,7 @@ from fusenms.drift import drift
 from fusenms.engines import BUILDERS, EngineSettings
 from fusenms.engines.base import check_places
 from fusenms.errors import BackendError, ConfigError
-from fusenms.fusion import fuse_head
+from fusenms.fusion import NO_SUPPRESSION, fuse_head
 from fusenms.heads import HEADS, recognize
 from fusenms.pipeline import in_precision, prove
 from fusenms.precision import HALF, PRECISIONS
@@ -233,7 +233,7 @@ def make(
     if options is not None and options.precision != raw.precision:
         full, fused = fused, fuse_head(in_precision(raw, layout, options.precision), layout, config, backend)
     for note in fused.notes[len(raw.notes) :]:
-        steps.line("half" if note == HALF else "input", note)
+        steps.line("half" if note == HALF else "fuse" if note.startswith(NO_SUPPRESSION) else "input", note)
     outputs = ", ".join(name for name, _ in layout.outputs(config))
     steps.line("fuse", f"{layout.decode_stage} decode · {fused.suppressed_by} · {outputs}")
     steps.values |= {
