@@ -71,7 +71,24 @@ struct Workspace {
     }
 };
 
-class FusedNms : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
+// Plugin and creator say alike what they are.
+template <typename Interface>
+class Named : public Interface {
+public:
+    AsciiChar const* getPluginName() const noexcept override {
+        return NAME;
+    }
+
+    AsciiChar const* getPluginVersion() const noexcept override {
+        return VERSION;
+    }
+
+    AsciiChar const* getPluginNamespace() const noexcept override {
+        return NAMESPACE;
+    }
+};
+
+class FusedNms : public IPluginV3, public Named<IPluginV3OneCore>, public IPluginV3OneBuild, public IPluginV3OneRuntime {
 public:
     explicit FusedNms(Settings const& settings) : settings_(settings), field_(SETTINGS, &settings_, PluginFieldType::kUNKNOWN, sizeof(Settings)) {
         fields_ = {1, &field_};
@@ -85,18 +102,6 @@ public:
 
     IPluginV3* clone() noexcept override {
         return new (std::nothrow) FusedNms(settings_);
-    }
-
-    AsciiChar const* getPluginName() const noexcept override {
-        return NAME;
-    }
-
-    AsciiChar const* getPluginVersion() const noexcept override {
-        return VERSION;
-    }
-
-    AsciiChar const* getPluginNamespace() const noexcept override {
-        return NAMESPACE;
     }
 
     int32_t getNbOutputs() const noexcept override {
@@ -201,23 +206,11 @@ private:
     PluginFieldCollection fields_{};
 };
 
-class FusedNmsCreator : public IPluginCreatorV3One {
+class FusedNmsCreator : public Named<IPluginCreatorV3One> {
 public:
     FusedNmsCreator() {
         for (Field const& field : FIELDS) names_.emplace_back(field.name, nullptr, field.type, field.count);
         fields_ = {static_cast<int32_t>(names_.size()), names_.data()};
-    }
-
-    AsciiChar const* getPluginName() const noexcept override {
-        return NAME;
-    }
-
-    AsciiChar const* getPluginVersion() const noexcept override {
-        return VERSION;
-    }
-
-    AsciiChar const* getPluginNamespace() const noexcept override {
-        return NAMESPACE;
     }
 
     PluginFieldCollection const* getFieldNames() noexcept override {
