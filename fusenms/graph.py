@@ -6,7 +6,7 @@ onnx-graphsurgeon drops metadata and producer; `Graph.to_model` carries them ove
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -34,7 +34,7 @@ class Graph:
         self._model = model
         self._graph = gs.import_onnx(model)
         self._tensors = self._graph.tensors()
-        self._count = _last_number(self._tensors)
+        self._count = _last_number(_names(model.graph))
 
     @property
     def opset(self) -> int:
@@ -247,6 +247,15 @@ class Graph:
         if self.opset >= 13:
             return self.op("Unsqueeze", x, self.const([axis], np.int64))
         return self.op("Unsqueeze", x, axes=[axis])
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names of all tensors that are made in a graph, and in the graphs within it."""
+    yield from (item.name for item in graph.initializer)
+    for node in graph.node:
+        yield from node.output
+        for attribute in node.attribute:
+            yield from _names(attribute.g)
 
 
 def _last_number(names: Iterable[str]) -> int:

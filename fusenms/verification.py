@@ -196,18 +196,19 @@ class _Verification:
 
     def __init__(self, fused: FusedModel, progress: Progress | None) -> None:
         self.fused, self.layout, self.config = fused, fused.layout, fused.config
-        self.standard = get_backend(fused.backend).to_standard(fused.model, fused)
+        self.backend = get_backend(fused.backend)
+        self.model = self.backend.in_float(fused.model)
         self.progress = progress or (lambda *_: None)
         self.checks: list[Check] = []
 
     def run(self, pictures: np.ndarray, batches: tuple[int, ...]) -> list[Check]:
-        produced = {name for node in self.standard.graph.node for name in node.output}
+        produced = {name for node in self.model.graph.node for name in node.output}
         if lost := [name for name in self.layout.tensors if name not in produced]:
             raise SourceError(
                 f"the file lacks the head's tensors {', '.join(lost)} that its metadata names; "
                 "it was changed after it was written: fuse the model again"
             )
-        whole = OnnxRuntimeRunner(with_outputs(self.standard, self.layout.tensors))
+        whole = OnnxRuntimeRunner(self.backend.to_standard(with_outputs(self.model, self.layout.tensors), self.fused))
         shapes = self._on_pictures(whole, pictures, batches)
         whole.close()
         if shapes:
@@ -245,7 +246,7 @@ class _Verification:
         """Run the tail on made-up heads: every scene at every batch size, a different one for each image."""
         tap = self.layout.classes
         stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][2 - tap.channel_axis])
-        tail = OnnxRuntimeRunner(cut_before(self.standard, shapes))
+        tail = OnnxRuntimeRunner(self.backend.to_standard(cut_before(self.model, shapes), self.fused))
         names = tuple(SCENES)
         runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
         for step, (batch, some) in enumerate(runs):

@@ -71,6 +71,20 @@ def test_standard_operators_in_the_place_of_the_plugin_equal_the_reference(layou
     assert report, str(report)
 
 
+def test_standard_operators_take_no_name_of_the_graphs_within():
+    fused = fused_model(LAYOUTS["masks"](), "plugin", masks="prototype", max_detections=32)
+    before, after = (list(made_names(m.graph)) for m in (fused.model, PLUGGED.to_standard(fused.model, fused)))
+    assert len(after) - len(set(after)) == len(before) - len(set(before))
+
+
+def made_names(graph):
+    yield from (item.name for item in graph.initializer)
+    for node in graph.node:
+        yield from node.output
+        for attribute in node.attribute:
+            yield from made_names(attribute.g)
+
+
 @pytest.mark.parametrize(
     "weights",
     [

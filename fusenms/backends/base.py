@@ -77,6 +77,7 @@ class Backend:
         adaptive: whether the number of candidates may depend on the data; else it is fixed.
         has_rounds: whether `PostprocessConfig.rounds` means something to it.
         knows_oriented: whether it suppresses oriented boxes itself.
+        in_float: the model with the head's tensors in float32, for checking, where the file has them in float16 for the plugin.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Backend:
     adaptive: bool
     has_rounds: bool = False
     knows_oriented: bool = False
+    in_float: Callable[[onnx.ModelProto], onnx.ModelProto] = lambda model: model
 
 
 def by_choosing(suppress: Callable[[Graph, Chosen, PostprocessConfig], Kept], adaptive: bool) -> Find:

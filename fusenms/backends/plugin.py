@@ -21,7 +21,7 @@ from fusenms.backends.portable import PORTABLE
 from fusenms.choosing import FARTHEST, FARTHEST_ORIENTED, Head, strict_threshold
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError, UnsupportedByBackendError
-from fusenms.graph import FLOAT, Graph, Tensor
+from fusenms.graph import FLOAT, Graph, Tensor, sorted_model
 from fusenms.layout import (
     Activation,
     AnchorBoxes,
@@ -180,10 +180,6 @@ def _inputs(layout: Layout, settings: Settings, image: ImageInput) -> list[str]:
     return [layout.classes.tensor if settings.height else image.tensor, *names.values()]
 
 
-def _half_names(names: Sequence[str], layout: Layout) -> list[str]:
-    return [f"{name}{IN_HALF}" if name in layout.tensors else name for name in names]
-
-
 def _take_half(g: Graph, layout: Layout) -> bool:
     """Give the head's tensors in float16 their names, where all that the node reads are cast from it: no cast comes before it then."""
     tensors = {tap.tensor: g.in_half(g.tensor(tap.tensor)) for tap in _taps(layout).values() if tap is not None}
@@ -204,7 +200,7 @@ def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
     g.import_domain(DOMAIN, 1)
     names = _inputs(head.layout, settings, head.image)
     if _take_half(g, head.layout):
-        names = _half_names(names, head.layout)
+        names = [f"{name}{IN_HALF}" if name in head.layout.tensors else name for name in names]
     count, boxes, scores, labels, indices = g.add(
         PLUGIN,
         [g.tensor(name) for name in names],
@@ -225,12 +221,28 @@ def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
     return Found(g.op("Not", g.op("Less", indices, g.ints(0))), count, boxes, scores, labels, indices)
 
 
+def in_float(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a node that reads the head in float32, cast from the float16 that it reads in the file; for checking only."""
+    widened = onnx.ModelProto()
+    widened.CopyFrom(model)
+    casts = {}
+    for node in widened.graph.node:
+        for i, name in enumerate(node.input if node.op_type == PLUGIN else ()):
+            if name.endswith(IN_HALF):
+                node.input[i] = wide = name.removesuffix(IN_HALF)
+                casts[wide] = onnx.helper.make_node("Cast", [name], [wide], name=f"{PLUGIN}/{wide}", to=FLOAT)
+    made = {name for node in widened.graph.node for name in node.output}
+    widened.graph.node.extend(cast for wide, cast in casts.items() if wide not in made)
+    return sorted_model(widened) if casts else model
+
+
 def to_standard(model: onnx.ModelProto, fused: FusedModel) -> onnx.ModelProto:
     """The model with standard operators in the node's place, so that ONNX Runtime can run it; for checking only.
 
     Raises:
         SourceError: the node does not say what the model's metadata says.
     """
+    model = in_float(model)
     node = next((node for node in model.graph.node if node.op_type == PLUGIN), None)
     if node is None:
         return model  # a head that needs no suppression
@@ -239,15 +251,13 @@ def to_standard(model: onnx.ModelProto, fused: FusedModel) -> onnx.ModelProto:
     head = Head(layout, fused.image, widths, None)
     meant = settings_of(head, config)
     names = _inputs(layout, meant, fused.image)
-    if bytes(written) != bytes(meant) or list(node.input) not in (names, _half_names(names, layout)):
+    if bytes(written) != bytes(meant) or list(node.input) != names:
         wrong = [name for name, value in meant.to_dict().items() if value != written.to_dict()[name]]
         raise SourceError(
             f"node {node.name!r} and the metadata do not say the same ({', '.join(wrong) or 'inputs'}); the file was changed after it was "
             "written: fuse the weights again"
         )
     g, find_by = Graph(model), (ORT if layout.angle is None else PORTABLE).find
-    for name in {tap.tensor for tap in _taps(layout).values() if tap is not None} - g.names:
-        g.name(g.cast(g.tensor(f"{name}{IN_HALF}"), FLOAT), name)
 
     def make() -> tuple[Tensor, ...]:
         found = find_by(g, head, config)
@@ -266,4 +276,5 @@ PLUGGED = Backend(
     runs_on_onnxruntime=False,
     adaptive=False,
     knows_oriented=True,
+    in_float=in_float,
 )
