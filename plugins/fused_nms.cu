@@ -64,6 +64,8 @@ constexpr int RUN = 4096;         // keys that are sorted at once
 constexpr int CHUNK = 128, WORDS = CHUNK / 32;  // candidates that are decoded and decided at once
 constexpr int EACH = CHUNK / WARPS;             // of them, those of a warp
 constexpr int MOST_NUMBERS = 7;                 // of a `Shape`
+constexpr int READERS = 4;                      // threads that read the keys of a tile
+constexpr int CLASSES_AT_ONCE = 20, BINS_AT_ONCE = 16;  // numbers that a thread waits for at the same time
 constexpr float PI = 3.14159265358979f;
 constexpr float THINNEST = 1e-3f;  // pixels; an oriented box with a side not above it overlaps nothing
 constexpr unsigned EVERY_LANE = 0xffffffffu;
@@ -101,6 +103,21 @@ __device__ inline float channel(const T* tensor, const int* tap, int candidates,
     const int axis = tap[0], width = tap[1], at = tap[2] + channel;
     const long long row = static_cast<long long>(image) * (axis == 1 ? width : candidates) + (axis == 1 ? at : anchor);
     return load(tensor + row * (axis == 1 ? candidates : width) + (axis == 1 ? anchor : at));
+}
+
+// Visit (i, load(i)) for i = first, first + step, … below `end`, in order. AT_ONCE of them are loaded before the first is visited, so that
+// memory is waited for once, not once for each.
+template <int AT_ONCE, typename Load, typename Visit>
+__device__ inline void visit_each(int first, int end, int step, Load load, Visit visit) {
+#pragma unroll 1
+    for (; first + (AT_ONCE - 1) * step < end; first += AT_ONCE * step) {
+        float values[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) values[j] = load(first + j * step);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) visit(first + j * step, values[j]);
+    }
+    for (; first < end; first += step) visit(first, load(first));
 }
 
 // A float's bits, so that larger floats are larger integers.
@@ -162,14 +179,17 @@ __device__ void select(
     }
 
     // The best class of this thread's share, and with a softmax the largest value, which is subtracted before exponents are taken.
+    const auto each_class = [&](auto visit) {
+        visit_each<CLASSES_AT_ONCE>(
+            group, count, GROUPS, [&](int c) { return channel(classes, s.classes, candidates, image, candidate, c); }, visit);
+    };
     float best = -infinity(), most = -infinity();
     int label = 0, bad = 0;
     if (open && (softmax || !s.multi_label)) {
-        for (int c = group; c < count; c += GROUPS) {
-            const float value = channel(classes, s.classes, candidates, image, candidate, c);
+        each_class([&](int c, float value) {
             bad |= !usable(value);
             if (value > best || c == group) best = value, label = c;
-        }
+        });
         most = best;
         if (softmax && group == 0 && s.background[0] != 0) {
             const float value = channel(background, s.background, candidates, image, candidate, 0);
@@ -192,8 +212,7 @@ __device__ void select(
         }
         open = !bad;
         if (open && softmax) {
-            for (int c = group; c < count; c += GROUPS)
-                sum += expf(channel(classes, s.classes, candidates, image, candidate, c) - most);
+            each_class([&](int, float value) { sum += expf(value - most); });
             if (group == 0 && s.background[0] != 0)
                 sum += expf(channel(background, s.background, candidates, image, candidate, 0) - most);
             part_sum[group][local] = sum;
@@ -205,18 +224,16 @@ __device__ void select(
         for (int g = 0; g < GROUPS; ++g) sum += part_sum[g][local];
     }
 
-    if (open) {
-        const int first = s.multi_label ? group : label, step = s.multi_label ? GROUPS : count;
-        if (s.multi_label || group == 0) {
-            for (int c = first; c < count; c += step) {
-                float value = s.multi_label ? channel(classes, s.classes, candidates, image, candidate, c) : best;
-                if (!usable(value)) continue;
-                if (softmax) value = expf(value - most) / sum;
-                const float score = combined(s, value, object);
-                if (!(score > s.score_threshold && usable(score))) continue;
-                segment[atomicAdd(&found, 1)] = key_of(score, candidate, c, count);
-            }
-        }
+    const auto judge = [&](int c, float value) {
+        if (!usable(value)) return;
+        if (softmax) value = expf(value - most) / sum;
+        const float score = combined(s, value, object);
+        if (score > s.score_threshold && usable(score)) segment[atomicAdd(&found, 1)] = key_of(score, candidate, c, count);
+    };
+    if (open && s.multi_label) {
+        each_class(judge);
+    } else if (open && group == 0) {
+        judge(label, best);
     }
     __syncthreads();
     if (thread == 0) counts[image * gridDim.x + tile] = found;
@@ -302,15 +319,17 @@ __device__ inline Place locate(const Settings& s, int candidate, int height, int
 // One of the four distances, in units of the stride: the mean over its bins.
 template <typename T>
 __device__ __noinline__ float distance_of(const Settings& s, const T* boxes, int candidates, int image, int candidate, int side) {
-    const int first = side * s.bins;
     if (s.bins == 1) return channel(boxes, s.boxes, candidates, image, candidate, side);
-    float most = -infinity();
-    for (int i = 0; i < s.bins; ++i) most = fmaxf(most, channel(boxes, s.boxes, candidates, image, candidate, first + i));
-    float sum = 0.0f, mean = 0.0f;
-    for (int i = 0; i < s.bins; ++i) {
-        const float weight = expf(channel(boxes, s.boxes, candidates, image, candidate, first + i) - most);
+    const auto each_bin = [&](auto visit) {
+        visit_each<BINS_AT_ONCE>(
+            0, s.bins, 1, [&](int i) { return channel(boxes, s.boxes, candidates, image, candidate, side * s.bins + i); }, visit);
+    };
+    float most = -infinity(), sum = 0.0f, mean = 0.0f;
+    each_bin([&](int, float value) { most = fmaxf(most, value); });
+    each_bin([&](int i, float value) {
+        const float weight = expf(value - most);
         sum += weight, mean += weight * s.values[i];
-    }
+    });
     return mean / sum;
 }
 
@@ -377,10 +396,9 @@ struct Found {
 
     template <typename Visit>
     __device__ void each(Visit visit) const {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        for (int tile = warp; tile < tiles; tile += WARPS) {
+        for (int tile = threadIdx.x / READERS; tile < tiles; tile += SUPPRESS_THREADS / READERS) {
             const int count = counts[tile];
-            for (int i = lane; i < count; i += 32) visit(keys[static_cast<long long>(tile) * segment + i]);
+            for (int i = threadIdx.x % READERS; i < count; i += READERS) visit(keys[static_cast<long long>(tile) * segment + i]);
         }
     }
 };
@@ -412,7 +430,8 @@ __device__ inline Key nth_key(const Found& found, Key bound, int wanted) {
     return prefix;
 }
 
-// Sort `size` keys (a power of two), the largest first: a bitonic network.
+// Sort `size` keys (a power of two), the largest first: a bitonic network. Pairs that are at most 32 apart stay within the 64 keys of a
+// warp, which then waits for itself only.
 __device__ inline void sort(Key* keys, int size) {
 #pragma unroll 1
     for (int length = 2; length <= size; length <<= 1) {
@@ -423,9 +442,15 @@ __device__ inline void sort(Key* keys, int size) {
                 const Key a = keys[low], b = keys[high];
                 if ((a < b) == ((low & length) == 0)) keys[low] = b, keys[high] = a;
             }
-            __syncthreads();
+            const int next = apart > 1 ? apart >> 1 : length;
+            if (apart > 32 || next > 32) {
+                __syncthreads();
+            } else {
+                __syncwarp();
+            }
         }
     }
+    __syncthreads();
 }
 
 // Shape number i of `stride` shapes, whose k-th numbers stand side by side.
@@ -589,12 +614,12 @@ __device__ void suppress(
 // TensorRT has to be given for its size.
 
 #define FUSENMS_SELECT(T, source, name)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(fusenms::SELECT_THREADS) name(                                                    \
+    extern "C" __global__ void __launch_bounds__(fusenms::SELECT_THREADS, 1) name(                                                 \
         FUSENMS_ARGUMENT const T* classes, const T* objectness, const T* background, int candidates, fusenms::Key* keys, int* counts) { \
         fusenms::select(source, classes, objectness, background, candidates, keys, counts);                                        \
     }
 #define FUSENMS_SUPPRESS(Kind, T, source, name)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(fusenms::SUPPRESS_THREADS) name(                                                  \
+    extern "C" __global__ void __launch_bounds__(fusenms::SUPPRESS_THREADS, 1) name(                                               \
         FUSENMS_ARGUMENT const fusenms::Key* keys, const int* found, const T* boxes, const T* angles, FUSENMS_PICTURE int candidates, \
         int height, int width, int* count, float* out_boxes, float* scores, int* labels, int* indices, float* kept) {              \
         fusenms::suppress<fusenms::Kind>(                                                                                          \

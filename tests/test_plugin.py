@@ -65,6 +65,15 @@ def test_kernels_equal_the_reference(by_kernels, layout, settings):
     assert report.detections > 100
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("classes", [79, 81, 200])
+def test_more_classes_and_bins_than_are_loaded_at_once(by_kernels, classes, multi_label):
+    boxes, scores = Tap("dist", 1, 0, 4 * 35), Tap("logits", 1, 0, classes)
+    layout = Layout("yolov8", boxes, scores, None, Activation.SIGMOID, Distances(STRIDES, 35))
+    report = verification.verify(fused_model(layout, "plugin", multi_label=multi_label, score_threshold=0.1))
+    assert report, str(report)
+
+
 @pytest.mark.parametrize("layout", SUPPRESSED)
 def test_standard_operators_in_the_place_of_the_plugin_equal_the_reference(layout):
     report = verification.verify(fused_model(LAYOUTS[layout](), "plugin", indices=True, max_candidates=5000))

@@ -87,23 +87,26 @@ inline void resume(int i) {
     setcontext(&fiber.context);
 }
 
-// Give the votes of warps whose lanes are all there.
-inline bool settle_votes() {
-    bool any = false;
+// Give the votes of some of the warps whose lanes are all there, drawn by chance, so that warps get ahead of each other.
+inline bool settle_votes(std::mt19937& chance) {
+    std::vector<size_t> complete;
     for (size_t first = 0; first < fibers.size(); first += WARP) {
-        unsigned ballot = 0;
         int waiting = 0;
         for (int lane = 0; lane < WARP; ++lane) {
             Fiber& fiber = fibers[first + lane];
             if (fiber.state != AT_VOTE) continue;
             if (waiting++ && fiber.line != fibers[first].line) fail("lanes vote at different lines", fiber.line);
-            ballot |= static_cast<unsigned>(fiber.predicate) << lane;
         }
-        if (waiting < WARP) continue;
-        for (int lane = 0; lane < WARP; ++lane) fibers[first + lane].ballot = ballot, fibers[first + lane].state = READY;
-        any = true;
+        if (waiting == WARP) complete.push_back(first);
     }
-    return any;
+    std::shuffle(complete.begin(), complete.end(), chance);
+    complete.resize((complete.size() + 1) / 2);
+    for (size_t first : complete) {
+        unsigned ballot = 0;
+        for (int lane = 0; lane < WARP; ++lane) ballot |= static_cast<unsigned>(fibers[first + lane].predicate) << lane;
+        for (int lane = 0; lane < WARP; ++lane) fibers[first + lane].ballot = ballot, fibers[first + lane].state = READY;
+    }
+    return !complete.empty();
 }
 
 inline void run_block(std::mt19937& chance) {
@@ -114,6 +117,7 @@ inline void run_block(std::mt19937& chance) {
         for (size_t i = 0; i < fibers.size(); ++i)
             if (fibers[i].state == READY) order.push_back(static_cast<int>(i));
         if (order.empty()) {
+            if (settle_votes(chance)) continue;
             int at_barrier = 0, at_vote = 0, line = 0;
             for (const Fiber& fiber : fibers) {
                 at_barrier += fiber.state == AT_BARRIER, at_vote += fiber.state == AT_VOTE;
@@ -130,7 +134,6 @@ inline void run_block(std::mt19937& chance) {
         }
         std::shuffle(order.begin(), order.end(), chance);
         for (int i : order) resume(i);
-        settle_votes();
     }
 }
 
@@ -166,6 +169,7 @@ inline unsigned vote(unsigned mask, bool predicate, int line) {
 #define gridDim emulation::grid_size
 #define blockDim emulation::block_size
 #define __syncthreads() emulation::wait(emulation::AT_BARRIER, __LINE__)
+#define __syncwarp() static_cast<void>(emulation::vote(0xffffffffu, false, __LINE__))
 #define __ballot_sync(mask, predicate) emulation::vote(mask, predicate, __LINE__)
 #define __any_sync(mask, predicate) (emulation::vote(mask, predicate, __LINE__) != 0)
 
