@@ -37,8 +37,8 @@ help: ## Show this help
 demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land in fusenms-demo/
 	$(BIN)/python -m fusenms demo
 
-test: $(VENV)/.dev ## Run the tests (CPU, no network)
-	$(BIN)/python -m pytest -q $(ARGS)
+test: $(VENV)/.dev ## Run the tests (CPU, no network), a thread for each core; ARGS=-n0 runs them one after the other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.dev ## What only a GPU can show; fails where there is none
 	$(BIN)/python -m pytest -q tests/gpu $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,22 @@ from fusenms import RawModel, load
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "models" / "shapes"
 ZOO = ROOT.parent / "shared" / "zoo"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that run beside each other take one thread each: more would wait for one another."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    import onnxruntime
+    import torch
+
+    class OneThread(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    onnxruntime.SessionOptions = OneThread
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -14,21 +14,21 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "families.md"
-BACKENDS = ("ort", "trt", "portable")
 HEAD = """# Families, and what each was tried on
 
 Made by `python tests/families.py`, and held against the code by `tests/test_families.py`. The files are other people's checkpoints and
 small ones that we trained, and are not part of the repository. Ultralytics 8.4.190 made the expected outputs.
 
-| file | task | head | decode | raw outputs | ort | trt | portable | batch | TensorRT-RTX |
-|---|---|---|---|---|---|---|---|---|---|
+| file | task | head | decode | raw outputs | ort | trt | portable | plugin | batch | TensorRT-RTX |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 NOTES = """
 - **raw outputs**: boxes (with angles) and scores equal to Ultralytics' own on the same input, within 0.01 px and 1e-4 of a score;
   *detections*: no raw outputs came with the file, so it is compared by its detections (`tests/test_detector.py`). Masks and keypoints:
   `tests/test_tasks.py`.
-- **ort, trt, portable**: every row of the fused model equals the float64 reference on 32 images at batch 1, 2 and 7 (`trt`: with a body for
-  the plugin, in ONNX Runtime; oriented boxes are suppressed by plain operators on every backend).
+- **ort, trt, portable, plugin**: every row of the fused model equals the float64 reference on 32 images at batch 1, 2 and 7 (`trt`: with a
+  body for the plugin, in ONNX Runtime; `plugin`: with standard operators in the node's place; oriented boxes are suppressed by plain operators
+  on every backend but `plugin`).
 - **batch**: *dynamic*; *mixed*: dynamic int8, whose ranges span the batch.
 - **TensorRT-RTX**: an engine of the portable graph was built; not run, for want of a GPU.
 """
@@ -55,6 +55,7 @@ class Row:
 def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     """Try one file; ``work`` is a folder for what it writes."""
     from fusenms import fuse, load, recognize
+    from fusenms.backends import BACKENDS
     from fusenms.batch import open_batch
 
     path = folder / file
