@@ -1,7 +1,7 @@
 // FusedNMS: from a detector's raw head to its detections, in two kernels. README.md beside this file says how and why.
 //
-//   select    one block for 64 candidates of an image: scores, threshold; what passes becomes a 64-bit key
-//   suppress  one block an image: keys in order, boxes decoded only for those that are looked at, greedy suppression, output
+//   select    one block for 64 candidates of an image: scores, threshold; what passes becomes a 64-bit key, and its box is decoded
+//   suppress  one block an image: keys in order, greedy suppression, output
 //
 // A key is (score, candidate number, class) in one integer, so that a larger key is a better candidate: scores first, and among equals
 // the lower candidate, then the lower class. No two are equal, so nothing depends on the order in which threads ran.
@@ -59,9 +59,10 @@ struct Half {
 };
 
 constexpr int SELECT_THREADS = 256, TILE = 64, GROUPS = SELECT_THREADS / TILE;  // candidates of a block, threads of a candidate
+static_assert(GROUPS == 4, "a candidate has a thread for each of four distances");
 constexpr int SUPPRESS_THREADS = 1024, WARPS = SUPPRESS_THREADS / 32;
 constexpr int RUN = 4096;         // keys that are sorted at once
-constexpr int CHUNK = 128, WORDS = CHUNK / 32;  // candidates that are decoded and decided at once
+constexpr int CHUNK = 128, WORDS = CHUNK / 32;  // candidates that are decided at once
 constexpr int EACH = CHUNK / WARPS;             // of them, those of a warp
 constexpr int MOST_NUMBERS = 7;                 // of a `Shape`
 constexpr int READERS = 4;                      // threads that read the keys of a tile
@@ -148,150 +149,10 @@ __device__ inline float combined(const Settings& s, float value, float objectnes
     return powf(fmaxf(value, 0.0f), 1.0f - s.objectness_weight) * powf(fmaxf(objectness, 0.0f), s.objectness_weight);
 }
 
-// ---- select: grid (tiles, images), SELECT_THREADS threads.
-//
-// `keys` [images, candidates * (classes, if multi_label, else 1)] has for each tile the keys that pass, from the tile's place on;
-// `counts` [images, tiles] says how many. Nothing has to be zero before.
-//
-// Each candidate has GROUPS threads, which share its classes. With channels first, threads beside each other read candidates beside
-// each other; with channels last, the threads of a candidate stand beside each other.
-template <typename T>
-__device__ void select(
-    const Settings& s, const T* classes, const T* objectness, const T* background, int candidates, Key* keys, int* counts) {
-    __shared__ float part_best[GROUPS][TILE], part_most[GROUPS][TILE], part_sum[GROUPS][TILE];
-    __shared__ int part_label[GROUPS][TILE], part_bad[GROUPS][TILE], found;
-    const int tile = blockIdx.x, image = blockIdx.y, thread = threadIdx.x;
-    const bool rows = s.classes[0] == 2, softmax = s.activation == ACTIVATION_SOFTMAX;
-    const int local = rows ? thread / GROUPS : thread % TILE, group = rows ? thread % GROUPS : thread / TILE;
-    const int candidate = tile * TILE + local, count = s.num_classes;
-    const int each = s.multi_label ? count : 1;
-    Key* segment = keys + (static_cast<long long>(image) * candidates + static_cast<long long>(tile) * TILE) * each;
-    if (thread == 0) found = 0;
-
-    bool open = candidate < candidates;
-    float object = 1.0f;
-    if (open && s.objectness[0] != 0) {
-        object = channel(objectness, s.objectness, candidates, image, candidate, 0);
-        if (s.activation == ACTIVATION_SIGMOID) {
-            object = sigmoid(object);
-            open = object > s.score_threshold;  // the other factor is at most 1
-        }
-    }
-
-    // The best class of this thread's share, and with a softmax the largest value, which is subtracted before exponents are taken.
-    const auto each_class = [&](auto visit) {
-        visit_each<CLASSES_AT_ONCE>(
-            group, count, GROUPS, [&](int c) { return channel(classes, s.classes, candidates, image, candidate, c); }, visit);
-    };
-    float best = -infinity(), most = -infinity();
-    int label = 0, bad = 0;
-    if (open && (softmax || !s.multi_label)) {
-        each_class([&](int c, float value) {
-            bad |= !usable(value);
-            if (value > best || c == group) best = value, label = c;
-        });
-        most = best;
-        if (softmax && group == 0 && s.background[0] != 0) {
-            const float value = channel(background, s.background, candidates, image, candidate, 0);
-            bad |= !usable(value);
-            most = fmaxf(most, value);
-        }
-        part_best[group][local] = best, part_most[group][local] = most;
-        part_label[group][local] = label, part_bad[group][local] = bad;
-    }
-    __syncthreads();
-
-    float sum = 0.0f;
-    if (open && (softmax || !s.multi_label)) {
-        for (int g = 0; g < GROUPS; ++g) {
-            if (g >= count) continue;  // a share without a class
-            bad |= part_bad[g][local];
-            most = fmaxf(most, part_most[g][local]);
-            const float value = part_best[g][local];
-            if (value > best || (value == best && part_label[g][local] < label)) best = value, label = part_label[g][local];
-        }
-        open = !bad;
-        if (open && softmax) {
-            each_class([&](int, float value) { sum += expf(value - most); });
-            if (group == 0 && s.background[0] != 0)
-                sum += expf(channel(background, s.background, candidates, image, candidate, 0) - most);
-            part_sum[group][local] = sum;
-        }
-    }
-    if (softmax) {
-        __syncthreads();
-        sum = 0.0f;
-        for (int g = 0; g < GROUPS; ++g) sum += part_sum[g][local];
-    }
-
-    const auto judge = [&](int c, float value) {
-        if (!usable(value)) return;
-        if (softmax) value = expf(value - most) / sum;
-        const float score = combined(s, value, object);
-        if (score > s.score_threshold && usable(score)) segment[atomicAdd(&found, 1)] = key_of(score, candidate, c, count);
-    };
-    if (open && s.multi_label) {
-        each_class(judge);
-    } else if (open && group == 0) {
-        judge(label, best);
-    }
-    __syncthreads();
-    if (thread == 0) counts[image * gridDim.x + tile] = found;
-}
-
-// ---- suppress: grid (images), SUPPRESS_THREADS threads.
+// ---- Boxes.
 
 struct Box {
     float v[5];  // xyxy in pixels; oriented: cx, cy, w, h in pixels and the angle in radians
-};
-
-// What is needed of a box to compare it: upright x1, y1, x2, y2, area; oriented cx, cy, variances along and across, sine, cosine, and
-// twice the root of the covariance's determinant (0 where the box is too thin to overlap anything). `Upright` and `Oriented` say how
-// many numbers a box has, how many its shape, and whether the IoU of two is above the threshold; of oriented ones the probabilistic
-// IoU. fusenms/backends/overlap.py has the formulas, which divide no close call and, oriented, sum only what is not negative.
-struct Shape {
-    float v[MOST_NUMBERS];
-};
-
-struct Upright {
-    static constexpr int BOX = 4, NUMBERS = 5;
-
-    __device__ static inline Shape shape(const Box& box) {
-        const float* v = box.v;
-        return {{v[0], v[1], v[2], v[3], (v[2] - v[0]) * (v[3] - v[1])}};
-    }
-
-    __device__ static inline bool overlap(const Shape& a, const Shape& b, float limit) {
-        const float *u = a.v, *v = b.v;
-        const float width = fmaxf(fminf(u[2], v[2]) - fmaxf(u[0], v[0]), 0.0f);
-        const float height = fminf(u[3], v[3]) - fmaxf(u[1], v[1]);
-        const float shared = width * height;
-        return shared > (u[4] + v[4] - shared) * limit;
-    }
-};
-
-struct Oriented {
-    static constexpr int BOX = 5, NUMBERS = 7;
-
-    __device__ __noinline__ static Shape shape(const Box& box) {
-        const float* v = box.v;
-        const bool thick = fminf(v[2], v[3]) > THINNEST;
-        return {{v[0], v[1], v[2] * v[2] / 12.0f, v[3] * v[3] / 12.0f, sinf(v[4]), cosf(v[4]), thick ? v[2] * v[3] / 6.0f : 0.0f}};
-    }
-
-    __device__ static inline bool overlap(const Shape& a, const Shape& b, float limit) {
-        const float *u = a.v, *v = b.v;
-        const float dx = u[0] - v[0], dy = u[1] - v[1];
-        const float along_u = dx * u[5] + dy * u[4], across_u = dy * u[5] - dx * u[4];
-        const float along_v = dx * v[5] + dy * v[4], across_v = dy * v[5] - dx * v[4];
-        const float apart =
-            along_u * along_u * u[3] + across_u * across_u * u[2] + (along_v * along_v * v[3] + across_v * across_v * v[2]);
-        const float sine = u[4] * v[5] - u[5] * v[4];
-        const float parallel = u[2] * v[3] + u[3] * v[2], crossed = u[2] * v[2] + u[3] * v[3];
-        const float determinant = u[2] * u[3] + v[2] * v[3] + (parallel + sine * sine * (crossed - parallel));
-        const float distance = apart / determinant * 0.5f + logf(determinant / (u[6] * v[6]));
-        return distance < limit;  // infinite, or NaN, where a box is too thin
-    }
 };
 
 // Where a candidate stands. They are numbered by level, anchor, row, column.
@@ -388,6 +249,167 @@ __device__ __noinline__ Box decode(
     return box;
 }
 
+// ---- select: grid (tiles, images), SELECT_THREADS threads.
+//
+// `keys` [images, candidates * (classes, if multi_label, else 1)] has for each tile the keys that pass, from the tile's place on;
+// `counts` [images, tiles] says how many. `decoded` [images, candidates, 4 or 5] has the boxes of those that pass, and anything else of
+// the others. Nothing has to be zero before.
+//
+// Each candidate has GROUPS threads, which share its classes. With channels first, threads beside each other read candidates beside
+// each other; with channels last, the threads of a candidate stand beside each other.
+template <typename T>
+__device__ void select(
+    const Settings& s, const T* classes, const T* objectness, const T* background, const T* boxes, const T* angles, int candidates,
+    int height, int width, Key* keys, int* counts, float* decoded) {
+    __shared__ float part_best[GROUPS][TILE], part_most[GROUPS][TILE], part_sum[GROUPS][TILE], distances[TILE][4];
+    __shared__ int part_label[GROUPS][TILE], part_bad[GROUPS][TILE], passed[TILE], found;
+    const int tile = blockIdx.x, image = blockIdx.y, thread = threadIdx.x;
+    const bool rows = s.classes[0] == 2, softmax = s.activation == ACTIVATION_SOFTMAX;
+    const int local = rows ? thread / GROUPS : thread % TILE, group = rows ? thread % GROUPS : thread / TILE;
+    const int candidate = tile * TILE + local, count = s.num_classes;
+    const int each = s.multi_label ? count : 1;
+    Key* segment = keys + (static_cast<long long>(image) * candidates + static_cast<long long>(tile) * TILE) * each;
+    if (thread == 0) found = 0;
+    if (thread < TILE) passed[thread] = 0;
+
+    bool open = candidate < candidates;
+    float object = 1.0f;
+    if (open && s.objectness[0] != 0) {
+        object = channel(objectness, s.objectness, candidates, image, candidate, 0);
+        if (s.activation == ACTIVATION_SIGMOID) {
+            object = sigmoid(object);
+            open = object > s.score_threshold;  // the other factor is at most 1
+        }
+    }
+
+    // The best class of this thread's share, and with a softmax the largest value, which is subtracted before exponents are taken.
+    const auto each_class = [&](auto visit) {
+        visit_each<CLASSES_AT_ONCE>(
+            group, count, GROUPS, [&](int c) { return channel(classes, s.classes, candidates, image, candidate, c); }, visit);
+    };
+    float best = -infinity(), most = -infinity();
+    int label = 0, bad = 0;
+    if (open && (softmax || !s.multi_label)) {
+        each_class([&](int c, float value) {
+            bad |= !usable(value);
+            if (value > best || c == group) best = value, label = c;
+        });
+        most = best;
+        if (softmax && group == 0 && s.background[0] != 0) {
+            const float value = channel(background, s.background, candidates, image, candidate, 0);
+            bad |= !usable(value);
+            most = fmaxf(most, value);
+        }
+        part_best[group][local] = best, part_most[group][local] = most;
+        part_label[group][local] = label, part_bad[group][local] = bad;
+    }
+    __syncthreads();
+
+    float sum = 0.0f;
+    if (open && (softmax || !s.multi_label)) {
+        for (int g = 0; g < GROUPS; ++g) {
+            if (g >= count) continue;  // a share without a class
+            bad |= part_bad[g][local];
+            most = fmaxf(most, part_most[g][local]);
+            const float value = part_best[g][local];
+            if (value > best || (value == best && part_label[g][local] < label)) best = value, label = part_label[g][local];
+        }
+        open = !bad;
+        if (open && softmax) {
+            each_class([&](int, float value) { sum += expf(value - most); });
+            if (group == 0 && s.background[0] != 0)
+                sum += expf(channel(background, s.background, candidates, image, candidate, 0) - most);
+            part_sum[group][local] = sum;
+        }
+    }
+    if (softmax) {
+        __syncthreads();
+        sum = 0.0f;
+        for (int g = 0; g < GROUPS; ++g) sum += part_sum[g][local];
+    }
+
+    const auto judge = [&](int c, float value) {
+        if (!usable(value)) return;
+        if (softmax) value = expf(value - most) / sum;
+        const float score = combined(s, value, object);
+        if (!(score > s.score_threshold && usable(score))) return;
+        segment[atomicAdd(&found, 1)] = key_of(score, candidate, c, count);
+        passed[local] = 1;
+    };
+    if (open && s.multi_label) {
+        each_class(judge);
+    } else if (open && group == 0) {
+        judge(label, best);
+    }
+    __syncthreads();
+    if (thread == 0) counts[image * gridDim.x + tile] = found;
+    if (found == 0) return;
+
+    // Decode: a thread for each distance, then one for each candidate.
+    if (s.decode == DISTANCES) {
+        const int at = s.boxes[0] == 2 ? thread / 4 : thread % TILE, side = s.boxes[0] == 2 ? thread % 4 : thread / TILE;
+        if (passed[at]) distances[at][side] = distance_of(s, boxes, candidates, image, tile * TILE + at, side);
+        __syncthreads();
+    }
+    if (thread < TILE && passed[thread]) {
+        const int size = s.angle[0] != 0 ? 5 : 4, at = tile * TILE + thread;
+        const Box box = decode(s, boxes, angles, distances[thread], candidates, image, at, height, width);
+        float* out = decoded + (static_cast<long long>(image) * candidates + at) * size;
+        for (int k = 0; k < size; ++k) out[k] = box.v[k];
+    }
+}
+
+// ---- suppress: grid (images), SUPPRESS_THREADS threads.
+
+// What is needed of a box to compare it: upright x1, y1, x2, y2, area; oriented cx, cy, variances along and across, sine, cosine, and
+// twice the root of the covariance's determinant (0 where the box is too thin to overlap anything). `Upright` and `Oriented` say how
+// many numbers a box has, how many its shape, and whether the IoU of two is above the threshold; of oriented ones the probabilistic
+// IoU. fusenms/backends/overlap.py has the formulas, which divide no close call and, oriented, sum only what is not negative.
+struct Shape {
+    float v[MOST_NUMBERS];
+};
+
+struct Upright {
+    static constexpr int BOX = 4, NUMBERS = 5;
+
+    __device__ static inline Shape shape(const Box& box) {
+        const float* v = box.v;
+        return {{v[0], v[1], v[2], v[3], (v[2] - v[0]) * (v[3] - v[1])}};
+    }
+
+    __device__ static inline bool overlap(const Shape& a, const Shape& b, float limit) {
+        const float *u = a.v, *v = b.v;
+        const float width = fmaxf(fminf(u[2], v[2]) - fmaxf(u[0], v[0]), 0.0f);
+        const float height = fminf(u[3], v[3]) - fmaxf(u[1], v[1]);
+        const float shared = width * height;
+        return shared > (u[4] + v[4] - shared) * limit;
+    }
+};
+
+struct Oriented {
+    static constexpr int BOX = 5, NUMBERS = 7;
+
+    __device__ __noinline__ static Shape shape(const Box& box) {
+        const float* v = box.v;
+        const bool thick = fminf(v[2], v[3]) > THINNEST;
+        return {{v[0], v[1], v[2] * v[2] / 12.0f, v[3] * v[3] / 12.0f, sinf(v[4]), cosf(v[4]), thick ? v[2] * v[3] / 6.0f : 0.0f}};
+    }
+
+    __device__ static inline bool overlap(const Shape& a, const Shape& b, float limit) {
+        const float *u = a.v, *v = b.v;
+        const float dx = u[0] - v[0], dy = u[1] - v[1];
+        const float along_u = dx * u[5] + dy * u[4], across_u = dy * u[5] - dx * u[4];
+        const float along_v = dx * v[5] + dy * v[4], across_v = dy * v[5] - dx * v[4];
+        const float apart =
+            along_u * along_u * u[3] + across_u * across_u * u[2] + (along_v * along_v * v[3] + across_v * across_v * v[2]);
+        const float sine = u[4] * v[5] - u[5] * v[4];
+        const float parallel = u[2] * v[3] + u[3] * v[2], crossed = u[2] * v[2] + u[3] * v[3];
+        const float determinant = u[2] * u[3] + v[2] * v[3] + (parallel + sine * sine * (crossed - parallel));
+        const float distance = apart / determinant * 0.5f + logf(determinant / (u[6] * v[6]));
+        return distance < limit;  // infinite, or NaN, where a box is too thin
+    }
+};
+
 // What a block has of one image's keys, and how it goes through them.
 struct Found {
     const Key* keys;
@@ -463,17 +485,17 @@ __device__ inline Shape read_shape(const float* shapes, int stride, int i) {
 
 // Outputs: counts [images, 1], boxes [images, max_detections, 4 or 5], scores, labels and indices [images, max_detections], all blank
 // (0, of labels and indices -1) past the count. `kept` [images, MOST_NUMBERS, max_detections] is for its own use.
-template <typename Kind, typename T>
+template <typename Kind>
 __device__ void suppress(
-    const Settings& s, const Key* keys, const int* counts, const T* boxes, const T* angles, int candidates, int height, int width,
-    int* out_count, float* out_boxes, float* out_scores, int* out_labels, int* out_indices, float* kept_shapes) {
+    const Settings& s, const Key* keys, const int* counts, const float* decoded, int candidates, int* out_count, float* out_boxes, float* out_scores, int* out_labels, int* out_indices, float* kept_shapes) {
     __shared__ Key run[RUN];
-    __shared__ float chunk_boxes[5][CHUNK], chunk_shapes[MOST_NUMBERS][CHUNK], distances[CHUNK][4];
+    __shared__ float chunk_boxes[5][CHUNK], chunk_shapes[MOST_NUMBERS][CHUNK];
     __shared__ int chunk_labels[CHUNK], filled;
     __shared__ unsigned rivals[CHUNK][WORDS], alive[WORDS], keep[WORDS];
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, image = blockIdx.x;
     const int tiles = (candidates + TILE - 1) / TILE, each = s.multi_label ? s.num_classes : 1, most = s.max_detections;
     const Found found = {keys + static_cast<long long>(image) * candidates * each, counts + image * tiles, tiles, TILE * each};
+    decoded += static_cast<long long>(image) * candidates * Kind::BOX;
     out_boxes += static_cast<long long>(image) * most * Kind::BOX, out_scores += static_cast<long long>(image) * most;
     out_labels += static_cast<long long>(image) * most, out_indices += static_cast<long long>(image) * most;
     kept_shapes += static_cast<long long>(image) * most * MOST_NUMBERS;
@@ -507,18 +529,13 @@ __device__ void suppress(
 
         for (int start = 0; start < take && kept < most; start += CHUNK) {
             const int here = take - start < CHUNK ? take - start : CHUNK;
-            // Decode: a thread for each distance, then one for each candidate.
-            if (s.decode == DISTANCES && thread < 4 * here) {
-                const int candidate = number_of(run[start + thread / 4]) / s.num_classes;
-                distances[thread / 4][thread % 4] = distance_of(s, boxes, candidates, image, candidate, thread % 4);
-            }
-            __syncthreads();
             if (thread < CHUNK) {
                 bool valid = false;
                 if (thread < here) {
                     const unsigned number = number_of(run[start + thread]);
-                    const Box box = decode(
-                        s, boxes, angles, distances[thread], candidates, image, static_cast<int>(number / s.num_classes), height, width);
+                    const float* numbers = decoded + static_cast<long long>(number / s.num_classes) * Kind::BOX;
+                    Box box;
+                    for (int k = 0; k < Kind::BOX; ++k) box.v[k] = numbers[k];
                     const Shape shape = Kind::shape(box);
                     float reach = 0.0f;
                     for (int k = 0; k < Kind::BOX; ++k) chunk_boxes[k][thread] = box.v[k], reach += fabsf(box.v[k]);
@@ -544,7 +561,10 @@ __device__ void suppress(
                     if (hit) hit = Kind::overlap(own, read_shape<Kind>(kept_shapes, most, j), s.overlap_limit);
                     gone = __any_sync(EVERY_LANE, hit);
                 }
-                if (gone && lane == 0) atomicAnd(&alive[i / 32], ~(1u << i % 32));
+                if (gone) {
+                    if (lane == 0) atomicAnd(&alive[i / 32], ~(1u << i % 32));
+                    continue;
+                }
 #pragma unroll 1
                 for (int word = 0; word <= i / 32; ++word) {
                     const int j = word * 32 + lane;
@@ -615,15 +635,17 @@ __device__ void suppress(
 
 #define FUSENMS_SELECT(T, source, name)                                                                                           \
     extern "C" __global__ void __launch_bounds__(fusenms::SELECT_THREADS, 1) name(                                                 \
-        FUSENMS_ARGUMENT const T* classes, const T* objectness, const T* background, int candidates, fusenms::Key* keys, int* counts) { \
-        fusenms::select(source, classes, objectness, background, candidates, keys, counts);                                        \
+        FUSENMS_ARGUMENT const T* classes, const T* objectness, const T* background, const T* boxes, const T* angles, FUSENMS_PICTURE \
+        int candidates, int height, int width, fusenms::Key* keys, int* counts, float* decoded) {                                  \
+        fusenms::select(                                                                                                           \
+            source, classes, objectness, background, boxes, angles, candidates, height, width, keys, counts, decoded);             \
     }
-#define FUSENMS_SUPPRESS(Kind, T, source, name)                                                                                   \
+#define FUSENMS_SUPPRESS(Kind, source, name)                                                                                      \
     extern "C" __global__ void __launch_bounds__(fusenms::SUPPRESS_THREADS, 1) name(                                               \
-        FUSENMS_ARGUMENT const fusenms::Key* keys, const int* found, const T* boxes, const T* angles, FUSENMS_PICTURE int candidates, \
-        int height, int width, int* count, float* out_boxes, float* scores, int* labels, int* indices, float* kept) {              \
+        FUSENMS_ARGUMENT const fusenms::Key* keys, const int* found, const float* decoded, int candidates, int* count,             \
+        float* out_boxes, float* scores, int* labels, int* indices, float* kept) {                                                 \
         fusenms::suppress<fusenms::Kind>(                                                                                          \
-            source, keys, found, boxes, angles, candidates, height, width, count, out_boxes, scores, labels, indices, kept);       \
+            source, keys, found, decoded, candidates, count, out_boxes, scores, labels, indices, kept);                            \
     }
 
 #ifdef FUSENMS_BAKED
@@ -632,14 +654,12 @@ __device__ void suppress(
 __constant__ const int fusenms_baked[] = {FUSENMS_BAKED};
 static_assert(sizeof fusenms_baked == sizeof(fusenms::Settings), "the settings are of another version");
 FUSENMS_SELECT(FUSENMS_ELEMENT, *reinterpret_cast<const fusenms::Settings*>(fusenms_baked), fused_nms_select)
-FUSENMS_SUPPRESS(FUSENMS_KIND, FUSENMS_ELEMENT, *reinterpret_cast<const fusenms::Settings*>(fusenms_baked), fused_nms_suppress)
+FUSENMS_SUPPRESS(FUSENMS_KIND, *reinterpret_cast<const fusenms::Settings*>(fusenms_baked), fused_nms_suppress)
 #else
 #define FUSENMS_ARGUMENT const __grid_constant__ fusenms::Settings settings,
 #define FUSENMS_PICTURE
 FUSENMS_SELECT(float, settings, fused_nms_select_float)
 FUSENMS_SELECT(fusenms::Half, settings, fused_nms_select_half)
-FUSENMS_SUPPRESS(Upright, float, settings, fused_nms_suppress_upright_float)
-FUSENMS_SUPPRESS(Upright, fusenms::Half, settings, fused_nms_suppress_upright_half)
-FUSENMS_SUPPRESS(Oriented, float, settings, fused_nms_suppress_oriented_float)
-FUSENMS_SUPPRESS(Oriented, fusenms::Half, settings, fused_nms_suppress_oriented_half)
+FUSENMS_SUPPRESS(Upright, settings, fused_nms_suppress_upright)
+FUSENMS_SUPPRESS(Oriented, settings, fused_nms_suppress_oriented)
 #endif

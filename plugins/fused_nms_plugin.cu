@@ -59,15 +59,16 @@ void log_error(std::string const& text) {
 
 // What the kernels use for themselves, one after the other.
 struct Workspace {
-    size_t keys, counts, kept, total;
+    size_t keys, counts, decoded, kept, total;
 
     Workspace(Settings const& s, int64_t images, int64_t candidates) {
         auto const aligned = [](int64_t bytes) { return static_cast<size_t>((bytes + 255) / 256 * 256); };
         int64_t const tiles = (candidates + fusenms::TILE - 1) / fusenms::TILE, each = s.multi_label ? s.num_classes : 1;
         keys = aligned(images * candidates * each * sizeof(fusenms::Key));
         counts = aligned(images * tiles * sizeof(int));
+        decoded = aligned(images * candidates * (s.angle[0] ? 5 : 4) * sizeof(float));
         kept = aligned(images * fusenms::MOST_NUMBERS * s.max_detections * sizeof(float));
-        total = keys + counts + kept;
+        total = keys + counts + decoded + kept;
     }
 };
 
@@ -167,35 +168,34 @@ public:
     int32_t enqueue(
         PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) noexcept override {
-        return in[CLASSES].type == DataType::kHALF ? launch<fusenms::Half>(
-                   fused_nms_select_half, settings_.angle[0] ? fused_nms_suppress_oriented_half : fused_nms_suppress_upright_half, in,
-                   inputs, outputs, workspace, stream)
-                                                   : launch<float>(
-                   fused_nms_select_float, settings_.angle[0] ? fused_nms_suppress_oriented_float : fused_nms_suppress_upright_float, in,
-                   inputs, outputs, workspace, stream);
+        return in[CLASSES].type == DataType::kHALF ? launch<fusenms::Half>(fused_nms_select_half, in, inputs, outputs, workspace, stream)
+                                                   : launch<float>(fused_nms_select_float, in, inputs, outputs, workspace, stream);
     }
 
 private:
-    template <typename T, typename Select, typename Suppress>
+    template <typename T, typename Select>
     int32_t launch(
-        Select select, Suppress suppress, PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
+        Select select, PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
         Settings const& s = settings_;
         int const images = static_cast<int>(in[CLASSES].dims.d[0]), candidates = static_cast<int>(in[CLASSES].dims.d[3 - s.classes[0]]);
         int const height = s.height ? s.height : static_cast<int>(in[PICTURE].dims.d[2]);
         int const width = s.width ? s.width : static_cast<int>(in[PICTURE].dims.d[3]);
         Workspace const parts(s, images, candidates);
-        auto* const keys = static_cast<fusenms::Key*>(workspace);
-        auto* const counts = reinterpret_cast<int*>(static_cast<char*>(workspace) + parts.keys);
-        auto* const kept = reinterpret_cast<float*>(static_cast<char*>(workspace) + parts.keys + parts.counts);
+        char* const at = static_cast<char*>(workspace);
+        auto* const keys = reinterpret_cast<fusenms::Key*>(at);
+        auto* const counts = reinterpret_cast<int*>(at + parts.keys);
+        auto* const decoded = reinterpret_cast<float*>(at + parts.keys + parts.counts);
+        auto* const kept = reinterpret_cast<float*>(at + parts.keys + parts.counts + parts.decoded);
         auto const head = [&](Input i) { return static_cast<T const*>(inputs[i]); };
         dim3 const tiles((candidates + fusenms::TILE - 1) / fusenms::TILE, images);
         select<<<tiles, fusenms::SELECT_THREADS, 0, stream>>>(
-            s, head(CLASSES), head(OBJECTNESS), head(BACKGROUND), candidates, keys, counts);
+            s, head(CLASSES), head(OBJECTNESS), head(BACKGROUND), head(BOXES), head(ANGLE), candidates, height, width, keys, counts,
+            decoded);
+        auto const suppress = s.angle[0] ? fused_nms_suppress_oriented : fused_nms_suppress_upright;
         suppress<<<images, fusenms::SUPPRESS_THREADS, 0, stream>>>(
-            s, keys, counts, head(BOXES), head(ANGLE), candidates, height, width, static_cast<int*>(outputs[COUNT]),
-            static_cast<float*>(outputs[OUT_BOXES]), static_cast<float*>(outputs[SCORES]), static_cast<int*>(outputs[LABELS]),
-            static_cast<int*>(outputs[INDICES]), kept);
+            s, keys, counts, decoded, candidates, static_cast<int*>(outputs[COUNT]), static_cast<float*>(outputs[OUT_BOXES]),
+            static_cast<float*>(outputs[SCORES]), static_cast<int*>(outputs[LABELS]), static_cast<int*>(outputs[INDICES]), kept);
         cudaError_t const error = cudaPeekAtLastError();
         if (error != cudaSuccess) log_error(cudaGetErrorString(error));
         return error == cudaSuccess ? 0 : -1;

@@ -89,6 +89,7 @@ def on_cpu(seed: int = 0) -> Run:
         tiles, rows, box = -(-candidates // TILE), s.max_detections, 5 if s.angle[0] else 4
         # What the kernels need not have zeroed has anything in it.
         scratch = [_guarded((images, candidates * each), np.int64), _guarded((images, tiles), np.int32)]
+        scratch.append(_guarded((images, candidates, box), np.float32))
         shapes = ((images, 1), (images, rows, box), (images, rows), (images, rows), (images, rows))
         kinds = (np.int32, np.float32, np.float32, np.int32, np.int32)
         outputs = [_guarded(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
@@ -125,15 +126,17 @@ class OnGpu:
         classes_at, objectness, background, boxes, angle = (places[id(inputs[name])] for name in ARGUMENTS)
         self._made = [gpu.allocate(4 * int(np.prod(shape))) for shape in self.shapes]
         keys, counts = gpu.allocate(8 * images * self.candidates * each), gpu.allocate(4 * images * self.tiles)
+        decoded = gpu.allocate(4 * images * self.candidates * box)
         kept = gpu.allocate(4 * images * SHAPE_NUMBERS * rows)
         if like is None:
             ptx = compile_ptx(baked_source(s, classes.dtype == np.float16))
             self._kernels = gpu.kernels(ptx, "fused_nms_select", "fused_nms_suppress")
         else:
             self._kernels = like._kernels
-        self._select = [classes_at, objectness, background], [self.candidates], [keys, counts]
         picture = classes_at  # stands for it; it is not read
-        self._suppress = [keys, counts, boxes, angle, picture], [self.candidates, *size], [*self._made, kept]
+        head = [classes_at, objectness, background, boxes, angle, picture]
+        self._select = head, [self.candidates, *size], [keys, counts, decoded]
+        self._suppress = [keys, counts, decoded], [self.candidates], [*self._made, kept]
 
     def select(self) -> None:
         self.gpu.launch(self._kernels[0], (self.tiles, self.images), SELECT_THREADS, *self._select)

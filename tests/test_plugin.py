@@ -340,8 +340,9 @@ def test_nvrtc_compiles_the_kernels(architecture):
     ptx = compile_ptx(SOURCE.read_text(), f"compute_{architecture}").decode()
     assert f".target sm_{architecture}" in ptx
     entries = {line.split("(")[0].split()[-1] for line in ptx.splitlines() if ".visible .entry" in line}
-    assert entries == {f"fused_nms_select_{kind}" for kind in ("float", "half")} | {
-        f"fused_nms_suppress_{shape}_{kind}" for shape in ("upright", "oriented") for kind in ("float", "half")
+    assert entries == {
+        *(f"fused_nms_select_{kind}" for kind in ("float", "half")),
+        *(f"fused_nms_suppress_{kind}" for kind in ("upright", "oriented")),
     }
 
 
@@ -364,7 +365,7 @@ def test_nvcc_compiles_the_kernels(tmp_path, architecture):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") >= 6, done.stderr
+    assert done.stderr.count(" 0 bytes spill stores, 0 bytes spill loads") == done.stderr.count("spill stores") >= 4
     shared = [int(word.split()[0]) for word in done.stderr.split(", ") if word.split("\n")[0].endswith("bytes smem")]
     assert max(shared) <= 48 << 10  # what a launch gets without asking for more
 
@@ -395,7 +396,7 @@ def test_node_is_split_into_one_for_each_kernel():
     fused = fused_model(LAYOUTS["masks"](), "plugin", indices=True)
     node, whole = node_of(fused.model), split(fused.model)
     select, suppress = (node for node in whole.graph.node if node.op_type.startswith(PLUGIN))
-    assert list(suppress.input[:2]) == list(select.output)
+    assert list(suppress.input) == list(select.output)
     assert list(suppress.output[:5]) == list(node.output)
     assert [entry.name for entry in whole.graph.output] == [entry.name for entry in fused.model.graph.output]
     made = {name for node in whole.graph.node for name in node.output} | {entry.name for entry in whole.graph.input}

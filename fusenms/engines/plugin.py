@@ -21,6 +21,7 @@ from fusenms.backends.plugin import DOMAIN, INPUTS, PLUGIN, VERSION, Settings
 from fusenms.errors import BackendUnavailableError, EngineBuildError, SourceError, UnsupportedByBackendError
 
 SELECT, SUPPRESS = f"{PLUGIN}_select", f"{PLUGIN}_suppress"
+SELECT_INPUTS = ("classes", "objectness", "background", "boxes", "angle", "picture")
 TILE, SELECT_THREADS, SUPPRESS_THREADS, SHAPE_NUMBERS = 64, 256, 1024, 7
 """As plugins/fused_nms.cu has them."""
 ARCHITECTURE = "compute_75"
@@ -118,18 +119,18 @@ def split(model: onnx.ModelProto) -> onnx.ModelProto:
     whole.CopyFrom(model)
     place, node = next((i, node) for i, node in enumerate(whole.graph.node) if node.op_type == PLUGIN)
     given = dict(zip(INPUTS, node.input, strict=True))
-    keys, counts, kept = (f"{node.name}/{part}" for part in ("keys", "counts", "kept"))
+    keys, counts, decoded, kept = (f"{node.name}/{part}" for part in ("keys", "counts", "decoded", "kept"))
     common: dict[str, Any] = {
         "domain": DOMAIN, "plugin_version": VERSION, "plugin_namespace": DOMAIN, "aot": 1,
         "settings": json.dumps(Settings.of_node(node).to_dict()),
     }  # fmt: skip
     parts = (
         onnx.helper.make_node(
-            SELECT, [given[name] for name in ("classes", "objectness", "background")], [keys, counts],
+            SELECT, [given[name] for name in SELECT_INPUTS], [keys, counts, decoded],
             name=f"{node.name}/select", **common,
         ),
         onnx.helper.make_node(
-            SUPPRESS, [keys, counts, *(given[name] for name in ("boxes", "angle", "picture"))], [*node.output, kept],
+            SUPPRESS, [keys, counts, decoded], [*node.output, kept],
             name=f"{node.name}/suppress", **common,
         ),
     )  # fmt: skip
@@ -158,36 +159,37 @@ def _register(trt: Any, plugins: Any) -> None:
         arguments = plugins.SymIntExprs.from_tuple([plugins.SymInt32(number) for number in numbers])
         return f"fused_nms_{kind}", compile_ptx(baked_source(s, half)), launch, arguments
 
-    def select(classes, objectness, background, settings):  # type: ignore[no-untyped-def]
+    def select(classes, objectness, background, boxes, angle, picture, settings):  # type: ignore[no-untyped-def]
         s = read(settings)
         images, candidates = classes.shape_expr[0], classes.shape_expr[3 - s.classes[0]]
         each = 2 * (s.num_classes if s.multi_label else 1)  # a key is two int32
-        return made(trt.int32, images, candidates * each), made(trt.int32, images, plugins.cdiv(candidates, TILE))
+        return (
+            made(trt.int32, images, candidates * each), made(trt.int32, images, plugins.cdiv(candidates, TILE)),
+            made(trt.float32, images, candidates, 5 if s.angle[0] else 4),
+        )  # fmt: skip
 
-    def select_kernel(classes, objectness, background, settings, outputs, tactic):  # type: ignore[no-untyped-def]
+    def select_kernel(classes, objectness, background, boxes, angle, picture, settings, outputs, tactic):  # type: ignore[no-untyped-def]
         s = read(settings)
         candidates = classes.shape_expr[3 - s.classes[0]]
+        size = (s.height, s.width) if s.height else (picture.shape_expr[2], picture.shape_expr[3])
         grid = (plugins.cdiv(candidates, TILE), classes.shape_expr[0])
-        return kernel("select", s, classes.dtype == trt.float16, grid, SELECT_THREADS, (candidates,))
+        return kernel("select", s, classes.dtype == trt.float16, grid, SELECT_THREADS, (candidates, *size))
 
-    def suppress(keys, counts, boxes, angle, picture, settings):  # type: ignore[no-untyped-def]
-        s, images = read(settings), boxes.shape_expr[0]
+    def suppress(keys, counts, decoded, settings):  # type: ignore[no-untyped-def]
+        s, images = read(settings), decoded.shape_expr[0]
         rows = s.max_detections
         return (
             made(trt.int32, images, 1), made(trt.float32, images, rows, 5 if s.angle[0] else 4), made(trt.float32, images, rows),
             made(trt.int32, images, rows), made(trt.int32, images, rows), made(trt.float32, images, SHAPE_NUMBERS, rows),
         )  # fmt: skip
 
-    def suppress_kernel(keys, counts, boxes, angle, picture, settings, outputs, tactic):  # type: ignore[no-untyped-def]
-        s = read(settings)
-        size = (s.height, s.width) if s.height else (picture.shape_expr[2], picture.shape_expr[3])
-        numbers = (boxes.shape_expr[3 - s.boxes[0]], *size)
-        grid = (boxes.shape_expr[0], 1)
-        return kernel("suppress", s, boxes.dtype == trt.float16, grid, SUPPRESS_THREADS, numbers)
+    def suppress_kernel(keys, counts, decoded, settings, outputs, tactic):  # type: ignore[no-untyped-def]
+        grid = (decoded.shape_expr[0], 1)
+        return kernel("suppress", read(settings), False, grid, SUPPRESS_THREADS, (decoded.shape_expr[1],))
 
     for name, describe, compiled, inputs, outputs in (
-        (SELECT, select, select_kernel, ("classes", "objectness", "background"), 2),
-        (SUPPRESS, suppress, suppress_kernel, ("keys", "counts", "boxes", "angle", "picture"), 6),
+        (SELECT, select, select_kernel, SELECT_INPUTS, 3),
+        (SUPPRESS, suppress, suppress_kernel, ("keys", "counts", "decoded"), 6),
     ):
         result = (str, bytes, plugins.KernelLaunchParams, plugins.SymExprs)
         compiled.__annotations__ = {"return": GenericAlias(tuple, result)}

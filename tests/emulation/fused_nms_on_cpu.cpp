@@ -14,15 +14,14 @@ namespace {
 template <typename Select, typename Suppress, typename T>
 void run(
     Select select, Suppress suppress, const Settings& settings, unsigned seed, int images, int candidates, int height, int width,
-    const T* classes, const T* objectness, const T* background, const T* boxes, const T* angles, Key* keys, int* counts, int* count,
-    float* out_boxes, float* scores, int* labels, int* indices, float* kept) {
+    const T* classes, const T* objectness, const T* background, const T* boxes, const T* angles, Key* keys, int* counts,
+    float* decoded, int* count, float* out_boxes, float* scores, int* labels, int* indices, float* kept) {
     const unsigned tiles = static_cast<unsigned>((candidates + fusenms::TILE - 1) / fusenms::TILE);
     emulation::launch({tiles, static_cast<unsigned>(images), 1}, fusenms::SELECT_THREADS, seed, [=, &settings] {
-        select(settings, classes, objectness, background, candidates, keys, counts);
+        select(settings, classes, objectness, background, boxes, angles, candidates, height, width, keys, counts, decoded);
     });
     emulation::launch({static_cast<unsigned>(images), 1, 1}, fusenms::SUPPRESS_THREADS, seed + 1, [=, &settings] {
-        suppress(
-            settings, keys, counts, boxes, angles, candidates, height, width, count, out_boxes, scores, labels, indices, kept);
+        suppress(settings, keys, counts, decoded, candidates, count, out_boxes, scores, labels, indices, kept);
     });
 }
 
@@ -31,10 +30,10 @@ void run(
 #define RUN_AS(T, kind, suffix)                                                                                                   \
     extern "C" void run_##kind##_##suffix(                                                                                         \
         const Settings* settings, unsigned seed, int images, int candidates, int height, int width, const T* classes,              \
-        const T* objectness, const T* background, const T* boxes, const T* angles, Key* keys, int* counts, int* count,             \
-        float* out_boxes, float* scores, int* labels, int* indices, float* kept) {                                                 \
-        run(fused_nms_select_##suffix, fused_nms_suppress_##kind##_##suffix, *settings, seed, images, candidates, height, width,   \
-            classes, objectness, background, boxes, angles, keys, counts, count, out_boxes, scores, labels, indices, kept);        \
+        const T* objectness, const T* background, const T* boxes, const T* angles, Key* keys, int* counts, float* decoded,         \
+        int* count, float* out_boxes, float* scores, int* labels, int* indices, float* kept) {                                     \
+        run(fused_nms_select_##suffix, fused_nms_suppress_##kind, *settings, seed, images, candidates, height, width, classes,     \
+            objectness, background, boxes, angles, keys, counts, decoded, count, out_boxes, scores, labels, indices, kept);        \
     }
 
 RUN_AS(float, upright, float)
