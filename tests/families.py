@@ -27,8 +27,8 @@ NOTES = """
   *detections*: no raw outputs came with the file, so it is compared by its detections (`tests/test_detector.py`). Masks and keypoints:
   `tests/test_tasks.py`.
 - **ort, trt, portable, plugin**: every row of the fused model equals the float64 reference on 32 images at batch 1, 2 and 7 (`trt`: with a
-  body for the plugin, in ONNX Runtime; `plugin`: with standard operators in the node's place; oriented boxes are suppressed by plain operators
-  on every backend but `plugin`).
+  body for the plugin, in ONNX Runtime; `plugin`: with standard operators in the node's place; oriented boxes are suppressed by plain
+  operators on every backend but `plugin`).
 - **batch**: *dynamic*; *mixed*: dynamic int8, whose ranges span the batch.
 - **TensorRT-RTX**: an engine of the portable graph was built; not run, for want of a GPU.
 """

@@ -6,13 +6,15 @@ import ctypes
 import shutil
 import subprocess
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from conftest import SHAPES, write_segmenter
 from kernels import SOURCE, KernelRunner, library, on_cpu
-from raw_heads import LAYOUTS, STRIDES, fused_model
+from raw_heads import LAYOUTS, STRIDES, candidates_of, fused_model, shapes_of
 
 from fusenms import PostprocessConfig, fuse, verification
 from fusenms.artifacts import ImageInput
@@ -21,7 +23,7 @@ from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.backends.plugin import INPUTS, OUTPUTS, PLUGGED, PLUGIN, Settings, settings_of
 from fusenms.choosing import Head
 from fusenms.cli import main
-from fusenms.engines.plugin import baked_source, carried, compile_ptx, load_plugin_library, split
+from fusenms.engines.plugin import _register, baked_source, carried, compile_ptx, load_plugin_library, split
 from fusenms.engines.trt_check import check_trt_graph
 from fusenms.errors import EngineBuildError, SourceError, UnsupportedByBackendError
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
@@ -405,6 +407,37 @@ def test_node_is_split_into_one_for_each_kernel():
     } | {""}
     given = {entry.name: onnx.helper.get_attribute_value(entry) for entry in select.attribute}
     assert (given["plugin_namespace"], given["aot"]) == (b"fusenms", 1)
+
+
+@pytest.mark.parametrize("layout", ["distances", "oriented", "anchor_boxes"])
+def test_carried_kernels_are_given_what_they_take(layout):
+    """A stand-in for TensorRT's layer, which calls what is registered with it; NVIDIA's own was tried by hand."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python (pip install 'fusenms[plugin]')")
+    describe, launch = {}, {}
+    plugins = SimpleNamespace(
+        TensorDesc=object, KernelLaunchParams=SimpleNamespace, SymExprs=tuple, SymInt32=int,
+        SymIntExprs=SimpleNamespace(from_tuple=tuple), cdiv=lambda a, b: -(-a // b),
+        from_shape_expr=lambda shape, dtype: SimpleNamespace(shape_expr=shape, dtype=dtype),
+        register=lambda name: partial(describe.setdefault, name), aot_impl=lambda name: partial(launch.setdefault, name),
+    )  # fmt: skip
+    _register(SimpleNamespace(int32="int32", float32="float32", float16="float16"), plugins)
+    fused = fused_model(LAYOUTS[layout](), "plugin", max_detections=20)
+    select, suppress = (node for node in split(fused.model).graph.node if node.op_type.startswith(PLUGIN))
+    shapes = dict(zip(fused.layout.tensors, shapes_of(fused.layout).values(), strict=True))
+    known = {name: plugins.from_shape_expr((2, *shape), "float32") for name, shape in shapes.items()}
+    for node, grid, threads in ((select, (-(-candidates_of(fused.layout) // 64), 2), 256), (suppress, (2, 1), 1024)):
+        given = [known[name] for name in node.input]
+        settings = next(entry.s.decode() for entry in node.attribute if entry.name == "settings")
+        made = describe[f"fusenms::{node.op_type}"](*given, settings)
+        known |= dict(zip(node.output, made, strict=True))
+        name, ptx, how, numbers = launch[f"fusenms::{node.op_type}"](*given, settings, made, None)
+        parameters = ptx.decode().split(f".entry {name}(")[1].split(")")[0].count(".param")
+        assert parameters == len(given) + len(numbers) + len(made)
+        assert ((how.grid_x, how.grid_y), how.block_x) == (grid, threads)
+    box = 5 if layout == "oriented" else 4
+    assert [known[name].shape_expr for name in node_of(fused.model).output] == [
+        (2, 1), (2, 20, box), (2, 20), (2, 20), (2, 20),
+    ]  # fmt: skip
 
 
 def test_version_that_carries_no_plugins_names_the_ways_out():
