@@ -527,15 +527,21 @@ __device__ void suppress(
         __syncthreads();
         sort(run, size);
 
+        // A thread for each candidate of a chunk reads its box while the chunk before is decided.
+        Box ahead = {};
+        const auto read_ahead = [&](int i) {
+            if (thread >= CHUNK || i >= take) return;
+            const float* numbers = decoded + static_cast<long long>(number_of(run[i]) / s.num_classes) * Kind::BOX;
+            for (int k = 0; k < Kind::BOX; ++k) ahead.v[k] = numbers[k];
+        };
+        read_ahead(thread);
         for (int start = 0; start < take && kept < most; start += CHUNK) {
             const int here = take - start < CHUNK ? take - start : CHUNK;
             if (thread < CHUNK) {
                 bool valid = false;
                 if (thread < here) {
                     const unsigned number = number_of(run[start + thread]);
-                    const float* numbers = decoded + static_cast<long long>(number / s.num_classes) * Kind::BOX;
-                    Box box;
-                    for (int k = 0; k < Kind::BOX; ++k) box.v[k] = numbers[k];
+                    const Box box = ahead;
                     const Shape shape = Kind::shape(box);
                     float reach = 0.0f;
                     for (int k = 0; k < Kind::BOX; ++k) chunk_boxes[k][thread] = box.v[k], reach += fabsf(box.v[k]);
@@ -546,6 +552,7 @@ __device__ void suppress(
                 const unsigned valid_lanes = __ballot_sync(EVERY_LANE, valid);
                 if (lane == 0) alive[warp] = valid_lanes;
             }
+            read_ahead(start + CHUNK + thread);
             __syncthreads();
 
             // Who suppresses whom: candidates of the chunk by what was kept, which settles them, and by each other, which is noted.
