@@ -63,7 +63,8 @@ def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     raw = load(path, **small)
     layout = recognize(raw)
     raw = open_batch(raw, layout)
-    fused = {backend: fuse(_with(raw, layout), backend=backend, score_threshold=0.1) for backend in BACKENDS}
+    settings = {"score_threshold": 0.1, "indices": True}
+    fused = {backend: fuse(_with(raw, layout), backend=backend, **settings) for backend in BACKENDS}
     equal = tuple("equal" if model.report else "DIFFERS" for model in fused.values())
     engine = _engine(fused["portable"].save(work / "m.portable.onnx")) if engines else ""
     batch = "dynamic" if fused["ort"].image.independent else "mixed"

@@ -34,6 +34,11 @@ def fused_file(tmp_path_factory) -> Path:
     return fuse(WEIGHTS, size=128).save(tmp_path_factory.mktemp("f") / "shapes.ort.onnx")
 
 
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory) -> Path:
+    return fuse(WEIGHTS, size=64).save(tmp_path_factory.mktemp("f") / "small.ort.onnx")
+
+
 def test_main_job_says_each_step_and_writes(tmp_path, capsys):
     assert main([WEIGHTS, "--size", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -301,9 +306,9 @@ METADATA = {
 
 
 @pytest.mark.parametrize("case", METADATA)
-def test_edited_metadata_is_one_message(tmp_path, capsys, case):
+def test_edited_metadata_is_one_message(tmp_path, capsys, small_file, case):
     key, edit = METADATA[case]
-    model = onnx.load(fuse(WEIGHTS, size=64).save(tmp_path / "f.onnx"))
+    model = onnx.load(small_file)
     entry = next(item for item in model.metadata_props if item.key == key)
     assert edit(entry.value) != entry.value
     entry.value = edit(entry.value)
