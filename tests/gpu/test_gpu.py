@@ -68,10 +68,11 @@ def test_onnxruntime_on_cuda_finds_the_same(precision):
     assert drift.same >= 0.98 * drift.before > 40, drift.summary
 
 
-def test_tensorrt_engine_with_the_plugin_finds_what_its_file_finds(tmp_path):
+@pytest.mark.parametrize(("backend", "precision"), [("trt", "fp32"), ("plugin", "fp32"), ("plugin", "fp16")])
+def test_tensorrt_engine_with_a_plugin_finds_what_its_file_finds(tmp_path, backend, precision):
     from fusenms.engines.tensorrt import build_tensorrt
 
-    fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend="trt", unverified=True)
+    fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend=backend, precision=precision, unverified=True)
     path = fused.save(tmp_path / "m.onnx", unverified=True)
     build_tensorrt(str(path), EngineSettings(batch=(1, 2, 8))).save(tmp_path / "m.engine")
     for batch, drift in compare_engine(tmp_path / "m.engine", images=pictures(256)):
