@@ -14,7 +14,7 @@ import onnx
 import pytest
 from conftest import SHAPES, write_segmenter
 from kernels import SOURCE, KernelRunner, library, on_cpu
-from raw_heads import LAYOUTS, STRIDES, candidates_of, fused_model, shapes_of
+from raw_heads import LAYOUTS, SIZE, STRIDES, candidates_of, fused_model, raw_model, shapes_of
 
 from fusenms import PostprocessConfig, fuse, verification
 from fusenms.artifacts import ImageInput
@@ -26,7 +26,9 @@ from fusenms.cli import main
 from fusenms.engines.plugin import _register, baked_source, carried, compile_ptx, load_plugin_library, split
 from fusenms.engines.trt_check import check_trt_graph
 from fusenms.errors import EngineBuildError, SourceError, UnsupportedByBackendError
+from fusenms.fusion import fuse_head
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
+from fusenms.precision import to_half
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
 from fusenms.scenes import Stage, heads
@@ -127,6 +129,31 @@ def test_kernels_read_a_network_in_half_precision_without_casts(tmp_path, segmen
     assert outputs["num_detections"].min() > 10
     for name, values in expected.items():
         np.testing.assert_allclose(outputs[name], values, atol=1e-4, err_msg=name)
+
+
+def test_tensor_that_is_not_what_the_plugin_reads_is_refused():
+    fused = fuse(SHAPES / "shapes.pt", size=64, backend="plugin", precision="fp16", unverified=True)
+    assert verification.verify(fused)
+    swapped = onnx.helper.make_node("Cast", ["head_boxes/float16"], ["head_classes"], name="swapped", to=1)
+    fused.model.graph.node.append(swapped)
+    with pytest.raises(SourceError, match="'head_classes' is not what the plugin reads"):
+        verification.verify(fused)
+
+
+@pytest.mark.parametrize("name", SUPPRESSED)
+def test_every_layout_is_read_in_half_precision(name):
+    layout, half = LAYOUTS[name](), name != "oriented"  # a convolution into one channel, the angle's, stays float32
+    config = PostprocessConfig(score_threshold=0.3, indices=True)
+    fused = fuse_head(to_half(raw_model(layout), layout), layout, config, "plugin")
+    assert {name.endswith("/float16") for name in node_of(fused.model).input} == {half}
+    report = verification.verify(fused)
+    assert report, str(report)
+    images = np.random.default_rng(0).random((3, 3, SIZE, SIZE), np.float32)
+    outputs = KernelRunner(fused.model, on_cpu(3)).infer(images)
+    expected = OnnxRuntimeRunner(PLUGGED.to_standard(fused.model, fused)).infer(images)
+    assert outputs["num_detections"].min() > 3
+    for name, values in expected.items():
+        np.testing.assert_allclose(outputs[name], values, rtol=1e-5, atol=1e-3, err_msg=name)
 
 
 def test_head_that_computes_after_the_network_stays_float32(zoo):

@@ -181,12 +181,18 @@ def _inputs(layout: Layout, settings: Settings, image: ImageInput) -> list[str]:
 
 
 def _take_half(g: Graph, layout: Layout) -> bool:
-    """Give the head's tensors in float16 their names, where all that the node reads are cast from it: no cast comes before it then."""
+    """Give the head's tensors in float16 their names, where all that the node reads are cast from it: no cast comes before it then.
+
+    What else reads them is given them cast to float32.
+    """
     tensors = {tap.tensor: g.in_half(g.tensor(tap.tensor)) for tap in _taps(layout).values() if tap is not None}
     if any(half is None for half in tensors.values()):
         return False
     for name, half in tensors.items():
-        g.name(g.op("Identity", half), f"{name}{IN_HALF}")
+        given = g.op("Identity", half)
+        g.name(given, f"{name}{IN_HALF}")
+        g.rename(name, f"{name}/moved")
+        g.name(g.cast(given, FLOAT), name)
     return True
 
 
@@ -222,18 +228,31 @@ def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
 
 
 def in_float(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a node that reads the head in float32, cast from the float16 that it reads in the file; for checking only."""
+    """The model with a node that reads the head in float32, cast from the float16 that it reads in the file; for checking only.
+
+    Raises:
+        SourceError: the file has a tensor of that name which is something else.
+    """
+    node = next((node for node in model.graph.node if node.op_type == PLUGIN), None)
+    halves = [] if node is None else [name for name in dict.fromkeys(node.input) if name.endswith(IN_HALF)]
+    if not halves:
+        return model
     widened = onnx.ModelProto()
     widened.CopyFrom(model)
-    casts = {}
+    makers = {name: node for node in widened.graph.node for name in node.output}
+    for name in halves:
+        wide = name.removesuffix(IN_HALF)
+        maker = makers.get(wide)
+        if maker is None:
+            widened.graph.node.append(onnx.helper.make_node("Cast", [name], [wide], name=f"{PLUGIN}/{wide}", to=FLOAT))
+        elif (maker.op_type, list(maker.input)) != ("Cast", [name]):
+            raise SourceError(
+                f"tensor {wide!r} is not what the plugin reads; the file was changed after it was written: fuse the weights again"
+            )
     for node in widened.graph.node:
-        for i, name in enumerate(node.input if node.op_type == PLUGIN else ()):
-            if name.endswith(IN_HALF):
-                node.input[i] = wide = name.removesuffix(IN_HALF)
-                casts[wide] = onnx.helper.make_node("Cast", [name], [wide], name=f"{PLUGIN}/{wide}", to=FLOAT)
-    made = {name for node in widened.graph.node for name in node.output}
-    widened.graph.node.extend(cast for wide, cast in casts.items() if wide not in made)
-    return sorted_model(widened) if casts else model
+        if node.op_type == PLUGIN:
+            node.input[:] = [name.removesuffix(IN_HALF) for name in node.input]
+    return sorted_model(widened)
 
 
 def to_standard(model: onnx.ModelProto, fused: FusedModel) -> onnx.ModelProto:
