@@ -19,7 +19,7 @@ class Gpu:
         self.call("cuInit", 0)
         self.device = self.call("cuDeviceGet", 0)
         self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", self.device))
-        self.stream = self.call("cuStreamCreate", 1)  # that does not wait for the default stream
+        self.stream = self.call("cuStreamCreate", 0)  # waits for the default stream, which clears and copies
         self._places: list[int] = []
         self._modules: list[Any] = []
 
@@ -97,13 +97,12 @@ class Gpu:
         made = self.call("cuGraphInstantiate", graph, 0)
         return lambda: self.call("cuGraphLaunch", made, self.stream)
 
-    def milliseconds(self, work: Callable[[], None], stream: Any = None) -> float:
+    def milliseconds(self, work: Callable[[], None]) -> float:
         """Between the start and the end of what is launched, on the GPU's own clock."""
-        stream = self.stream if stream is None else stream
         start, end = self.call("cuEventCreate", 0), self.call("cuEventCreate", 0)
-        self.call("cuEventRecord", start, stream)
+        self.call("cuEventRecord", start, self.stream)
         work()
-        self.call("cuEventRecord", end, stream)
+        self.call("cuEventRecord", end, self.stream)
         self.call("cuEventSynchronize", end)
         elapsed = self.call("cuEventElapsedTime", start, end)
         for event in (start, end):

@@ -54,6 +54,8 @@ class Timed:
             raise SystemExit(f"{path}: no engine is built of it")
         self.cuda, self.runtime = cuda, trt.Runtime(logger)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise SystemExit(f"{path}: its engine does not open here; is there an NVIDIA GPU with its driver?")
         self.context, self.outputs = self.engine.create_execution_context(), {}
         self.stream = call(cuda.cudaStreamCreate)
         rng = np.random.default_rng(0)
