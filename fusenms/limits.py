@@ -1,0 +1,70 @@
+"""Bounds on what fusenms reads: every limit on a file of unknown origin stands here, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from fusenms.errors import ConfigError
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on files of unknown origin. What exceeds one is refused, before it costs more than the bound.
+
+    >>> Limits(max_file_bytes=100 * 2**20).max_modules
+    10000
+
+    Attributes:
+        max_file_bytes: size of a checkpoint, an ONNX file or one file of external data, in bytes.
+        max_archive_entries: entries of a checkpoint's zip archive.
+        max_inflation: total size of the archive's entries, as a multiple of the file's size (beyond 16 MiB).
+        max_pickle_bytes: size of the pickle in a checkpoint, in bytes.
+        max_opcodes: instructions of that pickle.
+        max_nesting: depth of containers and modules within each other, in checkpoints, metadata and graphs.
+        max_modules: layers of a network, a shared layer counted at each place where it is used.
+        max_parameters: weights of a network, counted in the same way.
+        max_flops: floating-point operations of a checkpoint's network on an image of twice its largest stride.
+        max_tensor_elements: elements of one tensor, stored or computed.
+        max_channels: channels of one layer.
+        max_repeats: kernel size, stride, padding and repeats of one layer.
+        max_class_names: number of class names.
+        max_name_length: characters of one class name.
+        max_image_side: height or width that a file asks for as its input size, in pixels.
+        max_nodes: nodes of an ONNX graph, the graphs inside of it included.
+        max_metadata_bytes: total size of a file's metadata, in bytes.
+        max_run_seconds: time for one run of a graph of unknown origin, in seconds.
+        max_image_file_bytes: size of an image file, in bytes.
+        max_pixels: height times width of an image, read from its header before it is decoded.
+    """
+
+    max_file_bytes: int = 4096 * MIB
+    max_archive_entries: int = 20_000
+    max_inflation: int = 20
+    max_pickle_bytes: int = 32 * MIB
+    max_opcodes: int = 1_000_000
+    max_nesting: int = 64
+    max_modules: int = 10_000
+    max_parameters: int = 400_000_000
+    max_flops: int = 100_000_000_000
+    max_tensor_elements: int = 200_000_000
+    max_channels: int = 65_536
+    max_repeats: int = 128
+    max_class_names: int = 20_000
+    max_name_length: int = 200
+    max_image_side: int = 4096
+    max_nodes: int = 100_000
+    max_metadata_bytes: int = 8 * MIB
+    max_run_seconds: float = 120.0
+    max_image_file_bytes: int = 256 * MIB
+    max_pixels: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ConfigError(f"{field.name} is {value!r}; expected a positive number")
+
+
+DEFAULT_LIMITS = Limits()
