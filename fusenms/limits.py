@@ -25,7 +25,8 @@ class Limits:
         max_nesting: depth of containers and modules within each other, in checkpoints, metadata and graphs.
         max_modules: layers of a network, a shared layer counted at each place where it is used.
         max_parameters: weights of a network, counted in the same way.
-        max_flops: floating-point operations of a checkpoint's network on an image of twice its largest stride.
+        max_operations: operators that a checkpoint's network runs on one image.
+        max_flops_per_pixel: floating-point operations of a checkpoint's network for each pixel of its input.
         max_tensor_elements: elements of one tensor, stored or computed.
         max_channels: channels of one layer.
         max_repeats: kernel size, stride, padding and repeats of one layer.
@@ -47,7 +48,8 @@ class Limits:
     max_nesting: int = 64
     max_modules: int = 10_000
     max_parameters: int = 400_000_000
-    max_flops: int = 100_000_000_000
+    max_operations: int = 40_000
+    max_flops_per_pixel: int = 5_000_000
     max_tensor_elements: int = 200_000_000
     max_channels: int = 65_536
     max_repeats: int = 128

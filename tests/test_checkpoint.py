@@ -224,9 +224,7 @@ def test_getattr_in_a_file_gives_nothing(tmp_path):
     content = tiny()
     content["model"].model[-1].detect = Got(modules.AnchorFreeDetect, "forward")
     torch.save(content, tmp_path / "old.pt")
-    head = load_checkpoint(tmp_path / "old.pt").head
-    assert type(head.detect).__name__ == "Inert"
-    assert not callable(head.detect)
+    assert not hasattr(load_checkpoint(tmp_path / "old.pt").head, "detect")
 
 
 def test_getattr_cannot_be_a_way_to_call(tmp_path):
@@ -265,7 +263,9 @@ def test_error_when_data_takes_the_place_of_code(tmp_path):
     content = tiny()
     content["model"].model[0].__dict__["forward"] = nn.SiLU()
     torch.save(content, tmp_path / "c.pt")
-    with pytest.raises(SourceError, match=r"layer model\.0 \(Conv\) replaces its own forward"):
+    with pytest.raises(
+        SourceError, match=r"layer model\.0 \(Conv\) has an attribute that fusenms does not know: forward"
+    ):
         load_checkpoint(tmp_path / "c.pt")
 
 
@@ -385,7 +385,7 @@ def test_error_when_a_bit_has_flipped(tmp_path):
     data = bytearray((SHAPES / "shapes.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "c.pt").write_bytes(data)
-    with pytest.raises(SourceError, match=r"the checksum of .* is wrong"):
+    with pytest.raises(SourceError, match=r"not a readable PyTorch checkpoint \(Bad CRC-32 for file"):
         load_checkpoint(tmp_path / "c.pt")
 
 

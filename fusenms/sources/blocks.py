@@ -6,16 +6,19 @@ checkpoint brings its parts. Each names the paper or the family that it comes fr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fusenms.sources.modules import C3, Bottleneck, C2f, Conv
+from fusenms.sources import fields
+from fusenms.sources.fields import Field
+from fusenms.sources.modules import C3, Bottleneck, C2f, Conv, StandIn
 
 
-class Block(nn.Module):
+class Block(StandIn):
     """A module whose parts come from the checkpoint."""
 
     if TYPE_CHECKING:
@@ -107,6 +110,7 @@ class CBLinear(Block):
     """One convolution whose result is cut into several (YOLOv9-E)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv"})
+    attributes: ClassVar[Mapping[str, Field]] = {"c2s": fields.several_channels}
     c2s: list[int]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -116,7 +120,7 @@ class CBLinear(Block):
 class CBFuse(Block):
     """The last map plus the chosen cut of each other one, brought to its size (YOLOv9-E)."""
 
-    parts: ClassVar[frozenset[str]] = frozenset()
+    attributes: ClassVar[Mapping[str, Field]] = {"idx": fields.indices}
     idx: list[int]
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -128,8 +132,6 @@ class CBFuse(Block):
 
 class Silence(Block):
     """The input itself (YOLOv9-E)."""
-
-    parts: ClassVar[frozenset[str]] = frozenset()
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -160,6 +162,7 @@ class CIB(Block):
     """Compact inverted block (YOLOv10)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1"})
+    attributes: ClassVar[Mapping[str, Field]] = {"add": fields.flag}
     add: bool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,6 +178,9 @@ class Attention(Block):
     """Attention of every cell to every other, with a convolution for where they are (YOLOv10)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"qkv", "proj", "pe"})
+    attributes: ClassVar[Mapping[str, Field]] = {
+        "num_heads": fields.channels, "head_dim": fields.channels, "key_dim": fields.channels, "scale": fields.real,
+    }  # fmt: skip
     num_heads: int
     head_dim: int
     key_dim: int
@@ -193,6 +199,7 @@ class PSABlock(Block):
     """Attention, then a small network, each beside its input (YOLO11)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"attn", "ffn"})
+    attributes: ClassVar[Mapping[str, Field]] = {"add": fields.flag}
     add: bool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,6 +233,11 @@ class AAttn(Block):
     """Attention within each of `area` strips of the picture, with a convolution for where cells are (YOLO12)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"qkv", "proj", "pe"})
+    attributes: ClassVar[Mapping[str, Field]] = {
+        "area": fields.channels,
+        "num_heads": fields.channels,
+        "head_dim": fields.channels,
+    }
     area: int
     num_heads: int
     head_dim: int
@@ -258,6 +270,7 @@ class A2C2f(Block):
     """Stages of area attention, or of `C3k`, all joined; with `gamma` beside the input (YOLO12)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
+    tensors: ClassVar[frozenset[str]] = frozenset({"gamma"})
     gamma: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:

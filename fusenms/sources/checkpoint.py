@@ -1,22 +1,18 @@
-"""Load a `.pt` checkpoint without running any code of it and without the package that wrote it.
+"""Load a `.pt` checkpoint as plain data: nothing of it is executed, and the package that wrote it is not needed.
 
-`torch.load(weights_only=True)` rebuilds the module tree, with our own classes (`modules.py`)
-standing in for the pickled ones. A name that is neither known here nor on torch's own list of
-plain data is refused. Afterwards the tree is checked: only known types, no hooks, no method
-replaced by data of the file.
+1. `archive.py` reads the zip archive, `unpickle.py` the pickle in it: names and records, no objects.
+2. A name that fusenms does not know is refused.
+3. `rebuild.py` builds a network of our own classes from the records, checks what it costs, and reads the weights.
+4. The head is checked: what it says of itself must be what it gives.
+
+Every step is held to `fusenms.limits.Limits`.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
-import re
-import threading
-import warnings
+import unicodedata
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,64 +21,67 @@ import torch
 from torch import nn
 
 from fusenms.errors import ConfigError, SourceError
+from fusenms.files import open_regular
+from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.sources import blocks, modules, rtdetr, tasks, yolov7
+from fusenms.sources.archive import SIGNATURE, Archive
+from fusenms.sources.fields import shown
+from fusenms.sources.rebuild import DTYPES, TORCH_LAYERS, Rebuilder, check_cost
+from fusenms.sources.unpickle import Record, globals_of, unpickle
 
 _BLOCKS: tuple[type[nn.Module], ...] = (
     *(modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL),
     *(*blocks.BLOCKS, *tasks.BLOCKS),
 )
 
-_TORCH: tuple[type[nn.Module], ...] = (
-    *(nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.Identity, nn.BatchNorm2d, nn.Conv2d, nn.MaxPool2d),
+_PLAIN = (
+    # data of torch
     *(
-        nn.Upsample,
-        nn.Tanh,
-        nn.Sequential,
-        nn.ModuleList,
-        nn.ConvTranspose2d,
-        nn.ZeroPad2d,
-        nn.GELU,
-        nn.Linear,
-        nn.LayerNorm,
+        f"torch.{name}"
+        for name in (
+            *DTYPES,
+            "ComplexFloatStorage",
+            "ComplexDoubleStorage",
+            "QInt8Storage",
+            "QUInt8Storage",
+            "QInt32Storage",
+        )
     ),
-    *(nn.Dropout, nn.Embedding, nn.modules.linear.NonDynamicallyQuantizableLinear),
-)
-
-
-class Inert:
-    """Stands in for whatever is of no use here (training results, arguments, paths); keeps plain attributes."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-
-def _attribute(*_: Any) -> Inert:
-    """Stands in for `getattr`, by which older heads keep a method of theirs that nothing calls; it gives nothing."""
-    return Inert()
-
-
-_INERT = (
+    *(f"torch.storage.{name}" for name in ("UntypedStorage", "TypedStorage", "_LegacyStorage")),
+    *(
+        f"torch._utils.{name}"
+        for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
+    ),
+    *(
+        "torch.Size",
+        "torch.device",
+        "torch.dtype",
+        "torch.Tensor",
+        "torch._tensor.Tensor",
+        "torch.nn.parameter.Parameter",
+    ),
+    *(f"torch.{str(dtype).removeprefix('torch.')}" for dtype in DTYPES.values()),
+    # data of Python and NumPy
+    *("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "_codecs.encode"),
+    *(
+        f"{home}.{name}"
+        for home in ("builtins", "__builtin__")
+        for name in ("set", "frozenset", "dict", "list", "getattr")
+    ),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    "numpy.dtype",
-    "numpy.ndarray",
+    *("numpy.dtype", "numpy.ndarray", "datetime.datetime", "argparse.Namespace", "types.SimpleNamespace"),
     *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
-    "datetime.datetime",
-    "argparse.Namespace",
-    "types.SimpleNamespace",
+    *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
     "ultralytics.utils.IterableSimpleNamespace",
     "ultralytics.yolo.utils.IterableSimpleNamespace",
 )
+"""Names of plain data. They stay names: what a file makes of them is a record that nothing calls."""
 
 
-def _stand_ins() -> dict[str, Any]:
-    """Map every global that a checkpoint may name to what is used in its place."""
-    table: dict[str, Any] = {f"{cls.__module__}.{cls.__name__}": cls for cls in _TORCH}
+def _stand_ins() -> dict[str, type[nn.Module] | None]:
+    """Map every name that a checkpoint may have to the class of ours that stands in for it; None: to plain data."""
+    table: dict[str, type[nn.Module] | None] = dict.fromkeys(_PLAIN)
+    table |= {f"{cls.__module__}.{cls.__name__}": cls for cls in TORCH_LAYERS}
     table["torch.nn.modules.activation.MultiheadAttention"] = rtdetr.MultiheadAttention
     for cls in (*_BLOCKS, *rtdetr.MODULES):
         for home in ("", "conv.", "block.", "head.", "transformer."):
@@ -96,11 +95,7 @@ def _stand_ins() -> dict[str, Any]:
     for name, head in tasks.HEADS.items():
         for home in ("", "head."):
             table[f"ultralytics.nn.modules.{home}{name}"] = head
-    table |= {
-        "models.yolo.Segment": tasks.AnchorSegment,
-        "builtins.getattr": _attribute,
-        "__builtin__.getattr": _attribute,
-    }
+    table["models.yolo.Segment"] = tasks.AnchorSegment
     table |= {f"models.yolo.{name}": modules.AnchorDetect for name in ("Detect", "IDetect", "IAuxDetect")}
     table |= {f"models.yolo.{name}": yolov7.AuxiliaryDetect for name in ("DualDDetect", "TripleDDetect", "DualDetect")}
     table["models.yolo.DDetect"] = modules.AnchorFreeDetect
@@ -117,15 +112,10 @@ def _stand_ins() -> dict[str, Any]:
         f"models.yolo.{name}": modules.DetectionModel for name in ("Model", "DetectionModel", "SegmentationModel")
     }
     ours = (*_BLOCKS, *tasks.HEADS.values(), modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
-    table |= {f"{cls.__module__}.{cls.__name__}": cls for cls in ours}
-    return table | dict.fromkeys(_INERT, Inert)
+    return table | {f"{cls.__module__}.{cls.__name__}": cls for cls in ours}
 
 
 STAND_INS = _stand_ins()
-_HOOKS = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
 _OTHER_TASKS = {
     "Classif": "a classifier",
     "World": "an open-vocabulary model",
@@ -144,7 +134,6 @@ EXPECTED = (
     "a checkpoint that detects (with masks, keypoints or oriented boxes, or without) of YOLOv3u to YOLO26 or RT-DETR (Ultralytics), or "
     "of the original YOLOv5, YOLOv7 or YOLOv9"
 )
-_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -170,126 +159,95 @@ class Checkpoint:
         return self.module.model[-1]  # type: ignore[return-value]
 
 
-def load_checkpoint(path: Path, one_to_many: bool = False) -> Checkpoint:
+def load_checkpoint(path: Path, one_to_many: bool = False, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
     """Load a checkpoint of Ultralytics, or of the original YOLOv5, YOLOv7 or YOLOv9, that detects objects.
 
     Args:
         one_to_many: of a head with two branches (YOLOv10, YOLO26) take the one that needs suppression.
+        limits: what the file may cost.
 
     Raises:
-        SourceError: the file is no checkpoint, is damaged, names code that is not known, holds another kind of
+        SourceError: the file is no checkpoint, is damaged, names code that is not known, exceeds a bound, holds another kind of
             model, or has weights that are not finite.
+        ConfigError: the head has one branch only.
     """
-    content = _read(path)
-    if not isinstance(content, dict):
-        content = {"model": content}
-    model = content.get("model") if content.get("ema") is None else content["ema"]
-    if model is None or isinstance(model, dict):
-        raise SourceError(
-            f"{path}: found a dictionary of {_keys(model or content)}, without a network; expected a full checkpoint "
-            "(keys `model` or `ema`), as Ultralytics and YOLOv5 save it: pass that file, not a state dict"
-        )
-    if not isinstance(model, modules.DetectionModel):
-        raise SourceError(f"{path}: found {type(model).__name__} in place of a network; expected {EXPECTED}")
-    try:
-        _check_tree(path, model)
-        checkpoint = _finish(model, one_to_many)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise SourceError(
-            f"{path}: the network in this checkpoint is incomplete ({error}); expected one that detects objects"
-        ) from error
+    with _open(path, limits) as archive:
+        content = _content(path, archive)
+        record = content if isinstance(content, Record) else _network_of(path, content)
+        if not _is_network(record):
+            found = record.name.rsplit(".", 1)[-1] if isinstance(record, Record) else type(record).__name__
+            raise SourceError(f"{path}: found {found} in place of a network; expected {EXPECTED}")
+        try:
+            checkpoint = _rebuild(archive, record, one_to_many)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise SourceError(_unreadable(path, error)) from error
+        except _DAMAGE as error:
+            raise SourceError(f"{path}: this checkpoint cannot be used: {error}. Expected {EXPECTED}") from error
     if one_to_many and "one2one_cv2" not in checkpoint.head._modules:
         raise ConfigError(f"{path}: has one head only; leave one_to_many (--one-to-many) out")
     return checkpoint
 
 
-def _read(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    try:
-        if zipped and (member := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"the checksum of {member} is wrong")
-        unknown = _unknown_globals(path) if zipped else []
-        if unknown:
+_DAMAGE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError, RuntimeError,
+    TypeError, ValueError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What the standard library and torch raise on data that does not fit."""
+
+
+def _open(path: Path, limits: Limits) -> Archive:
+    with open_regular(path, limits.max_file_bytes) as file:
+        data = file.read(len(SIGNATURE))
+        if data != SIGNATURE:
+            data += file.read(limits.max_pickle_bytes)
+    if data != SIGNATURE:
+        if unknown := sorted(globals_of(data, limits) - set(STAND_INS)):
             raise SourceError(_refusal(path, unknown))
-        with _only_stand_ins(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an unusual pickle protocol; what matters fails
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        zipfile.BadZipFile,
-    ) as error:
-        if name := re.search(r"GLOBAL `?([\w.]+)`?", str(error)):
-            raise SourceError(_refusal(path, [name[1]])) from error
-        said = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
         reason = (
-            said.splitlines()[0][:200] if " " in said else "it holds neither an archive nor a pickle that can be read"
+            "it may have PyTorch's format from before 1.6, which a newer torch.save replaces"
+            if data.startswith(b"\x80")
+            else "it holds neither an archive nor a pickle that can be read"
         )
-        if foreign := sorted(_names_in_pickle(path, zipped) - set(STAND_INS) - _plain_globals()):
-            raise SourceError(_refusal(path, foreign)) from error
-        if not zipped and _looks_pickled(path):
-            reason = f"it may have PyTorch's format from before 1.6, which a newer torch.save replaces; {reason}"
+        raise SourceError(_unreadable(path, reason))
+    try:
+        return Archive(path, limits)
+    except _DAMAGE as error:
+        raise SourceError(_unreadable(path, error)) from error
+
+
+def _content(path: Path, archive: Archive) -> Any:
+    """The object tree of the pickle, all of whose names are known."""
+    try:
+        data = archive.pickle()
+    except _DAMAGE as error:
+        raise SourceError(_unreadable(path, error)) from error
+    try:
+        found = unpickle(data, archive.limits)
+    except _DAMAGE as error:
+        if unknown := sorted(globals_of(data, archive.limits) - set(STAND_INS)):
+            raise SourceError(_refusal(path, unknown)) from error
+        raise SourceError(_unreadable(path, error)) from error
+    if unknown := sorted(found.names - set(STAND_INS)):
+        raise SourceError(_refusal(path, unknown))
+    if called := sorted(name for name in found.called if STAND_INS[name] is not None):
         raise SourceError(
-            f"{path}: not a readable PyTorch checkpoint ({reason}); the file is damaged, cut short, or of another kind: "
-            "download it again, or pass an .onnx file"
-        ) from error
+            f"{path}: refused, because it calls the constructor of a layer: {', '.join(called[:8])}. Nothing of it was run. "
+            "A checkpoint that torch.save wrote gives a layer its state instead"
+        )
+    return found.tree
 
 
-def _names_in_pickle(path: Path, zipped: bool) -> set[str]:
-    """What a pickle names as code, read without running it, as far as it can be read: for the message about a file that fails."""
-    try:
-        data = path.read_bytes()
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    except (OSError, StopIteration, zipfile.BadZipFile):
-        return set()
-    found, texts, stream = set[str](), [""], io.BytesIO(data)
-    try:
-        while stream.tell() < len(data):  # PyTorch's old format has several pickles, one after the other
-            for operation, argument, _ in pickletools.genops(stream):
-                if operation.name in ("GLOBAL", "INST"):
-                    found.add(str(argument).replace(" ", "."))
-                elif operation.name == "STACK_GLOBAL":
-                    found.add(".".join(texts[-2:]))
-                elif isinstance(argument, str):
-                    texts.append(argument)
-    except Exception:  # what is not a pickle, or is damaged in any way, ends it
-        pass
-    return found
-
-
-def _plain_globals() -> set[str]:
-    """What torch itself takes for plain data."""
-    return set(torch._weights_only_unpickler._get_allowed_globals()) | {"__builtin__.set", "collections.OrderedDict"}
-
-
-def _looks_pickled(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80"
-
-
-def _unknown_globals(path: Path) -> list[str]:
-    with _lock, _no_user_globals():
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    return sorted(set(found) - set(STAND_INS))
+def _unreadable(path: Path, reason: object) -> str:
+    return (
+        f"{path}: not a readable PyTorch checkpoint ({str(reason)[:200]}); the file is damaged, cut short, or of another kind: "
+        "download it again, or pass an .onnx file"
+    )
 
 
 def _refusal(path: Path, unknown: list[str]) -> str:
-    listed = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
-    for name in unknown:
+    names = [name[:80] for name in unknown]
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    for name in names:
         for word, what in _OTHER_TASKS.items():
             if word in name.rsplit(".", 1)[-1]:
                 return f"{path}: found {what} ({listed}); expected {EXPECTED}"
@@ -299,75 +257,61 @@ def _refusal(path: Path, unknown: list[str]) -> str:
     )
 
 
-@contextmanager
-def _no_user_globals() -> Iterator[None]:
-    """Set aside what the host program has told torch to trust: it is not meant for this file."""
-    trusted = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(trusted)
+def _network_of(path: Path, content: Any) -> Any:
+    """What a checkpoint's dictionary has for a network: the averaged one where there is one."""
+    if not isinstance(content, dict):
+        return content
+    model = content.get("model") if content.get("ema") is None else content["ema"]
+    if model is None or isinstance(model, dict):
+        raise SourceError(
+            f"{path}: found a dictionary of {_keys(model or content)}, without a network; expected a full checkpoint "
+            "(keys `model` or `ema`), as Ultralytics and YOLOv5 save it: pass that file, not a state dict"
+        )
+    return model
 
 
-@contextmanager
-def _only_stand_ins() -> Iterator[None]:
-    with _lock, _no_user_globals(), torch.serialization.safe_globals([(cls, name) for name, cls in STAND_INS.items()]):
-        yield
+def _is_network(record: Any) -> bool:
+    return isinstance(record, Record) and STAND_INS.get(record.name) is modules.DetectionModel
 
 
-def _check_tree(path: Path, model: nn.Module) -> None:
-    """Refuse a tree in which data of the file took the place of code, or has parts that would be left out."""
-    allowed = {cls for cls in STAND_INS.values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
-    for name, module in model.named_modules():
-        where = f"{path}: layer {name or '(root)'} ({type(module).__name__})"
-        if type(module) not in allowed:
-            raise SourceError(f"{where} is of an unknown type")
-        if any(module.__dict__.get(hooks) for hooks in _HOOKS):
-            raise SourceError(f"{where} carries hooks; expected plain weights")
-        module.__dict__.pop("type", None)  # the class name, as text; it hides a method of nn.Module
-        replaced = sorted(key for key in module.__dict__ if callable(getattr(type(module), key, None)))
-        if replaced:
-            raise SourceError(f"{where} replaces its own {', '.join(replaced)}; expected plain weights")
-        children = {key for key, child in module._modules.items() if child is not None}
-        extra = sorted(children - module.parts) if hasattr(module, "parts") else []
-        if extra:
-            raise SourceError(
-                f"{where} has parts that fusenms does not know: {', '.join(extra)}. This variant is not supported; pass its .onnx"
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SourceError(
-                f"{path}: the weights of {name} are not finite (NaN or infinity); the training diverged or the file is damaged"
-            )
-
-
-def _finish(model: modules.DetectionModel, one_to_many: bool) -> Checkpoint:
-    model = model.float().eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, modules.Conv):
-            module.fold()
-        elif isinstance(module, nn.Upsample):
-            module.recompute_scale_factor = None  # absent from old checkpoints
-    head = model.model[-1]
+def _rebuild(archive: Archive, record: Record, one_to_many: bool) -> Checkpoint:
+    rebuilder, limits = Rebuilder(archive, STAND_INS), archive.limits
+    model = rebuilder.network(record)
+    head = model.model[-1] if len(model.model) else None
     if not isinstance(head, Head):
         raise ValueError(f"its last layer is a {type(head).__name__}, not a detection head")
     if isinstance(head, modules.AnchorFreeDetect):
         head.one_to_one = "one2one_cv2" in head._modules and not one_to_many
+    strides = _strides(model, head)
+    names, size = _names(record.state, int(head.nc), limits), _size(record.state, limits)
+    shapes = check_cost(model, 2 * max(strides), limits)
+    rebuilder.read_weights()
+    _check_finite(model)
+    for module in model.modules():
+        if isinstance(module, modules.Conv):
+            module.fold()
+    _check_finite(model)
+    _check_head(head, strides, shapes)
+    return Checkpoint(model, names, strides, size, TASKS.get(type(head), "detect"))
+
+
+def _strides(model: modules.DetectionModel, head: Head) -> tuple[int, ...]:
     strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride).tolist())
-    _check_head(model, head, strides)
-    return Checkpoint(model, _names(model, int(head.nc)), strides, _size(model), TASKS.get(type(head), "detect"))
-
-
-def _check_head(model: modules.DetectionModel, head: Head, strides: tuple[int, ...]) -> None:
-    """Run it once: what the head says of itself must be what it gives."""
     if not strides or list(strides) != sorted(set(strides)) or min(strides) < 1 or max(strides) > MAX_STRIDE:
         raise ValueError(f"its strides are {list(strides)}; expected them rising, from 1 to {MAX_STRIDE}")
+    return strides
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"the weights of {name} are not finite (NaN or infinity); the training diverged")
+
+
+def _check_head(head: Head, strides: tuple[int, ...], shapes: list[tuple[int, ...]]) -> None:
+    """Compare what the head says of itself with the shapes that it gives for an image of twice its largest stride."""
     side = 2 * max(strides)
     expected: list[tuple[int, ...]]
-    with torch.no_grad():
-        shapes = [tuple(tap.shape[1:]) for tap in model(torch.zeros(1, 3, side, side))]
     cells, classes = sum((side // s) ** 2 for s in strides), int(head.nc)
     if isinstance(head, rtdetr.RTDETRDecoder):
         queries = shapes[0][0]
@@ -401,20 +345,44 @@ def _check_head(model: modules.DetectionModel, head: Head, strides: tuple[int, .
         )
 
 
-def _names(model: nn.Module, count: int) -> tuple[str, ...]:
-    names = getattr(model, "names", None) or {}
-    table = dict(enumerate(names)) if isinstance(names, (list, tuple)) else dict(names)
-    return tuple(str(table.get(i, f"class{i}")) for i in range(count))
+def _names(state: dict[str, Any], count: int, limits: Limits) -> tuple[str, ...]:
+    """Class names by index."""
+    names = state.get("names") or {}
+    table = dict(enumerate(names)) if isinstance(names, (list, tuple)) else names
+    if not isinstance(table, dict) or max(len(table), count) > limits.max_class_names:
+        raise ValueError(
+            f"its class names are {len(names)}, its classes {count}; expected a list of at most {limits.max_class_names}"
+        )
+    return tuple(_name(table.get(i, f"class{i}"), limits) for i in range(count))
 
 
-def _size(model: nn.Module) -> int | None:
-    args = getattr(model, "args", None)
-    values = args if isinstance(args, dict) else getattr(args, "__dict__", {})
-    size = values.get("imgsz")
+def _name(name: Any, limits: Limits) -> str:
+    if not isinstance(name, (str, int, float)):
+        raise ValueError(f"a class name is {shown(name)}; expected text")
+    text = str(name)
+    if len(text) > limits.max_name_length:
+        raise ValueError(f"a class name has {len(text)} characters; expected at most {limits.max_name_length}")
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _TURNS for c in text):
+        raise ValueError(f"the class name {text!a} has control characters; expected text of one line")
+    return text
+
+
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
+def _size(state: dict[str, Any], limits: Limits) -> int | None:
+    """Side of the square image that the network was trained on, in pixels; None where the file does not say it."""
+    args = state.get("args")
+    args = args.state if isinstance(args, Record) else args
+    size = args.get("imgsz") if isinstance(args, dict) else None
     size = size[0] if isinstance(size, (list, tuple)) and size else size
-    return size if isinstance(size, int) and size > 0 else None
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        return None
+    if size > limits.max_image_side:
+        raise ValueError(f"it asks for images of {size} pixels a side; expected at most {limits.max_image_side}")
+    return size
 
 
 def _keys(content: dict[Any, Any]) -> str:
-    keys = [str(key) for key in content]
+    keys = [key[:40] if isinstance(key, str) else shown(key) for key in content]
     return f"{len(keys)} entries ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})"

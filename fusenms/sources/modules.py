@@ -4,8 +4,8 @@ A checkpoint of Ultralytics or YOLOv5 is a pickled tree of modules. Loading rebu
 of these classes (`checkpoint.py`), so their attribute names are the ones found in such files, and
 the constructors exist to build and train networks of our own (`models/shapes`).
 
-`parts` names a module's children; the loader refuses a checkpoint in which a module has others, since
-they would be left out of the computation.
+Each class says what it takes of a checkpoint (`StandIn`); the loader refuses a layer that has more, since that
+would be left out of the computation.
 
 The heads return their *taps*, not boxes: the tensors that stand before any decoding. Decoding is
 done once, in the fused graph, for the chosen candidates only.
@@ -13,13 +13,31 @@ done once, in the fused graph, for the chosen candidates only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fusenms.sources import fields
+from fusenms.sources.fields import Field
 
-class Conv(nn.Module):
+
+class StandIn(nn.Module):
+    """A module that stands in for a class named in checkpoints.
+
+    Attributes:
+        parts: names of its children.
+        attributes: those of its attributes that the computation reads, each with the check of its value.
+        tensors: names of its own parameters and buffers.
+    """
+
+    parts: ClassVar[frozenset[str]] = frozenset()
+    attributes: ClassVar[Mapping[str, Field]] = {}
+    tensors: ClassVar[frozenset[str]] = frozenset()
+
+
+class Conv(StandIn):
     """Convolution, batch normalization, activation (SiLU unless the checkpoint says otherwise)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv", "bn", "act"})
@@ -50,10 +68,11 @@ class Conv(nn.Module):
         self.bn = None
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(StandIn):
     """Two convolutions, with the input added to their result where the shapes allow."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2"})
+    attributes: ClassVar[Mapping[str, Field]] = {"add": fields.flag}
 
     def __init__(self, c_in: int, c_out: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3)) -> None:
         super().__init__()
@@ -66,7 +85,7 @@ class Bottleneck(nn.Module):
         return x + y if self.add else y
 
 
-class C2f(nn.Module):
+class C2f(StandIn):
     """Cross-stage block of YOLOv8: every bottleneck's result is kept and all are joined."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
@@ -85,7 +104,7 @@ class C2f(nn.Module):
         return self.cv2(torch.cat(parts, 1))
 
 
-class C3(nn.Module):
+class C3(StandIn):
     """Cross-stage block of YOLOv5: a chain of bottlenecks beside a single convolution."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "cv3", "m"})
@@ -102,10 +121,11 @@ class C3(nn.Module):
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
 
 
-class SPPF(nn.Module):
+class SPPF(StandIn):
     """Spatial pyramid pooling by repeated max-pooling. `n` poolings; `add` adds the input at the end."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
+    attributes: ClassVar[Mapping[str, Field]] = {"n": fields.repeats, "add": fields.flag}
 
     n = 3  # older checkpoints carry neither
     add = False
@@ -124,10 +144,10 @@ class SPPF(nn.Module):
         return x + y if self.add else y
 
 
-class Concat(nn.Module):
+class Concat(StandIn):
     """Join feature maps along dimension `d`."""
 
-    parts: ClassVar[frozenset[str]] = frozenset()
+    attributes: ClassVar[Mapping[str, Field]] = {"d": fields.index}
 
     def __init__(self, dimension: int = 1) -> None:
         super().__init__()
@@ -137,7 +157,7 @@ class Concat(nn.Module):
         return torch.cat(parts, self.d)
 
 
-class DFL(nn.Module):
+class DFL(StandIn):
     """Carrier of the bin values of the distribution focal loss (0, 1, 2, …) in a checkpoint.
 
     Source: Li et al., "Generalized Focal Loss", 2020. It is decoded in the fused graph, by these values.
@@ -152,13 +172,18 @@ class DFL(nn.Module):
         self.conv.weight = nn.Parameter(torch.arange(bins, dtype=torch.float32).view(1, bins, 1, 1), False)
 
 
-class AnchorFreeDetect(nn.Module):
+class AnchorFreeDetect(StandIn):
     """Head of the Ultralytics families: per level, distance bins (`cv2`) and class logits (`cv3`).
 
     Some have a one-to-one branch beside it, whose candidates need no suppression.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv2", "cv3", "dfl", "one2one_cv2", "one2one_cv3"})
+    attributes: ClassVar[Mapping[str, Field]] = {
+        "nc": fields.channels,
+        "reg_max": fields.repeats,
+        "stride": fields.vector,
+    }
     one_to_one = False  # which branch runs, where there are two
     one2one_cv2: nn.ModuleList
     one2one_cv3: nn.ModuleList
@@ -193,13 +218,17 @@ class AnchorFreeDetect(nn.Module):
         return torch.cat(boxes, 2), torch.cat(classes, 2)
 
 
-class AnchorDetect(nn.Module):
+class AnchorDetect(StandIn):
     """Head of YOLOv5 and YOLOv7: per level, one convolution for every anchor's box, objectness, classes.
 
     YOLOv7 has a learned summand before and a factor after each (`ia`, `im`), and auxiliary levels that only training uses (`m2`).
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"m", "ia", "im", "m2"})
+    attributes: ClassVar[Mapping[str, Field]] = {
+        "nc": fields.channels, "na": fields.channels, "no": fields.channels, "stride": fields.vector,
+    }  # fmt: skip
+    tensors: ClassVar[frozenset[str]] = frozenset({"anchors", "anchor_grid"})
 
     m: nn.ModuleList
     nc: int
@@ -220,10 +249,11 @@ class AnchorDetect(nn.Module):
         return (torch.cat(rows, 2),)
 
 
-class DetectionModel(nn.Module):
+class DetectionModel(StandIn):
     """A list of modules, each fed from the layers that its `f` names (-1: the previous one)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"model"})
+    attributes: ClassVar[Mapping[str, Field]] = {"save": fields.indices, "stride": fields.vector}
     model: nn.Sequential
     stride: Tensor  # of checkpoints whose head has none
 

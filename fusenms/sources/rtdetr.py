@@ -6,13 +6,16 @@ Zhu et al., "Deformable DETR", 2020.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fusenms.sources import fields
 from fusenms.sources.blocks import Block
+from fusenms.sources.fields import Field
 
 GRID_SIZE, MARGIN = 0.05, 1e-2
 """Side of the anchors of the finest level, in units of the picture; how near to its edge they may be."""
@@ -42,6 +45,7 @@ class HGBlock(Block):
     """Convolutions in a row, all joined (HGNetV2)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"m", "sc", "ec"})
+    attributes: ClassVar[Mapping[str, Field]] = {"add": fields.flag}
     add: bool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,6 +87,9 @@ class MultiheadAttention(Block):
     """Attention in the place of torch's own, which traces along its fast path: batch first, no mask."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"out_proj"})
+    attributes: ClassVar[Mapping[str, Field]] = {"num_heads": fields.channels, "add_zero_attn": fields.no}
+    tensors: ClassVar[frozenset[str]] = frozenset({"in_proj_weight", "in_proj_bias"})
+    add_zero_attn = False
     num_heads: int
     in_proj_weight: Tensor
     in_proj_bias: Tensor
@@ -104,6 +111,7 @@ class AIFI(Block):
     parts: ClassVar[frozenset[str]] = frozenset(
         {"ma", "fc1", "fc2", "norm1", "norm2", "dropout", "dropout1", "dropout2", "act"}
     )
+    attributes: ClassVar[Mapping[str, Field]] = {"normalize_before": fields.flag}
     normalize_before: bool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,6 +141,7 @@ class MLP(Block):
     """Linear layers with an activation between."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"layers", "act", "out_norm"})
+    attributes: ClassVar[Mapping[str, Field]] = {"sigmoid": fields.flag, "residual": fields.flag}
     sigmoid = False
     residual = False
 
@@ -152,6 +161,11 @@ class MSDeformAttn(Block):
     """Attention to a few points of each level, around the query's box (Deformable DETR)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"sampling_offsets", "attention_weights", "value_proj", "output_proj"})
+    attributes: ClassVar[Mapping[str, Field]] = {
+        "n_levels": fields.channels,
+        "n_heads": fields.channels,
+        "n_points": fields.channels,
+    }
     n_levels: int
     n_heads: int
     n_points: int
@@ -197,6 +211,7 @@ class DeformableTransformerDecoder(Block):
     """Layers whose boxes get better from one to the next; the head runs them."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"layers"})
+    attributes: ClassVar[Mapping[str, Field]] = {"eval_idx": fields.index}
     eval_idx: int
 
 
@@ -210,6 +225,11 @@ class RTDETRDecoder(Block):
         "input_proj", "decoder", "denoising_class_embed", "tgt_embed", "query_pos_head", "enc_output", "enc_score_head", "enc_bbox_head",
         "dec_score_head", "dec_bbox_head",
     })  # fmt: skip
+    attributes: ClassVar[Mapping[str, Field]] = {
+        "nc": fields.channels,
+        "num_queries": fields.channels,
+        "learnt_init_query": fields.flag,
+    }
     nc: int
     num_queries: int
     learnt_init_query: bool

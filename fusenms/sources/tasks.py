@@ -5,13 +5,16 @@ Each is a detection head with one more branch; what that gives stands behind the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fusenms.sources import fields
 from fusenms.sources.blocks import Block
+from fusenms.sources.fields import Field
 from fusenms.sources.modules import AnchorDetect, AnchorFreeDetect
 
 
@@ -43,6 +46,7 @@ class RealNVP(Block):
     """The flow that trains the keypoints of YOLO26; nothing runs it."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"s", "t"})
+    tensors: ClassVar[frozenset[str]] = frozenset({"loc", "cov", "mask"})
 
 
 class FurtherBranch(AnchorFreeDetect):
@@ -69,6 +73,7 @@ class AnchorFreeSegment(FurtherBranch):
     """Masks (YOLOv8, YOLOv9, YOLO11, YOLO26): coefficients and, last among the taps, prototypes ``[B, M, h, w]``."""
 
     parts = FurtherBranch.parts | {"proto"}
+    attributes: ClassVar[Mapping[str, Field]] = {**FurtherBranch.attributes, "nm": fields.channels}
     nm: int
     proto: nn.Module
 
@@ -79,7 +84,8 @@ class AnchorFreeSegment(FurtherBranch):
 class AnchorFreePose(FurtherBranch):
     """Keypoints (YOLOv8, YOLO11): position = (2 t + cell) * stride."""
 
-    kpt_shape: Any
+    attributes: ClassVar[Mapping[str, Field]] = {**FurtherBranch.attributes, "kpt_shape": fields.several_channels}
+    kpt_shape: list[int]
     factor, point = 2.0, 0.0
 
 
@@ -111,6 +117,7 @@ class AnchorSegment(AnchorDetect):
     """Masks of YOLOv5: coefficients are the last of each anchor's channels; prototypes ``[B, M, h, w]``."""
 
     parts = AnchorDetect.parts | {"proto"}
+    attributes: ClassVar[Mapping[str, Field]] = {**AnchorDetect.attributes, "nm": fields.channels}
     nm: int
     proto: nn.Module
 

@@ -27,8 +27,6 @@ class SP(MP):
 class ReOrg(Block):
     """Half the size, four times the channels (YOLOv7-W6)."""
 
-    parts: ClassVar[frozenset[str]] = frozenset()
-
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[..., row::2, column::2] for column in (0, 1) for row in (0, 1)], 1)
 
@@ -44,8 +42,6 @@ class Focus(Block):
 
 class Shortcut(Block):
     """The sum of two maps (YOLOv7)."""
-
-    parts: ClassVar[frozenset[str]] = frozenset()
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         return maps[0] + maps[1]
@@ -96,7 +92,7 @@ class RepConv(Block):
 class ImplicitA(Block):
     """A learned summand for each channel (YOLOR)."""
 
-    parts: ClassVar[frozenset[str]] = frozenset()
+    tensors: ClassVar[frozenset[str]] = frozenset({"implicit"})
     implicit: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +102,7 @@ class ImplicitA(Block):
 class ImplicitM(Block):
     """A learned factor for each channel (YOLOR)."""
 
-    parts: ClassVar[frozenset[str]] = frozenset()
+    tensors: ClassVar[frozenset[str]] = frozenset({"implicit"})
     implicit: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
