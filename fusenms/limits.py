@@ -38,6 +38,8 @@ class Limits:
         max_run_seconds: time for one run of a graph of unknown origin, in seconds.
         max_image_file_bytes: size of an image file, in bytes.
         max_pixels: height times width of an image, read from its header before it is decoded.
+        max_isolated_bytes: memory that a child process of ``isolate`` may take for data, in bytes (Linux).
+        max_isolated_seconds: time that it may take, in seconds.
     """
 
     max_file_bytes: int = 4096 * MIB
@@ -61,6 +63,8 @@ class Limits:
     max_run_seconds: float = 120.0
     max_image_file_bytes: int = 256 * MIB
     max_pixels: int = 100_000_000
+    max_isolated_bytes: int = 4096 * MIB
+    max_isolated_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -17,6 +17,7 @@ from fusenms.errors import ConfigError, VerificationError
 from fusenms.fusion import fuse_head
 from fusenms.heads import recognize
 from fusenms.layout import Layout
+from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.precision import PRECISIONS, to_half
 from fusenms.sources import load
 from fusenms.verification import pictures_for, verify
@@ -40,6 +41,8 @@ def fuse(
     images: np.ndarray | None = None,
     unverified: bool = False,
     precision: str = "fp32",
+    limits: Limits = DEFAULT_LIMITS,
+    isolate: bool = False,
     **config: Any,
 ) -> FusedModel:
     """Load weights, recognize the head, fuse the post-processing and prove the result.
@@ -48,6 +51,7 @@ def fuse(
         weights: a checkpoint (`.pt`), a raw `.onnx`, a directory of a Hugging Face detector, an `nn.Module`, or a loaded `RawModel`.
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``.
         size, dynamic_size, opset, make_dynamic, one_to_many, pixels, stretch, example, layout: as `fusenms.load` takes them.
+        limits, isolate: the same.
         class_names: of an `nn.Module`, its classes.
         family: name of the detector family, where the file leaves more than one open.
         images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
@@ -76,7 +80,7 @@ def fuse(
             )
         raw = weights
     else:
-        raw = load(weights, **loading)
+        raw = load(weights, limits=limits, isolate=isolate, **loading)
     found = recognize(raw, family)
     raw = open_batch(raw, found)
     fused = fuse_head(raw, found, settings, backend)

@@ -7,10 +7,13 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 
 from fusenms import __version__
 from fusenms.cli import bench, demo, detect, engine, families, fuse, inspect, verify
 from fusenms.errors import FusenmsError
+from fusenms.isolation import is_confined, run_isolated
+from fusenms.limits import Limits
 
 COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, engine, detect, families, bench, demo)}
 USAGE = """fusenms WEIGHTS [--backend ort|trt|portable] [-o FILE] [options]
@@ -31,8 +34,33 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, prog=f"fusenms {name}", help=module.HELP, description=module.HELP)
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        command.add_argument(
+            "--isolate",
+            action="store_true",
+            help="run in a child process with limits on memory and time, for files of unknown origin",
+        )
+        command.add_argument(
+            "--limit",
+            type=limit_argument,
+            action="append",
+            default=[],
+            metavar="NAME=N",
+            help="change one of the bounds on what a file may cost, as max_file_bytes=100000000",
+        )
         command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def limit_argument(text: str) -> tuple[str, float]:
+    """A bound from its text, ``NAME=N``."""
+    name, _, value = text.partition("=")
+    kinds = {field.name: float if field.type == "float" else int for field in fields(Limits)}
+    if name not in kinds:
+        raise argparse.ArgumentTypeError(f"found {name!r}; expected one of {', '.join(kinds)}")
+    try:
+        return name, kinds[name](value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number after the equals sign") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         words.insert(0, fuse.NAME)
     args = build_parser().parse_args(words)
     try:
+        args.limits = Limits(**dict(args.limit))
+        if args.isolate and not is_confined():
+            return run_isolated("fusenms", words, args.limits, what="the command")
         return int(COMMANDS[args.command].run(args))
     except FusenmsError as error:
         if args.verbose:

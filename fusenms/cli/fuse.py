@@ -143,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-LOADING = ("size", "dynamic_size", "opset", "make_dynamic", "one_to_many", "pixels", "stretch")
+LOADING = ("size", "dynamic_size", "opset", "make_dynamic", "one_to_many", "pixels", "stretch", "limits")
 """What `fusenms.load` takes of the command line."""
 
 

@@ -14,6 +14,7 @@ from fusenms.cli.printing import Steps
 from fusenms.errors import HeadError, SourceError
 from fusenms.heads import recognize
 from fusenms.layout import Layout
+from fusenms.limits import Limits
 from fusenms.sources import load
 
 NAME = "inspect"
@@ -38,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
         if contract.KEY_BACKEND in metadata:
             _fused(path, steps)
         else:
-            _raw_onnx(path, steps, model)
+            _raw_onnx(path, steps, model, args.limits)
         _metadata(metadata, steps)
     else:
-        _checkpoint(path, steps)
+        _checkpoint(path, steps, args.limits)
     steps.finish(file=str(path))
     return 0
 
@@ -66,12 +67,12 @@ def _fused(path: Path, steps: Steps) -> None:
     }
 
 
-def _raw_onnx(path: Path, steps: Steps, model: Any) -> None:
+def _raw_onnx(path: Path, steps: Steps, model: Any, limits: Limits) -> None:
     steps.line("kind", "raw ONNX")
     steps.values["kind"] = "onnx"
     _tensors(model, steps)
     try:
-        raw = load(path, make_dynamic=True)
+        raw = load(path, make_dynamic=True, limits=limits)
     except (SourceError, HeadError) as error:
         _no_head(error, steps)
         return
@@ -86,9 +87,9 @@ def _raw_onnx(path: Path, steps: Steps, model: Any) -> None:
             steps.line("opened", f"no: {error}")
 
 
-def _checkpoint(path: Path, steps: Steps) -> None:
-    raw = load(path)
-    steps.line("kind", "checkpoint, loaded without running its code")
+def _checkpoint(path: Path, steps: Steps, limits: Limits) -> None:
+    raw = load(path, limits=limits)
+    steps.line("kind", "checkpoint, read as plain data")
     steps.values["kind"] = "checkpoint"
     steps.line("input", raw.notes[0])
     _head(raw, steps)

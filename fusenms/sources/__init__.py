@@ -35,6 +35,7 @@ def load(
     layout: Layout | None = None,
     names: Sequence[str] = (),
     limits: Limits = DEFAULT_LIMITS,
+    isolate: bool = False,
 ) -> RawModel:
     """Read a detector's weights; export them to ONNX where they are none yet.
 
@@ -53,6 +54,7 @@ def load(
         layout: of an `nn.Module`: what it returns.
         names: of an `nn.Module`: its classes.
         limits: bounds on what a file may cost.
+        isolate: read a file in a child process, whose memory and time are limited too.
 
     Raises:
         SourceError: the weights are missing, damaged, unsafe, or no detector.
@@ -71,7 +73,18 @@ def load(
     if example is not None or layout is not None or names:
         raise ConfigError("example, layout and names are for an nn.Module; a file says these itself: leave them out")
     path = Path(weights)
-    raw = _file(path, sides, dynamic_size, opset, make_dynamic, one_to_many, limits)
+    if isolate:
+        from fusenms.sources.isolated import load_isolated
+
+        options = {
+            "dynamic_size": dynamic_size,
+            "opset": opset,
+            "make_dynamic": make_dynamic,
+            "one_to_many": one_to_many,
+        }
+        raw = load_isolated(path, limits, size=sides, **options)
+    else:
+        raw = _file(path, sides, dynamic_size, opset, make_dynamic, one_to_many, limits)
     return replace(
         raw,
         pixels=raw.pixels if wanted is None else wanted,

@@ -99,10 +99,9 @@ def unpickle(data: bytes, limits: Limits) -> Unpickled:
     """
     machine = _Machine()
     for name, argument in _instructions(io.BytesIO(data), limits):
-        if name == "STOP":
-            return Unpickled(machine.result(), frozenset(machine.names), frozenset(machine.called))
-        machine.run(name, argument)
-    raise ValueError("the pickle has no end")
+        if name != "STOP":
+            machine.run(name, argument)
+    return Unpickled(machine.result(), frozenset(machine.names), frozenset(machine.called))
 
 
 def globals_of(data: bytes, limits: Limits) -> set[str]:

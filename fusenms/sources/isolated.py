@@ -1,0 +1,90 @@
+"""`load` in a child process: what comes back is an ONNX file and JSON, which are read as files of unknown origin are.
+
+``python -m fusenms.sources.isolated FOLDER`` is that child process: it takes its task from standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fusenms import errors
+from fusenms.artifacts import ImageInput, Pixels, RawModel, read_onnx
+from fusenms.errors import FusenmsError, SourceError
+from fusenms.isolation import run_isolated
+from fusenms.layout import Layout
+from fusenms.limits import Limits
+
+_MODEL, _REST, _ERROR = "raw.onnx", "raw.json", "error.json"
+_PLAIN = ("names", "task", "source", "notes", "stretch", "frozen_batch", "precision")
+
+
+def load_isolated(path: Path, limits: Limits, **options: Any) -> RawModel:
+    """`fusenms.load` of a file in a child process; ``options`` are its keywords, as far as JSON has them.
+
+    Raises:
+        FusenmsError: as `fusenms.load` does.
+        SourceError: the child process took too much memory or time, or failed in another way.
+    """
+    with tempfile.TemporaryDirectory(prefix="fusenms-") as name:
+        folder = Path(name)
+        task = json.dumps({"path": str(path.resolve()), "options": options, "limits": asdict(limits)})
+        status = run_isolated(__name__, [name], limits, what=str(path), given=task.encode())
+        if (folder / _ERROR).exists():
+            error = json.loads((folder / _ERROR).read_text())
+            kind = getattr(errors, str(error["error"]), SourceError)
+            raise kind(str(error["message"]).replace(str(path.resolve()), str(path)))
+        if status or not (folder / _REST).exists():
+            raise SourceError(
+                f"{path}: reading it failed in the child process (exit status {status}); "
+                "if the file is trusted, read it without isolation to see why"
+            )
+        return _from_files(folder)
+
+
+def _from_files(folder: Path) -> RawModel:
+    rest = json.loads((folder / _REST).read_text())
+    layout, pixels = rest["layout"], rest["pixels"]
+    plain: dict[str, Any] = {name: tuple(rest[name]) if isinstance(rest[name], list) else rest[name] for name in _PLAIN}
+    return RawModel(
+        model=read_onnx(folder / _MODEL),
+        image=ImageInput(**rest["image"]),
+        layout=None if layout is None else Layout.from_dict(layout),
+        pixels=None
+        if pixels is None
+        else Pixels(pixels["channels"], pixels["scale"], tuple(pixels["mean"]), tuple(pixels["std"])),
+        **plain,
+    )
+
+
+def _to_files(raw: RawModel, folder: Path) -> None:
+    (folder / _MODEL).write_bytes(raw.model.SerializeToString())
+    rest = {name: getattr(raw, name) for name in _PLAIN} | {
+        "image": asdict(raw.image),
+        "layout": None if raw.layout is None else raw.layout.to_dict(),
+        "pixels": None if raw.pixels is None else asdict(raw.pixels),
+    }
+    (folder / _REST).write_text(json.dumps(rest))
+
+
+def _main() -> None:
+    from fusenms.sources import load
+
+    folder, task = Path(sys.argv[1]), json.load(sys.stdin)
+    path = Path(task["path"])
+    try:
+        raw = load(path, limits=Limits(**task["limits"]), **task["options"])
+        _to_files(replace(raw, source=path.name), folder)
+    except FusenmsError as error:
+        (folder / _ERROR).write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))
+    except MemoryError:
+        message = f"{path}: reading it takes more than {task['limits']['max_isolated_bytes']} bytes of memory"
+        (folder / _ERROR).write_text(json.dumps({"error": "SourceError", "message": message}))
+
+
+if __name__ == "__main__":
+    _main()
