@@ -130,12 +130,21 @@ def test_largest_logits_win(backend, value):
 
 @every_backend
 @pytest.mark.parametrize("layout", ["distances", "anchor_boxes", "queries", "decoded", "weighted", "oriented"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_no_value_that_is_not_finite_wins(backend, layout, value):
-    """All of the head at once: the network's own overflow."""
-    layout = LAYOUTS[layout](3)
-    (rows,) = rows_of(layout, backend, logits(layout, value), score_threshold=0.0)
-    assert len(rows) == 0
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_no_value_that_is_not_finite_wins(backend, layout, multi_label):
+    """Three images where all of the head is one such value, as of a network that overflows; three where one class score is."""
+    layout, values = LAYOUTS[layout](3), (np.nan, np.inf, -np.inf)
+    sound = logits(layout, 0.3)
+    head = {
+        name: np.concatenate([np.full_like(tensor, value) for value in values] + [tensor] * 3)
+        for name, tensor in sound.items()
+    }
+    tap = layout.classes
+    scores = head[tap.tensor] if tap.channel_axis == 1 else head[tap.tensor].swapaxes(1, 2)
+    scores[3:, tap.start, 3] = values
+    found = rows_of(layout, backend, head, score_threshold=0.0, multi_label=multi_label, max_detections=50)
+    assert [len(rows) for rows in found[:3]] == [0, 0, 0]
+    assert all(len(rows) and np.isfinite(rows.scores).all() for rows in found[3:])
 
 
 @every_backend
