@@ -10,7 +10,8 @@ LOCKED ?=
 LOCK := requirements-dev.lock
 EXTRAS := cpu images hf
 LOWEST := .venv-lowest
-LOWEST_TESTS = $(addprefix tests/,test_config.py test_layout.py test_boxes.py test_reference.py test_checkpoint.py test_module.py \
+# Not YOLOv3-tiny, which ONNX Runtime before 1.32 computes wrong (docs/security.md).
+LOWEST_TESTS = -k "not yolov3" $(addprefix tests/,test_config.py test_layout.py test_boxes.py test_reference.py test_checkpoint.py test_module.py \
 	test_extreme_numbers.py test_files.py test_detector.py test_verification.py)
 # Of make fuzz: seconds for each target, and which targets (all).
 SECONDS ?= 60
@@ -157,7 +158,7 @@ $(LOWEST)/.dev: pyproject.toml | $(VENV)/.dev
 	$(LOWEST)/bin/python -m pip install -q $(TORCH)
 	$(BIN)/uv pip compile -q --no-config --resolution lowest-direct --only-binary :all: --python $(LOWEST)/bin/python \
 	  $(EXTRAS:%=--extra %) --extra test pyproject.toml -o $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt
+	$(BIN)/uv pip install -q --no-config --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
