@@ -5,6 +5,18 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# LOCKED=1 installs the versions of requirements-dev.lock and checks their hashes; without it, what is newest.
+LOCKED ?=
+LOCK := requirements-dev.lock
+EXTRAS := cpu images hf
+LOWEST := .venv-lowest
+# Not YOLOv3-tiny, which ONNX Runtime before 1.32 computes wrong (docs/security.md).
+LOWEST_TESTS = -k "not yolov3" $(addprefix tests/,test_config.py test_layout.py test_boxes.py test_reference.py test_checkpoint.py test_module.py \
+	test_extreme_numbers.py test_files.py test_detector.py test_verification.py)
+# Of make fuzz: seconds for each target, and which targets (all).
+SECONDS ?= 60
+TARGET ?=
+
 # Settings of the models/% rules:  make models/yolov8n.ort.onnx SIZE=640 ARGS="--score-threshold 0.3"
 SIZE ?=
 BATCH ?= 1,8,32
@@ -20,7 +32,7 @@ CHECKPOINTS ?=
 PICTURE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-.PHONY: help demo test test-gpu check bench bench-tasks bench-gpu plugin format clean
+.PHONY: help demo test test-lowest newest test-gpu check fuzz lock licences bench bench-tasks bench-gpu plugin format clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -39,6 +51,24 @@ demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land 
 
 test: $(VENV)/.dev ## Run the tests (CPU, no network), a thread for each core; ARGS=-n0 runs them one after the other
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+test-lowest: $(LOWEST)/.dev ## Some tests with the lowest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(or $(ARGS),$(LOWEST_TESTS))
+
+newest: $(VENV)/.dev ## Bring every dependency to its newest version, but PyTorch, which stays TORCH
+	$(BIN)/python -m pip install -q --upgrade --upgrade-strategy eager $(TORCH) -e '.[cpu,images,hf,dev]'
+
+fuzz: $(VENV)/.fuzz ## Fuzz the readers of files: make fuzz [SECONDS=60] [TARGET=metadata] [ARGS=--record]; finds land in fuzz-finds/
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $(TARGET) --seconds $(SECONDS) $(ARGS)
+
+licences: $(VENV)/.dev ## Check the licences of what is installed, and write docs/licences.md
+	$(BIN)/python tests/licences.py $(ARGS)
+
+lock: $(VENV)/.dev ## Write requirements-dev.lock anew, with the newest versions and their hashes
+	$(BIN)/uv pip compile -q --no-config --universal --upgrade --generate-hashes --python-version 3.10 --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --no-emit-package fusenms $(EXTRAS:%=--extra %) --extra dev pyproject.toml -o $(LOCK).new
+	{ sed '/^[^#]/,$$d' $(LOCK); cat $(LOCK).new; } > $(LOCK).whole
+	mv $(LOCK).whole $(LOCK) && rm $(LOCK).new
 
 test-gpu: $(VENV)/.dev ## What only a GPU can show; fails where there is none
 	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
@@ -69,8 +99,8 @@ format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## Remove the virtual environment and what the tools left
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis fusenms-demo detections
+clean: ## Remove the virtual environments and what the tools left
+	rm -rf $(VENV) $(LOWEST) fuzz-finds build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis fusenms-demo detections
 
 models/%.ort.onnx: models/%.pt | $(VENV)/.run
 	$(FUSE) --backend ort
@@ -108,12 +138,28 @@ models/%.engine: models/%.trt.onnx | $(VENV)/.run
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("fusenms needs Python 3.10 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(LOCKED),$(BIN)/python -m pip install -q --require-hashes -r $(LOCK))
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e '.[cpu,export,images]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --only-binary :all: atheris || echo "atheris has no wheel for this Python: inputs are made at random"
+	touch $@
+
+# The lowest versions: uv resolves them (wheels only), from PyPI or the index in UV_DEFAULT_INDEX. PyTorch stays $(TORCH), since the
+# lowest one on PyPI is its CUDA build (5 GB).
+$(LOWEST)/.dev: pyproject.toml | $(VENV)/.dev
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q $(TORCH)
+	$(BIN)/uv pip compile -q --no-config --resolution lowest-direct --only-binary :all: --python $(LOWEST)/bin/python \
+	  $(EXTRAS:%=--extra %) --extra test pyproject.toml -o $(LOWEST)/lowest.txt
+	$(BIN)/uv pip install -q --no-config --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
 $(VENV)/.rtx: $(VENV)/.run

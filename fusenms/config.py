@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,6 +12,8 @@ from fusenms.errors import ConfigError
 
 MAX_CANDIDATES_LIMIT = 3840
 """The largest TopK that TensorRT builds (measured with TensorRT-RTX 1.7.1: 3840 builds, 3841 is refused)."""
+MOST = 2**24
+"""Candidates, rows and rounds: candidates are ranked in float32, which counts exactly up to here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +52,15 @@ class PostprocessConfig:
     def __post_init__(self) -> None:
         for name in ("score_threshold", "iou_threshold"):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
+            if not _within(value, numbers.Real, 0, 1):
                 raise ConfigError(f"{name} is {value!r}; expected a number from 0 to 1")
             object.__setattr__(self, name, float(value))
         for name in ("max_detections", "max_candidates", "rounds"):
             value = getattr(self, name)
             if name == "rounds" and value is None:
                 continue
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+            if not _within(value, numbers.Integral, 1, MOST):
+                raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {MOST}")
             object.__setattr__(self, name, int(value))
         for name in ("class_agnostic", "multi_label", "indices"):
             if not isinstance(getattr(self, name), bool):
@@ -68,7 +71,7 @@ class PostprocessConfig:
                 "every detection is one of the candidates: raise max_candidates or lower max_detections"
             )
         for name, choices in (("masks", MASK_KINDS), ("names", NAME_PRESETS)):
-            if getattr(self, name) not in choices:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
 
     @property
@@ -84,9 +87,16 @@ class PostprocessConfig:
         """Build from plain values.
 
         Raises:
-            ConfigError: an unknown name, or a value out of its range.
+            ConfigError: not a mapping from names, an unknown name, or a value out of its range.
         """
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ConfigError(f"settings are {values!r}; expected a mapping from names to values")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"unknown setting {', '.join(unknown)}; expected {', '.join(known)}")
         return cls(**values)
+
+
+def _within(value: Any, kind: Any, low: int, high: int) -> bool:
+    """Whether it is a number of that kind from low to high; NaN is not, nor is a truth value."""
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(low <= value <= high)

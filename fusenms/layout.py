@@ -8,7 +8,6 @@ Candidates of a gridded head are numbered by level, then anchor, then row, then 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -20,6 +19,13 @@ from fusenms import contract
 from fusenms.config import PostprocessConfig
 from fusenms.contract import Output
 from fusenms.errors import ConfigError, SourceError
+
+MOST_CHANNELS = 2**24
+"""Of one head tensor. float32 counts exactly up to here."""
+LARGEST_STRIDE = 2**16
+"""Pixels."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Of the numbers that become constants of the graph."""
 
 
 class Activation(str, Enum):
@@ -55,10 +61,13 @@ class Tap:
     stop: int
 
     def __post_init__(self) -> None:
-        if self.channel_axis not in (1, 2) or not 0 <= self.start < self.stop:
+        if not _is_name(self.tensor):
+            raise ConfigError(f"tap of {self.tensor!r}; expected the name of a tensor")
+        whole = all(type(value) is int for value in (self.channel_axis, self.start, self.stop))
+        if not whole or self.channel_axis not in (1, 2) or not 0 <= self.start < self.stop <= MOST_CHANNELS:
             raise ConfigError(
-                f"tap of {self.tensor!r}: axis {self.channel_axis}, channels {self.start} to {self.stop}; expected axis 1 or 2, and "
-                "a start from 0 on that is below the stop"
+                f"tap of {self.tensor!r}: axis {self.channel_axis!r}, channels {self.start!r} to {self.stop!r}; expected axis 1 or 2, and "
+                f"a start from 0 on that is below the stop, which is at most {MOST_CHANNELS}"
             )
 
     @property
@@ -96,6 +105,13 @@ class Distances:
     values: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_strides(self.strides)
+        if type(self.bins) is not int or not 1 <= self.bins <= MOST_CHANNELS // 4:
+            raise ConfigError(f"bins is {self.bins!r}; expected a whole number from 1 to {MOST_CHANNELS // 4}")
+        if not _is_finite(self.point):
+            raise ConfigError(f"point is {self.point!r}; expected a finite number")
+        if not isinstance(self.values, tuple) or not all(map(_is_finite, self.values)):
+            raise ConfigError(f"values is {self.values!r}; expected finite numbers, one for each bin")
         if self.values and len(self.values) != self.bins:
             raise ConfigError(
                 f"values are {len(self.values)} numbers; expected one for each of {self.bins} bins, or none"
@@ -118,6 +134,27 @@ class AnchorBoxes:
     strides: tuple[int, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]
 
+    def __post_init__(self) -> None:
+        _check_strides(self.strides)
+        levels = self.anchors if isinstance(self.anchors, tuple) else ()
+        sides = [
+            side for level in levels if isinstance(level, tuple) for pair in level if _is_pair(pair) for side in pair
+        ]
+        count = len(levels[0]) if levels and isinstance(levels[0], tuple) else 0
+        if (
+            not count
+            or len(levels) != len(self.strides)
+            or len(sides) != 2 * count * len(levels)
+            or {len(level) if isinstance(level, tuple) else 0 for level in levels} != {count}
+        ):
+            raise ConfigError(
+                f"anchors is {self.anchors!r}; expected for each of {len(self.strides)} strides the same number of (width, height)"
+            )
+        if not all(_is_finite(side) and np.float32(side) > 0 for side in sides):
+            raise ConfigError(
+                f"anchors is {self.anchors!r}; expected each width and height finite and above 0, in pixels"
+            )
+
 
 @dataclass(frozen=True)
 class GridOffsets:
@@ -126,6 +163,9 @@ class GridOffsets:
     kind: ClassVar[str] = "grid_offsets"
     strides: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        _check_strides(self.strides)
+
 
 @dataclass(frozen=True)
 class TanhOffsets:
@@ -133,6 +173,9 @@ class TanhOffsets:
 
     kind: ClassVar[str] = "tanh_offsets"
     strides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_strides(self.strides)
 
 
 BoxDecode = Decoded | Distances | AnchorBoxes | GridOffsets | TanhOffsets
@@ -153,7 +196,7 @@ class MaskTerms:
 
     def __post_init__(self) -> None:
         _check_tap("coefficients", self.coefficients)
-        if not isinstance(self.prototypes, str) or not self.prototypes:
+        if not _is_name(self.prototypes):
             raise ConfigError(
                 f"prototypes is {self.prototypes!r}; expected the name of a tensor [batch, M, height, width]"
             )
@@ -219,7 +262,17 @@ class Join:
     channels: int
 
     def __post_init__(self) -> None:
-        assert self.channel_axis in (1, 2) and self.parts, self
+        parts = isinstance(self.parts, tuple) and self.parts and all(map(_is_name, self.parts))
+        if not _is_name(self.tensor) or not parts:
+            raise ConfigError(
+                f"join of {self.parts!r} into {self.tensor!r}; expected names of tensors, at least one part"
+            )
+        whole = type(self.channel_axis) is int and type(self.channels) is int
+        if not whole or self.channel_axis not in (1, 2) or not 1 <= self.channels <= MOST_CHANNELS:
+            raise ConfigError(
+                f"join of {self.tensor!r}: axis {self.channel_axis!r}, {self.channels!r} channels; expected axis 1 or 2, and 1 to "
+                f"{MOST_CHANNELS} channels"
+            )
 
     @property
     def part_shape(self) -> tuple[int, int, int]:
@@ -262,6 +315,17 @@ class Layout:
     angle: AngleTerm | None = None
 
     def __post_init__(self) -> None:
+        if not _is_name(self.family):
+            raise ConfigError(f"family is {self.family!r}; expected a name")
+        if not isinstance(self.suppress, bool):
+            raise ConfigError(f"suppress is {self.suppress!r}; expected True or False")
+        if not isinstance(self.joins, tuple) or not all(isinstance(join, Join) for join in self.joins):
+            raise ConfigError(f"joins is {self.joins!r}; expected a tuple of Join")
+        if (weight := self.objectness_weight) is not None:
+            if not _is_finite(weight) or not 0 <= weight <= 1:
+                raise ConfigError(f"objectness_weight is {weight!r}; expected a number from 0 to 1")
+            if self.objectness is None:
+                raise ConfigError("objectness_weight goes with objectness, which this head has not")
         for name, kind in (("activation", Activation), ("decode", BOX_DECODES)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of fusenms.layout: {_named(kind)}")
@@ -423,7 +487,7 @@ class Layout:
                 activation=Activation(values["activation"]),
                 decode=kind(**decode),
                 joins=tuple(Join(**join | {"parts": tuple(join["parts"])}) for join in values["joins"]),
-                suppress=bool(values["suppress"]),
+                suppress=values["suppress"],
                 background=_tap(values["background"]),
                 labels=_tap(values["labels"]),
                 objectness_weight=values["objectness_weight"],
@@ -431,7 +495,7 @@ class Layout:
                 keypoints=_terms(KeypointTerms, "values", values.get("keypoints")),
                 angle=_terms(AngleTerm, "value", values.get("angle")),
             )
-        except (KeyError, TypeError, ValueError, StopIteration, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, StopIteration, OverflowError, RecursionError) as error:
             raise SourceError(
                 f"the layout stored in the file is unreadable ({error!r}); export the model again"
             ) from error
@@ -443,8 +507,25 @@ def _check_tap(name: str, tap: Any, channels: int | None = None) -> None:
         raise ConfigError(f"{name} {found}; expected a Tap{f' of {channels}' if channels else ''}")
 
 
+def _check_strides(strides: Any) -> None:
+    whole = isinstance(strides, tuple) and all(type(stride) is int for stride in strides)
+    if not whole or not strides or not all(1 <= stride <= LARGEST_STRIDE for stride in strides):
+        raise ConfigError(
+            f"strides is {strides!r}; expected whole numbers of pixels from 1 to {LARGEST_STRIDE}, one for each level"
+        )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, (int, float)) for side in value)
+
+
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)
 
 
 def _named(kind: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
-from foreign import AnchorDecoded, Decoded, Further, FurtherRows, write
+from foreign import SIZE, AnchorDecoded, Decoded, Further, FurtherRows, write
 from onnx import helper
 
 from fusenms import fuse, load, recognize
@@ -54,9 +54,21 @@ class StretchedAnchors(AnchorDecoded):
         return torch.cat((rows[..., :2], rows[..., 2:4] ** 1.1, rows[..., 4:]), -1)
 
 
+class LostAnchor(AnchorDecoded):
+    """One level whose boxes have no width: an anchor of 0."""
+
+    def forward(self, images):
+        rows = super().forward(images)
+        lost = torch.arange(rows.shape[1]) < 3 * (SIZE // 8) ** 2
+        return torch.cat((rows[..., :2], rows[..., 2:3] * ~lost[None, :, None], rows[..., 3:]), -1)
+
+
 @pytest.mark.parametrize(
     ("module", "stage"),
-    [(Decoded(), "late"), (Decoded(True), "late"), (AnchorDecoded(), "late"), (StretchedAnchors(), "full")],
+    [
+        *((Decoded(), "late"), (Decoded(True), "late"), (AnchorDecoded(), "late")),
+        *((StretchedAnchors(), "full"), (LostAnchor(), "full")),
+    ],
 )
 @pytest.mark.parametrize("backend", ["ort", "trt"])
 def test_foreign_file_equals_reference(tmp_path, module, stage, backend):

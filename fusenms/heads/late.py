@@ -17,7 +17,7 @@ import onnx
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError
 from fusenms.heads.evidence import COMPUTES, MOVES, Evidence, inputs_of, joined, joined_parts, producers_of
-from fusenms.layout import Activation, AnchorBoxes, AngleTerm, Distances, Join, KeypointTerms, Layout, Tap
+from fusenms.layout import LARGEST, Activation, AnchorBoxes, AngleTerm, Distances, Join, KeypointTerms, Layout, Tap
 from fusenms.reference import candidates, keypoints, mask_coefficients, postprocess
 
 PIXELS = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
@@ -141,6 +141,10 @@ def earliest_anchors(evidence: Evidence, layout: Layout, anchors: int) -> Layout
     for level in np.split(factors, np.cumsum([anchors * n for n in evidence.cells(strides)])[:-1]):
         found = np.median(level.reshape(anchors, -1, 2), 1).round(4)
         sizes.append(tuple((float(w), float(h)) for w, h in found))
+    if not all(
+        0 < side < LARGEST for level in sizes for pair in level for side in pair
+    ):  # nor NaN: no anchors, so another decode
+        return layout
     boxes, classes, objectness = (Tap(join.tensor, 2, *span) for span in ((0, 4), (5, channels), (4, 5)))
     decode = AnchorBoxes(strides, tuple(sizes))
     late = Layout(layout.family, boxes, classes, objectness, Activation.SIGMOID, decode, (join,))

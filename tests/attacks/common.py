@@ -1,21 +1,19 @@
-"""What an attack is: one hostile file or input, and what it tries."""
+"""What an attack is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One try.
-
-    Attributes:
-        kind: the threat, the same words for all attacks of a kind.
-        name: what this one does.
-        make: makes the hostile input; its arguments are those of the module that lists it.
-    """
+    """A hostile input: the kind of hole that it looks for, its name, and what makes it."""
 
     kind: str
     name: str
-    make: Callable
+    make: Callable[..., Any]
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.name}"
