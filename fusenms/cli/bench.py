@@ -7,10 +7,10 @@ import io
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusenms.artifacts import check_writable, write_atomically
 from fusenms.benchmark import TAIL, Timing, contestants, default_shape, measure
 from fusenms.cli.printing import Steps, progress_bar
 from fusenms.errors import BackendUnavailableError, InputError
+from fusenms.files import check_writable, write_atomically
 from fusenms.heads.evidence import picture
 
 NAME = "bench"

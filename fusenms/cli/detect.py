@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fusenms.cli.printing import Steps
-from fusenms.errors import InputError, SourceError
+from fusenms.errors import InputError
+from fusenms.files import is_folder, make_folder
 from fusenms.runtime import Detections, Detector
 from fusenms.runtime.drawing import VISIBLE, draw, save_picture
 from fusenms.runtime.pictures import SUFFIXES, list_pictures, read_picture
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    paths = [path for given in args.images for path in (list_pictures(given) if given.is_dir() else [given])]
+    paths = [path for given in args.images for path in (list_pictures(given) if is_folder(given) else [given])]
     steps = Steps(args.json)
     with Detector(args.model) as detect:
         steps.finish(images=detect_and_draw(detect, paths, None if args.no_draw else args.output, args.json))
@@ -83,18 +84,6 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
 def drawn_name(path: Path) -> str:
     """Name of the annotated copy: that of the picture, as .jpg where its format is one that is only read."""
     return path.name if path.suffix.lower() in SUFFIXES else f"{path.name}.jpg"
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results.
-
-    Raises:
-        SourceError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SourceError(f"{folder}: cannot be made a folder ({error.strerror}); choose another with -o") from error
 
 
 def _print_table(result: dict[str, Any], found: Detections) -> None:

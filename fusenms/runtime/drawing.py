@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusenms.artifacts import write_atomically
 from fusenms.errors import InputError
+from fusenms.files import write_atomically
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.pictures import opencv
 
