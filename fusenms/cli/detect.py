@@ -15,6 +15,7 @@ from fusenms.files import is_folder, make_folder
 from fusenms.runtime import Detections, Detector
 from fusenms.runtime.drawing import VISIBLE, draw, save_picture
 from fusenms.runtime.pictures import SUFFIXES, list_pictures, read_picture
+from fusenms.text import printable
 
 NAME = "detect"
 HELP = "run a fused model on pictures: a table of what was found, and annotated pictures"
@@ -55,8 +56,8 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
     names = [drawn_name(path) for path in paths]
     if folder is not None and (twice := {name for name in names if names.count(name) > 1}):
         raise InputError(
-            f"found more than one picture named {', '.join(sorted(twice))}; "
-            f"they would overwrite each other in {folder}: use --no-draw or separate runs"
+            f"found more than one picture named {printable(', '.join(sorted(twice)))}; "
+            f"they would overwrite each other in {printable(folder)}: use --no-draw or separate runs"
         )
     results = []
     for path in paths:
@@ -73,7 +74,9 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
             make_folder(folder)
             target = folder / drawn_name(path)
             if target.exists() and target.samefile(path):
-                raise InputError(f"{path}: would be overwritten by its annotated copy; choose another folder with -o")
+                raise InputError(
+                    f"{printable(path)}: would be overwritten by its annotated copy; choose another folder with -o"
+                )
             result["annotated"] = str(save_picture(target, draw(picture, found)))
         results.append(result)
         if not quiet:
@@ -89,14 +92,12 @@ def drawn_name(path: Path) -> str:
 def _print_table(result: dict[str, Any], found: Detections) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     drawn = f" · drawn: {result['annotated']}" if "annotated" in result else ""
-    console.print(
-        f"{result['image']} ({result['width']}x{result['height']}) · {len(found)} detections{drawn}",
-        soft_wrap=True,
-        markup=False,
-    )
+    line = f"{result['image']} ({result['width']}x{result['height']}) · {len(found)} detections{drawn}"
+    console.print(Text(printable(line)), soft_wrap=True)
     if not len(found):
         return
     turned = found.oriented
@@ -117,5 +118,5 @@ def _print_table(result: dict[str, Any], found: Detections) -> None:
             points = found.keypoints[i]
             seen = (points[:, 2] >= VISIBLE).sum() if points.shape[1] == 3 else len(points)
             cells.append(f"{seen} of {len(points)}")
-        table.add_row(found.name(label), f"{score:.3f}", *cells)
+        table.add_row(Text(printable(found.name(label))), f"{score:.3f}", *cells)
     console.print(table)

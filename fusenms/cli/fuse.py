@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
         except BackendError as error:
             if args.engine != "auto":
                 raise
-            steps.line("engine", f"not built: {error}")  # nobody asked for it; the file is there
+            steps.lines("engine", f"not built: {error}")  # nobody asked for it; the file is there
         else:
             steps.values["engine"] = own.values
             steps.line("wrote", ", ".join(map(str, written)))
