@@ -32,7 +32,7 @@ CHECKPOINTS ?=
 PICTURE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-.PHONY: help demo test test-lowest newest test-gpu check fuzz lock licences bench bench-tasks bench-gpu plugin format clean
+.PHONY: help demo test test-lowest newest test-gpu check fuzz lock licences bench bench-tasks bench-gpu plugin format clean faults soak
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -171,3 +171,9 @@ $(VENV)/.bench: $(VENV)/.run tests/benchmarks/requirements.txt
 	$(BIN)/python -m pip install -q -r tests/benchmarks/requirements.txt
 	$(BIN)/python -m pip install -q --no-deps ultralytics torchvision || echo "peers that do not install are left out"
 	touch $@
+
+faults: $(VENV)/.dev ## Kills, full and read-only disks, little memory, no home: the long version of tests/test_faults.py
+	FUSENMS_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/test_faults.py $(ARGS)
+
+soak: $(VENV)/.dev ## 200,000 calls of a detector from 8 threads: answers equal, memory and descriptors flat; ARGS="--calls N"
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/soak.py $(ARGS)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 
 def run() -> int:
     """The command line, from its import on: an interrupt while that lasts is none of a user's traceback."""
     try:
-        from fusenms.cli import main
+        from fusenms.cli.terminal import fill_descriptors, standard_streams
 
-        return main()
+        fill_descriptors()
+        try:
+            from fusenms.cli import main
+
+            return main()
+        except Exception:  # a mistake of ours; what it says may hold names from a file
+            from fusenms.text import printable_lines
+
+            with standard_streams():
+                print(printable_lines(traceback.format_exc()), file=sys.stderr)
+                print("fusenms: this is a bug in fusenms; please report it with the lines above", file=sys.stderr)
+            return 1
     except KeyboardInterrupt:
         print("fusenms: stopped", file=sys.stderr)
         return 130

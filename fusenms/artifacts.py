@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from fusenms import contract
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, SourceError, VerificationError
+from fusenms.files import write_atomically
 from fusenms.layout import Layout
 
 if TYPE_CHECKING:
@@ -303,56 +303,3 @@ def parse_names(text: str) -> tuple[str, ...]:
             return ()
         return tuple(str(names[i]) for i in range(len(names)))
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
-
-
-def check_writable(path: Path, source: Path | None = None) -> None:
-    """Fail early where `write_atomically` would, and where the output would destroy its own source.
-
-    Raises:
-        SourceError: the path cannot be written, is no regular file, or is ``source``.
-    """
-    try:
-        if path.is_dir():
-            raise SourceError(f"{path}: is a directory; expected a file to write")
-        if path.exists() and not path.is_file():
-            raise SourceError(f"{path}: is not a regular file; choose another place with -o")
-        if source is not None and path.exists() and source.exists() and path.samefile(source):
-            raise SourceError(f"{path}: is the weights themselves, which would be lost; choose another place with -o")
-        folder = path.resolve().parent
-        if not folder.is_dir():
-            raise SourceError(f"{path}: cannot be written, the folder {path.parent} does not exist; make it first")
-        if not os.access(path if path.exists() else folder, os.W_OK):
-            raise SourceError(f"{path}: cannot be written (no permission); choose another place with -o")
-    except OSError as error:
-        raise SourceError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another place with -o"
-        ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Write ``data`` to ``path``, whole or not at all. A symbolic link stays one, and an existing file keeps its mode.
-
-    Raises:
-        SourceError: the path cannot be written; an existing file is left as it was.
-    """
-    check_writable(path)
-    target, temporary = path.resolve(), None
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".fusenms-", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-        temporary.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask())
-        temporary.replace(target)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def _umask() -> int:
-    """The mode bits that new files of this process leave out; reading them means setting them for a moment."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -197,7 +197,13 @@ def peak_memory(
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise InputError(
+            f"there is no folder for temporary files ({error.strerror or error}); set TMPDIR, or leave the memory out (--no-memory)"
+        ) from error
+    with temporary as folder:
         pictures = Path(folder) / "images.npy"
         np.save(pictures, picture(*default_shape(path)) if images is None else images)
         command = [

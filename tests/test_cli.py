@@ -252,7 +252,7 @@ def test_existing_output_is_left_when_writing_fails(tmp_path, monkeypatch, capsy
         raise OSError(28, "No space left on device")
 
     (tmp_path / "shapes.ort.onnx").write_text("as it was")
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     assert main([WEIGHTS, "--size", "64"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("shapes.ort.onnx", "as it was")]

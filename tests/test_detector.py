@@ -1,7 +1,14 @@
 from __future__ import annotations
 
+import copy
 import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -11,6 +18,7 @@ from conftest import SHAPES
 
 from fusenms import Detections, Detector, FusedModel, fuse
 from fusenms.errors import BackendUnavailableError, InputError, SourceError, UnsupportedByBackendError
+from fusenms.limits import Limits
 from fusenms.runtime.drawing import draw
 from fusenms.runtime.pictures import letterbox, read_picture
 
@@ -322,3 +330,109 @@ def test_fuse_runs_in_several_threads():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_close_while_others_call_gives_results_or_input_error(path):
+    image, wrong = read_picture(PICTURE), []
+    for delay in (0.0, 0.002, 0.005, 0.01, 0.02):
+        detector = Detector(path, threads=1)
+
+        def work(detector: Detector = detector) -> None:
+            try:
+                while True:
+                    assert len(detector([image, image])) == 2
+            except InputError:
+                pass
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(delay)
+        detector.close()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_closed_before_images_are_read(path):
+    detector = Detector(path)
+    detector.close()
+    with pytest.raises(InputError, match="the detector is closed"):
+        detector(iter(lambda: pytest.fail("an image was read"), None))
+
+
+def test_error_of_the_users_own_generator_passes_unchanged(detect):
+    def images():
+        yield PICTURE
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        detect(images())
+
+
+def test_pickled_detector_opens_its_file_again(path, detect, monkeypatch, tmp_path):
+    with Detector(path, batch_size=3, threads=1, limits=Limits(max_pixels=10_000)) as detector:
+        data = pickle.dumps(detector)
+    monkeypatch.chdir(tmp_path)
+    with pickle.loads(data) as again:
+        image = read_picture(PICTURE)[:90, :90]
+        np.testing.assert_array_equal(again(image)[0].boxes, detect(image)[0].boxes)
+        with pytest.raises(InputError, match="expected at most 10000"):
+            again(PICTURE)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", ["gone", "changed"])
+def test_pickle_says_when_the_file_is_gone_or_changed(path, tmp_path, when, change):
+    file = Path(shutil.copy(path, tmp_path / "f.onnx"))
+    detector = Detector(file)
+    data = pickle.dumps(detector) if when == "after" else b""
+    file.unlink()
+    if change == "changed":
+        file.write_bytes(path.read_bytes() + b"\x72\x00")
+    with pytest.raises(SourceError, match=r"f\.onnx: (is gone|has changed|cannot be read)"):
+        pickle.loads(data) if when == "after" else pickle.dumps(detector)
+
+
+def test_error_when_a_closed_detector_is_pickled(path):
+    detector = Detector(path)
+    detector.close()
+    with pytest.raises(InputError, match="closed, so it cannot be pickled"):
+        pickle.dumps(detector)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copy_is_closed_on_its_own(path, copied):
+    detector = Detector(path)
+    other = copied(detector)
+    detector.close()
+    assert len(other(PICTURE)[0]) > 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize(("threads", "said"), [(1, "found"), (2, "forked")])
+def test_forked_child_gets_results_or_a_message(path, threads, said):
+    code = f"""
+import os, sys
+from fusenms import Detector
+from fusenms.errors import InputError
+detect = Detector({str(path)!r}, threads={threads})
+detect({str(PICTURE)!r})
+if os.fork() == 0:
+    try:
+        print("found" if len(detect({str(PICTURE)!r})[0]) else "nothing", flush=True)
+    except InputError as error:
+        print("forked" if "forked" in str(error) else error, flush=True)
+    os._exit(0)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == said, done.stderr
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+def test_error_when_threads_is_no_number(path, threads):
+    with pytest.raises(InputError, match="threads is"):
+        Detector(path, threads=threads)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import NoReturn
 
 from fusenms import __version__
 from fusenms.cli import bench, demo, detect, engine, families, fuse, inspect, verify
+from fusenms.cli.terminal import standard_streams
 from fusenms.errors import FusenmsError
 from fusenms.isolation import is_confined, run_isolated
 from fusenms.limits import Limits
+from fusenms.text import printable, printable_lines
 
 COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, engine, detect, families, bench, demo)}
 USAGE = """fusenms WEIGHTS [--backend ort|trt|portable] [-o FILE] [options]
        fusenms {commands} ..."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose messages cannot act on a terminal, whatever the words are that they repeat."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fusenms",
         usage=USAGE.format(commands="|".join(name for name in COMMANDS if name != fuse.NAME)),
         description="Fuse a detector's post-processing (decoding and non-maximum suppression) into its ONNX graph, and prove the result.",
@@ -64,8 +75,32 @@ def limit_argument(text: str) -> tuple[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 (done), 1 (a FusenmsError, one message), 2 (usage; raised as SystemExit)."""
+    """Run the command line. Returns 0 (done), 1 (a FusenmsError, one message), 2 (usage; raised as SystemExit).
+
+    Output that cannot be written never ends a command: it does what it was asked for, and then returns 1 with a message. Of a pipe
+    that nobody reads any more, nothing is said.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    with standard_streams() as output:
+        stop: SystemExit | None = None
+        try:
+            status = _run(words)
+        except SystemExit as error:  # of argparse
+            status, stop = 0 if error.code in (0, None) else 2, error
+        output.flush()
+        if status == 0 and output.error is not None and output.error.errno != errno.EPIPE:
+            reason = output.error.strerror or output.error
+            print(
+                f"fusenms: standard output cannot be written ({reason}); everything else was done, and its files are whole",
+                file=sys.stderr,
+            )
+            return 1
+    if stop is not None:
+        raise stop
+    return status
+
+
+def _run(words: list[str]) -> int:
     if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, fuse.NAME)
     args = build_parser().parse_args(words)
@@ -74,16 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.isolate and not is_confined():
             return run_isolated("fusenms", words, args.limits, what="the command")
         return int(COMMANDS[args.command].run(args))
-    except FusenmsError as error:
+    except (FusenmsError, MemoryError) as error:
+        message = (
+            str(error)
+            if isinstance(error, FusenmsError)
+            else "not enough memory; expected a smaller model, size or number of pictures"
+        )
         if args.verbose:
-            traceback.print_exc()
+            print(printable_lines(traceback.format_exc()), file=sys.stderr)
         if args.json:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(f"fusenms: {error}", file=sys.stderr)
+            print(json.dumps({"error": type(error).__name__, "message": message}))
+        print(f"fusenms: {printable_lines(message)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fusenms: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone
-        return 0

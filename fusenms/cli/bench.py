@@ -7,11 +7,12 @@ import io
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusenms.artifacts import check_writable, write_atomically
 from fusenms.benchmark import TAIL, Timing, contestants, default_shape, measure
 from fusenms.cli.printing import Steps, progress_bar
 from fusenms.errors import BackendUnavailableError, InputError
+from fusenms.files import check_writable, write_atomically
 from fusenms.heads.evidence import picture
+from fusenms.text import printable
 
 NAME = "bench"
 HELP = "time raw and fused models side by side, whole and tail alone, by batch size"
@@ -65,18 +66,20 @@ def print_table(timings: list[Timing], runs: int) -> None:
     """Print the table: medians, middle half, ratio to the first file, peak memory."""
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
     name = Column("model", overflow="fold")
     caption = f"medians of {runs} interleaved runs"
     table = Table("batch", name, "part", "ms", "middle half", "ratio", "peak MB", caption=caption)
     for t in timings:
         if t.note:
-            table.add_row(str(t.batch), t.name, t.part, "-", f"does not run: {t.note}", "-", "-")
+            note = Text(f"does not run: {printable(t.note)}")
+            table.add_row(str(t.batch), Text(printable(t.name)), t.part, "-", note, "-", "-")
             continue
         peak = "-" if t.memory_mb is None else f"{t.memory_mb:.1f}" if t.memory_mb >= 0.5 else "< 0.5"
         table.add_row(
             str(t.batch),
-            t.name,
+            Text(printable(t.name)),
             t.part,
             f"{t.milliseconds:.2f}",
             f"{t.low:.2f} to {t.high:.2f}",
@@ -95,7 +98,7 @@ def check_plot(path: Path) -> None:
         SourceError: the path cannot be written.
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{path}: unknown format {path.suffix!r}; expected .png, .svg or .pdf")
+        raise InputError(f"{printable(path)}: unknown format {path.suffix!r}; expected .png, .svg or .pdf")
     if find_spec("matplotlib") is None:
         raise BackendUnavailableError("drawing needs matplotlib; install it with: pip install 'fusenms[bench]'")
     check_writable(path)
@@ -107,7 +110,8 @@ def plot(timings: list[Timing], path: Path, highlight: set[str]) -> None:
 
     shown = [t for t in timings if not t.note]
     parts = {t.part for t in shown}
-    labels = [t.name if len(parts) == 1 else f"{t.name} ({t.part})" for t in shown]
+    names = [printable(t.name).replace("$", r"\$") for t in shown]  # between dollars, matplotlib reads formulas
+    labels = [name if len(parts) == 1 else f"{name} ({t.part})" for name, t in zip(names, shown, strict=True)]
     places = {label: -i for i, label in enumerate(dict.fromkeys(labels))}  # the first on top
     batches = sorted({t.batch for t in shown}) or [1]
     figure = Figure(figsize=(2.6 * len(batches) + 3, 1.2 + 0.36 * max(1, len(places))), layout="constrained")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fusenms.artifacts import check_writable
-from fusenms.cli.detect import detect_and_draw, make_folder
+from fusenms.cli.detect import detect_and_draw
 from fusenms.cli.fuse import make
 from fusenms.cli.printing import Steps, megabytes, progress_bar
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError
+from fusenms.files import check_writable, make_folder
 from fusenms.pipeline import prove
 from fusenms.runtime import Detector
 from fusenms.verification import verify

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from fusenms.cli.printing import Steps
-from fusenms.errors import InputError, SourceError
+from fusenms.errors import InputError
+from fusenms.files import is_folder, make_folder
 from fusenms.runtime import Detections, Detector
 from fusenms.runtime.drawing import VISIBLE, draw, save_picture
 from fusenms.runtime.pictures import SUFFIXES, list_pictures, read_picture
+from fusenms.text import printable
 
 NAME = "detect"
 HELP = "run a fused model on pictures: a table of what was found, and annotated pictures"
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    paths = [path for given in args.images for path in (list_pictures(given) if given.is_dir() else [given])]
+    paths = [path for given in args.images for path in (list_pictures(given) if is_folder(given) else [given])]
     steps = Steps(args.json)
     with Detector(args.model) as detect:
         steps.finish(images=detect_and_draw(detect, paths, None if args.no_draw else args.output, args.json))
@@ -54,8 +56,8 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
     names = [drawn_name(path) for path in paths]
     if folder is not None and (twice := {name for name in names if names.count(name) > 1}):
         raise InputError(
-            f"found more than one picture named {', '.join(sorted(twice))}; "
-            f"they would overwrite each other in {folder}: use --no-draw or separate runs"
+            f"found more than one picture named {printable(', '.join(sorted(twice)))}; "
+            f"they would overwrite each other in {printable(folder)}: use --no-draw or separate runs"
         )
     results = []
     for path in paths:
@@ -72,7 +74,9 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
             make_folder(folder)
             target = folder / drawn_name(path)
             if target.exists() and target.samefile(path):
-                raise InputError(f"{path}: would be overwritten by its annotated copy; choose another folder with -o")
+                raise InputError(
+                    f"{printable(path)}: would be overwritten by its annotated copy; choose another folder with -o"
+                )
             result["annotated"] = str(save_picture(target, draw(picture, found)))
         results.append(result)
         if not quiet:
@@ -85,29 +89,15 @@ def drawn_name(path: Path) -> str:
     return path.name if path.suffix.lower() in SUFFIXES else f"{path.name}.jpg"
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for results.
-
-    Raises:
-        SourceError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SourceError(f"{folder}: cannot be made a folder ({error.strerror}); choose another with -o") from error
-
-
 def _print_table(result: dict[str, Any], found: Detections) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     drawn = f" · drawn: {result['annotated']}" if "annotated" in result else ""
-    console.print(
-        f"{result['image']} ({result['width']}x{result['height']}) · {len(found)} detections{drawn}",
-        soft_wrap=True,
-        markup=False,
-    )
+    line = f"{result['image']} ({result['width']}x{result['height']}) · {len(found)} detections{drawn}"
+    console.print(Text(printable(line)), soft_wrap=True)
     if not len(found):
         return
     turned = found.oriented
@@ -128,5 +118,5 @@ def _print_table(result: dict[str, Any], found: Detections) -> None:
             points = found.keypoints[i]
             seen = (points[:, 2] >= VISIBLE).sum() if points.shape[1] == 3 else len(points)
             cells.append(f"{seen} of {len(points)}")
-        table.add_row(found.name(label), f"{score:.3f}", *cells)
+        table.add_row(Text(printable(found.name(label))), f"{score:.3f}", *cells)
     console.print(table)

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusenms.artifacts import PIXELS, FusedModel, check_writable
+from fusenms.artifacts import PIXELS, FusedModel
 from fusenms.backends import BACKENDS, get_backend
 from fusenms.batch import open_batch
 from fusenms.cli.engine import TENSORRT, build, engine_path
@@ -19,6 +19,7 @@ from fusenms.drift import drift
 from fusenms.engines import BUILDERS, EngineSettings
 from fusenms.engines.base import check_places
 from fusenms.errors import BackendError, ConfigError
+from fusenms.files import check_writable
 from fusenms.fusion import NO_SUPPRESSION, fuse_head
 from fusenms.heads import HEADS, recognize
 from fusenms.pipeline import in_precision, prove
@@ -197,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
         except BackendError as error:
             if args.engine != "auto":
                 raise
-            steps.line("engine", f"not built: {error}")  # nobody asked for it; the file is there
+            steps.lines("engine", f"not built: {error}")  # nobody asked for it; the file is there
         else:
             steps.values["engine"] = own.values
             steps.line("wrote", ", ".join(map(str, written)))

@@ -84,7 +84,7 @@ def _raw_onnx(path: Path, steps: Steps, model: Any, limits: Limits) -> None:
         try:
             steps.line("opened", open_batch(raw, layout).notes[-1])
         except SourceError as error:
-            steps.line("opened", f"no: {error}")
+            steps.lines("opened", f"no: {error}")
 
 
 def _checkpoint(path: Path, steps: Steps, limits: Limits) -> None:
@@ -110,7 +110,7 @@ def _head(raw: RawModel, steps: Steps) -> Layout | None:
 
 
 def _no_head(error: Exception, steps: Steps) -> None:
-    steps.line("head", f"none: {error}")
+    steps.lines("head", f"none: {error}")
     steps.values |= {"layout": None, "reason": str(error)}
 
 

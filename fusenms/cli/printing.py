@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fusenms.text import printable, printable_lines
 from fusenms.verification import Progress
 
 
@@ -20,15 +22,29 @@ class Steps:
         self.values: dict[str, Any] = {}
 
     def line(self, step: str, text: str) -> None:
-        """Print a step; further calls with the same step are indented under it."""
+        """Print a step, on one line; what is not visible in the text is escaped."""
         if not self._as_json:
-            print(f"{step:<9} {text}", flush=True)
+            print(f"{step:<9} {printable(text)}", flush=True)
+
+    def lines(self, step: str, text: str) -> None:
+        """Print a step with a text of several lines; all but the first are indented."""
+        if not self._as_json:
+            print(f"{step:<9} {printable_lines(text)}", flush=True)
 
     def finish(self, **values: Any) -> None:
         """Print the collected values, where JSON was asked for."""
         self.values |= values
         if self._as_json:
-            print(json.dumps(self.values, indent=2))
+            print(json.dumps(_finite(self.values), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON can say it: null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -38,11 +54,15 @@ def progress_bar(title: str) -> Iterator[Progress | None]:
         yield None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress as Bar
+
+    def update(what: str, done: int, total: int) -> None:
+        bar.update(task, description=escape(f"{title}: {printable(what)}"), completed=done, total=total)
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title)
-        yield lambda what, done, total: bar.update(task, description=f"{title}: {what}", completed=done, total=total)
+        yield update
 
 
 def size_argument(text: str) -> int | tuple[int, int]:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch)
     with progress_bar("verify") as progress:
         report = verify(fused, images=images, batches=args.batch, progress=progress)
-    steps.line("verify" if report else "DIFFERS", str(report))
+    steps.lines("verify" if report else "DIFFERS", str(report))
     steps.finish(file=args.file, verification=report.to_dict())
     return 0 if report else 1
 

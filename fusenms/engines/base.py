@@ -10,8 +10,10 @@ from typing import Any
 
 import onnx
 
-from fusenms.artifacts import check_writable, read_metadata, write_atomically
+from fusenms.artifacts import read_metadata
 from fusenms.errors import ConfigError, SourceError
+from fusenms.files import check_writable, read_regular, write_together
+from fusenms.limits import DEFAULT_LIMITS
 
 Sizes = tuple[int, int, int]
 """Least, usual and most."""
@@ -72,13 +74,13 @@ class Engine:
         """
         check_places(path)
         sidecar, layers = beside(path)
-        written = [write_atomically(path, self.data)]
-        written.append(write_atomically(sidecar, (json.dumps(self.info, indent=2) + "\n").encode()))
+        files = {sidecar: (json.dumps(self.info, indent=2) + "\n").encode()}
         if self.layers is not None:
-            written.append(write_atomically(layers, self.layers.encode()))
-        else:
+            files[layers] = self.layers.encode()
+        write_together(files | {path: self.data})  # the engine last: without the sidecar that names it, none is opened
+        if self.layers is None:
             layers.unlink(missing_ok=True)  # of another engine
-        return written
+        return [path, *files]
 
 
 def load_engine(path: Path) -> Engine:
@@ -88,14 +90,11 @@ def load_engine(path: Path) -> Engine:
         SourceError: the engine or its sidecar is missing, unreadable, or of another engine.
     """
     sidecar, _ = beside(path)
+    data = read_regular(path, DEFAULT_LIMITS.max_file_bytes)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    try:
-        info = json.loads(sidecar.read_text(encoding="utf-8"))
+        info = json.loads(read_regular(sidecar, DEFAULT_LIMITS.max_metadata_bytes))
         expected = info["engine"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (SourceError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"{path}: has no sidecar {sidecar.name} that says what it is ({error}); an engine can hold code, so it is not opened "
             "without: build it again with fusenms engine"

@@ -16,11 +16,13 @@ from typing import Any
 import onnx
 
 from fusenms import contract
-from fusenms.artifacts import read_metadata, read_onnx, write_atomically
+from fusenms.artifacts import read_metadata, read_onnx
 from fusenms.backends.plugin import PLUGIN
 from fusenms.engines.base import Engine, EngineSettings, Sizes, describe
 from fusenms.engines.plugin import carried, load_plugin_library
 from fusenms.errors import ConfigError, EngineBuildError, SourceError, UnsupportedByBackendError
+from fusenms.files import read_regular, write_atomically
+from fusenms.limits import DEFAULT_LIMITS
 from fusenms.verification import Progress
 
 HALF = onnx.TensorProto.FLOAT16
@@ -200,7 +202,8 @@ def _timing_cache(library: Library, config: Any, settings: EngineSettings) -> An
     """The timing cache that the build fills, read from its file where there is one; None where none is asked for."""
     if settings.timing_cache is None:
         return None
-    old = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
+    there = settings.timing_cache.is_file()
+    old = read_regular(settings.timing_cache, DEFAULT_LIMITS.max_file_bytes) if there else b""
     cache = config.create_timing_cache(old)
     if cache is None or not config.set_timing_cache(cache, False):
         raise SourceError(

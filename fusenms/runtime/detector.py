@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +16,27 @@ from fusenms.artifacts import load_fused
 from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.boxes import oriented_to_corners, upright_around
-from fusenms.errors import InputError, UnsupportedByBackendError
+from fusenms.errors import InputError, SourceError, UnsupportedByBackendError
+from fusenms.files import open_regular
+from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.masks import Masks, logits_of
-from fusenms.runtime.pictures import Placement, letterbox, read_picture, stretched, to_tensor
+from fusenms.runtime.pictures import Placement, is_single, letterbox, read_picture, stretched, to_tensor
+from fusenms.text import printable
 
 _LOG = logging.getLogger(__name__)
 
 
 class Detector:
-    """A fused model, open in ONNX Runtime. Safe to call from several threads at once.
+    """A fused model, open in ONNX Runtime. Safe to call, and to close, from several threads at once.
 
     with Detector("yolov8n.ort.onnx") as detect:
         for found in detect(["a.jpg", "b.jpg"]):
             print(found.boxes, found.scores, found.labels)
+
+    A pickled detector holds the absolute path of its file, the file's SHA-256, and the settings. Unpickling opens the file again,
+    and raises `SourceError` if it is gone or has changed. A copy (`copy.copy`, `copy.deepcopy`) shares the open model, and is closed on its
+    own. After a fork, open the file again in the child: the threads of ONNX Runtime stay with the parent. ``threads=1`` needs none.
     """
 
     def __init__(
@@ -37,6 +46,7 @@ class Detector:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         batch_size: int = 8,
         threads: int | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Open a fused file.
 
@@ -44,6 +54,7 @@ class Detector:
             providers: ONNX Runtime execution providers, in order of preference.
             batch_size: most pictures that are run at once; one, for a model in which the pictures of a batch change each other.
             threads: of one run; default: ONNX Runtime's choice.
+            limits: bounds on the file and on the images.
 
         Raises:
             SourceError: the file cannot be read, or is not a fused model.
@@ -55,6 +66,9 @@ class Detector:
             raise InputError(f"providers is {providers!r}; expected a list of names, as ['CPUExecutionProvider']")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise InputError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
+        stamp = _stamp(path)
         fused = load_fused(path)
         plugins = {node.domain for node in fused.model.graph.node} - {"", "ai.onnx"}
         if plugins and not get_backend(fused.backend).runs_on_onnxruntime:
@@ -65,6 +79,12 @@ class Detector:
         self.class_names = fused.names
         self._image, self._names = fused.image, fused.config.output_names
         self._batch_size = batch_size if fused.image.independent else 1
+        self._limits = limits
+        self._path, self._stamp = os.path.abspath(path), stamp
+        self._settings: dict[str, Any] = {
+            "providers": tuple(providers), "batch_size": batch_size, "threads": threads, "limits": limits,
+        }  # fmt: skip
+        self._process = None if threads == 1 else os.getpid()
         self._runner: OnnxRuntimeRunner | None = OnnxRuntimeRunner(fused.model, tuple(providers), threads)
 
     def __enter__(self) -> Detector:
@@ -74,10 +94,31 @@ class Detector:
         self.close()
 
     def close(self) -> None:
-        """Free the model."""
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.close()
+        """Free the model: now, or when the runs that other threads are in have ended. Later runs raise `InputError`."""
+        self._runner = None  # a run holds the model on its own
+
+    def __copy__(self) -> Detector:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Detector:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by path.
+
+        Raises:
+            InputError: the detector is closed.
+            SourceError: the file is gone, or is no longer the one that was opened.
+        """
+        if self._runner is None:
+            raise InputError("the detector is closed, so it cannot be pickled; open the file again")
+        if self._stamp is None or _stamp(self._path) != self._stamp:
+            raise SourceError(
+                f"{printable(self._path)}: is gone or has changed since it was opened, so its detector cannot be pickled; open it again"
+            )
+        return _reopen, (self._path, _sha256(self._path, self._limits), self._settings)
 
     def __call__(self, images: Any) -> list[Detections]:
         """Find objects.
@@ -89,20 +130,20 @@ class Detector:
             one `Detections` a picture, in order.
 
         Raises:
-            InputError: one of them is not a picture.
+            InputError: one of them is not a picture, or exceeds the limits; the memory does not suffice; or the detector is closed.
         """
-        single = isinstance(images, (str, os.PathLike, np.ndarray)) or hasattr(images, "convert")
+        self._open_runner()  # fails before an image is read
+        single = is_single(images)
         if not single and not isinstance(images, Iterable):
             raise InputError(
-                f"found {type(images).__name__}; expected a picture (a path, an array or a PIL image), or several"
+                f"found {printable(type(images).__name__)}; expected a picture (a path, an array or a PIL image), or several"
             )
         pictures: Iterable[Any] = [images] if single else images
-        fit = stretched if self._image.stretch else letterbox
         found: list[Detections] = []
         canvases: list[np.ndarray] = []
         places: list[Placement] = []
         for source in pictures:
-            canvas, place = fit(read_picture(source), self._image.height, self._image.width)
+            canvas, place = self._place(source)
             canvases.append(canvas)
             places.append(place)
             if len(canvases) == self._batch_size:
@@ -110,10 +151,38 @@ class Detector:
                 canvases, places = [], []
         return found + (self._run(canvases, places) if canvases else [])
 
-    def _run(self, canvases: list[np.ndarray], places: list[Placement]) -> list[Detections]:
+    def _place(self, source: Any) -> tuple[np.ndarray, Placement]:
+        """An image on the canvas that the model takes."""
+        picture = read_picture(source, self._limits)
+        fit = stretched if self._image.stretch else letterbox
+        try:
+            return fit(picture, self._image.height, self._image.width)
+        except MemoryError as error:
+            raise InputError("not enough memory for the picture; expected a smaller one") from error
+
+    def _open_runner(self) -> OnnxRuntimeRunner:
         runner = self._runner
         if runner is None:
             raise InputError("the detector is closed; open the file again")
+        if self._process not in (None, os.getpid()):
+            raise InputError(
+                "the detector was opened before this process was forked, and the threads of ONNX Runtime stay with the parent; open the "
+                "file again in this process, or with threads=1"
+            )
+        return runner
+
+    def _run(self, canvases: list[np.ndarray], places: list[Placement]) -> list[Detections]:
+        runner = self._open_runner()
+        try:
+            return self._infer(runner, canvases, places)
+        except MemoryError as error:
+            raise InputError(
+                f"not enough memory for {len(canvases)} pictures at once; expected a smaller batch_size"
+            ) from error
+
+    def _infer(
+        self, runner: OnnxRuntimeRunner, canvases: list[np.ndarray], places: list[Placement]
+    ) -> list[Detections]:
         outputs = runner.infer(to_tensor(canvases))
         counts = outputs[self._names[0]]
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
@@ -161,3 +230,31 @@ class Detector:
         if contract.PROTOTYPES not in outputs:
             return np.zeros((0, 1, 1), np.float32)
         return logits_of(outputs[contract.MASK_COEFFICIENTS][:count], outputs[contract.PROTOTYPES])
+
+
+def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """What tells a file from one that was put in its place; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError, TypeError):
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _sha256(path: str, limits: Limits) -> str:
+    digest = hashlib.sha256()
+    with open_regular(Path(path), limits.max_file_bytes) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _reopen(path: str, sha256: str, settings: dict[str, Any]) -> Detector:
+    """Open the file of a pickled detector.
+
+    Raises:
+        SourceError: it is gone, or is another one.
+    """
+    if _sha256(path, settings["limits"]) != sha256:
+        raise SourceError(f"{printable(path)}: has changed since its detector was pickled; open it with Detector(...)")
+    return Detector(path, **settings)

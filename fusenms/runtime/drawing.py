@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fusenms.artifacts import write_atomically
 from fusenms.errors import InputError
+from fusenms.files import write_atomically
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.pictures import opencv
+from fusenms.text import printable
 
 OPACITY = 0.45
 """Of masks."""
 VISIBLE = 0.25
 """Keypoints that are less visible are not drawn."""
+LONGEST_NAME = 40
+"""Characters of a class name that are drawn."""
 
 
 def color_of(label: int) -> tuple[int, int, int]:
@@ -42,7 +45,7 @@ def draw(picture: np.ndarray, detections: Detections) -> np.ndarray:
         for point in detections.keypoints[i]:
             if len(point) == 2 or point[2] >= VISIBLE:
                 cv2.circle(canvas, (round(float(point[0])), round(float(point[1]))), 2 * unit, color, -1, cv2.LINE_AA)
-        text = f"{detections.name(label)} {score:.2f}"
+        text = f"{printable(detections.name(label))[:LONGEST_NAME]} {score:.2f}"
         (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, unit)
         left, top = max(0, min(x1, picture.shape[1] - width)), max(0, y1 - height - base)
         cv2.rectangle(canvas, (left, top), (left + width, top + height + base), color, -1)
@@ -72,6 +75,6 @@ def save_picture(path: Path, picture: np.ndarray) -> Path:
         quality = [cv2.IMWRITE_JPEG_QUALITY, 92] if path.suffix.lower() in (".jpg", ".jpeg") else []
         done, data = cv2.imencode(path.suffix, picture[..., ::-1], quality)
     except cv2.error as error:
-        raise InputError(f"{path}: unknown picture format {path.suffix!r}; expected .jpg or .png") from error
+        raise InputError(f"{printable(path)}: unknown picture format {path.suffix!r}; expected .jpg or .png") from error
     assert done
     return write_atomically(path, data.tobytes())

@@ -1,0 +1,90 @@
+"""Standard output and standard error, made so that they never end a command: not by their encoding, and not by a full disk."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+PLAIN = {"·": "-", "×": "x", "Δ": "delta", "…": "...", "°": " deg", "–": "-", "—": "-", "→": "->", "≤": "<=", "≥": ">="}
+"""What our own signs become where the terminal's encoding has none of them."""
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    chars = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c) or c.encode("unicode_escape").decode("ascii") for c in chars), error.end
+
+
+class Stream:
+    """A text stream that takes every text. If one cannot be written, ``error`` says why, and nothing more is written.
+
+    ``stream`` is None where the process was started without it.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        if self.error is None and text:
+            if not text.isascii():
+                text = text.encode(self.encoding, "fusenms").decode(self.encoding)
+            if self._stream is None:
+                self.error = OSError(errno.EBADF, "it is closed")
+            else:
+                self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.error is None and self._stream is not None:
+            self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream is not None and not self._stream.closed and self._stream.isatty()
+
+    def _try(self, call: Any, *args: str) -> None:
+        try:
+            call(*args)
+        except (OSError, ValueError) as error:  # ValueError: closed by somebody in this process
+            self.error = error if isinstance(error, OSError) else OSError(errno.EBADF, "it is closed")
+            if self._stream in (sys.__stdout__, sys.__stderr__):
+                with suppress(OSError, ValueError):  # what is left in its buffer would fail once more when Python ends
+                    nothing = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nothing, cast(TextIO, self._stream).fileno())
+                    os.close(nothing)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def standard_streams() -> Iterator[Stream]:
+    """Standard output and error as `Stream`s for a while; gives that of the output, whose ``error`` is known at the end."""
+    codecs.register_error("fusenms", _plain)
+    old = sys.stdout, sys.stderr
+    output, errors = Stream(sys.stdout), Stream(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, errors)
+    try:
+        yield output
+    finally:
+        output.flush()
+        errors.flush()
+        sys.stdout, sys.stderr = old
+
+
+def fill_descriptors() -> None:
+    """Open the descriptors 0 to 2 where the process was started without them: a file that it opens must not become its output."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest one that is free
