@@ -1,0 +1,124 @@
+"""A network rebuilt from plain data computes what the pickled one does."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from fusenms.errors import SourceError
+from fusenms.limits import Limits
+from fusenms.sources import modules
+from fusenms.sources.checkpoint import load_checkpoint
+
+LAYERS = [
+    nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, (1, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=4, bias=False),
+    nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.Conv2d(8, 8, 3, padding="same"), nn.Conv2d(8, 8, 1, padding="valid"),
+    nn.ConvTranspose2d(8, 8, 2, 2), nn.ConvTranspose2d(8, 8, 3, 2, output_padding=1, groups=2),
+    nn.BatchNorm2d(8, eps=0.1), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(3, 1, 1, ceil_mode=True),
+    nn.Upsample(scale_factor=2.0), nn.Upsample(scale_factor=(1.5, 2.0), mode="bilinear", align_corners=True), nn.ZeroPad2d((1, 0, 2, 3)),
+    nn.SiLU(), nn.ReLU(inplace=True), nn.Hardswish(), nn.LeakyReLU(0.3), nn.GELU("tanh"), nn.GELU(), nn.Tanh(), nn.Identity(),
+    nn.Dropout(0.5), nn.Sequential(nn.SiLU(), nn.Tanh()), nn.LayerNorm((2,), eps=0.1), nn.Linear(2, 2), nn.Linear(2, 2, bias=False),
+]  # fmt: skip
+
+
+def checkpoint(path, layer: nn.Module | None = None) -> modules.DetectionModel:
+    """Save a network with this layer in it; return the network."""
+    torch.manual_seed(0)
+    head = modules.AnchorFreeDetect(2, (8,), (8,))
+    model = modules.DetectionModel([modules.Conv(3, 8, 8, 8, 0), modules.Conv(8, 8), head], [-1, -1, [0]]).eval()
+    if layer is not None:
+        model.model[1].act = layer.eval()
+        head.nc = 2
+    torch.save({"model": model}, path)
+    return model
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_layer_computes_the_same(layer, tmp_path):
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *(b for b in layer.buffers() if b.is_floating_point())):
+            tensor.uniform_(0.5, 1.5)
+    model = checkpoint(tmp_path / "a.pt", layer)
+    images = torch.rand(1, 3, 16, 16)
+    rebuilt = load_checkpoint(tmp_path / "a.pt").module
+    torch.testing.assert_close(
+        rebuilt.model[1](rebuilt.model[0](images)), model.model[1](model.model[0](images)), atol=1e-5, rtol=1e-5
+    )
+
+
+def changed_weight(change):
+    def edit(model):
+        conv = model.model[0].conv
+        conv.weight = nn.Parameter(change(conv.weight.detach()), requires_grad=False)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.double,
+     lambda w: w.contiguous(memory_format=torch.channels_last), lambda w: torch.cat((w, w))[8:],
+     lambda w: w.permute(3, 2, 1, 0).clone().permute(3, 2, 1, 0)],
+    ids=["float16", "bfloat16", "float64", "channels last", "a part of a storage", "permuted"],
+)  # fmt: skip
+def test_weight_is_read_however_it_is_stored(change, tmp_path):
+    model = checkpoint(tmp_path / "a.pt")
+    changed_weight(change)(model)
+    torch.save({"model": model}, tmp_path / "a.pt")
+    expected = copy.deepcopy(model.model[0]).float()
+    expected.fold()
+    got = load_checkpoint(tmp_path / "a.pt").module.model[0].conv.weight
+    torch.testing.assert_close(got, expected.conv.weight, atol=0, rtol=0)
+
+
+def test_a_shared_layer_stays_shared(tmp_path):
+    model = checkpoint(tmp_path / "a.pt")
+    model.model[1].act = model.model[0].act
+    torch.save({"model": model}, tmp_path / "a.pt")
+    rebuilt = load_checkpoint(tmp_path / "a.pt").module
+    assert rebuilt.model[1].act is rebuilt.model[0].act
+
+
+def test_the_host_programs_own_loading_is_not_disturbed(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "a.pt")
+    for name in ("add_safe_globals", "clear_safe_globals", "safe_globals", "load"):
+        monkeypatch.setattr(torch.serialization, name, None)
+    monkeypatch.setattr(torch, "load", None)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(load_checkpoint(tmp_path / "a.pt"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"max_modules": 10}, "layers; expected at most 10"),
+        ({"max_parameters": 100}, "weights; expected at most 100"),
+        ({"max_operations": 5}, "more than 5 operators"),
+        ({"max_flops_per_pixel": 5}, "more than 5 operations for each pixel"),
+        ({"max_tensor_elements": 300}, "expected"),
+        ({"max_channels": 7}, "expected a whole number from 1 to 7"),
+        ({"max_repeats": 3}, "expected a whole number from 1 to 3"),
+        ({"max_nesting": 1}, "nested deeper than 1"),
+        ({"max_opcodes": 50}, "more than 50 instructions"),
+        ({"max_pickle_bytes": 50}, "expected at most 50"),
+        ({"max_archive_entries": 5}, "expected at most 5"),
+        ({"max_file_bytes": 500}, "expected at most 500"),
+        ({"max_class_names": 1}, "class"),
+        ({"max_name_length": 5}, "characters; expected at most 5"),
+    ],
+    ids=str,
+)
+def test_error_when_a_checkpoint_exceeds_a_bound(limit, message, tmp_path):
+    checkpoint(tmp_path / "a.pt")
+    load_checkpoint(tmp_path / "a.pt")
+    with pytest.raises(SourceError, match=message):
+        load_checkpoint(tmp_path / "a.pt", limits=Limits(**limit))
