@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusenms.config import PostprocessConfig
     from fusenms.errors import FusenmsError
     from fusenms.heads import recognize
+    from fusenms.limits import Limits
     from fusenms.pipeline import fuse
     from fusenms.runtime import Detections, Detector
     from fusenms.sources import load
@@ -21,6 +22,7 @@ _HOMES = {
     "Detector": "fusenms.runtime",
     "FusedModel": "fusenms.artifacts",
     "FusenmsError": "fusenms.errors",
+    "Limits": "fusenms.limits",
     "PostprocessConfig": "fusenms.config",
     "RawModel": "fusenms.artifacts",
     "Report": "fusenms.verification",
@@ -35,6 +37,7 @@ __all__ = [
     "Detector",
     "FusedModel",
     "FusenmsError",
+    "Limits",
     "PostprocessConfig",
     "RawModel",
     "Report",
