@@ -57,6 +57,7 @@ def write_segmenter(path: Path) -> Path:
     model = load_checkpoint(SHAPES / "shapes.pt").module
     head = model.model[-1]
     channels = [branch[0].conv.in_channels for branch in head.cv2]
+    del head.one_to_one
     head.__class__, head.nm = AnchorFreeSegment, 4
     head.cv4, head.proto = nn.ModuleList(nn.Conv2d(c, 4, 1) for c in channels), Proto()
     head.proto.cv1, head.proto.cv2, head.proto.cv3 = Conv(channels[0], 8, 3), Conv(8, 8, 3), Conv(8, 4)

@@ -75,6 +75,17 @@ def test_weight_is_read_however_it_is_stored(change, tmp_path):
     torch.testing.assert_close(got, expected.conv.weight, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "fold", [lambda conv: conv.fold(), lambda conv: (conv.fold(), conv.__delattr__("bn"))], ids=["None", "absent"]
+)
+def test_a_folded_convolution_is_taken_as_it_is(fold, tmp_path):
+    model = checkpoint(tmp_path / "a.pt")
+    fold(model.model[0])
+    torch.save({"model": model}, tmp_path / "a.pt")
+    got = load_checkpoint(tmp_path / "a.pt").module.model[0]
+    torch.testing.assert_close(got.conv.weight, model.model[0].conv.weight, atol=0, rtol=0)
+
+
 def test_a_shared_layer_stays_shared(tmp_path):
     model = checkpoint(tmp_path / "a.pt")
     model.model[1].act = model.model[0].act

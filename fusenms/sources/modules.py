@@ -50,14 +50,12 @@ class Conv(StandIn):
         self.act: nn.Module = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        if self.bn is not None:
-            x = self.bn(x)
-        return self.act(x)
+        x, bn = self.conv(x), self._modules.get("bn")  # a folded checkpoint has none
+        return self.act(x if bn is None else bn(x))
 
     def fold(self) -> None:
         """Fold the batch normalization into the convolution, computed in float64. In evaluation mode only."""
-        bn = self.__dict__["_modules"].get("bn")
+        bn: Any = self._modules.get("bn")
         if bn is not None:
             weight = self.conv.weight.double()
             bias = torch.zeros(len(weight), dtype=torch.float64) if self.conv.bias is None else self.conv.bias.double()
