@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -277,6 +278,13 @@ def test_engine_is_read_with_what_its_sidecar_says(engine):
     assert read.info["builder"]["strongly_typed"] is True
 
 
+def edit_sidecar(path: Path, edit) -> None:
+    sidecar = path.with_name("shapes.rtx.json")
+    info = json.loads(sidecar.read_text())
+    edit(info)
+    sidecar.write_text(json.dumps(info))
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -285,6 +293,18 @@ def test_engine_is_read_with_what_its_sidecar_says(engine):
         (lambda path: path.with_name("shapes.rtx.json").write_text("{}"), "has no sidecar shapes.rtx.json"),
         (lambda path: path.with_name("shapes.rtx.json").write_text("no json"), "has no sidecar shapes.rtx.json"),
         (lambda path: path.unlink(), "cannot be read"),
+        *[
+            (lambda path, edit=edit: edit_sidecar(path, edit), "has no sidecar shapes.rtx.json")
+            for edit in (
+                lambda info: info.pop("builder"),
+                lambda info: info["builder"].pop("version"),
+                lambda info: info["source"].update(file="../shapes.onnx"),
+                lambda info: info["source"].update(file=5),
+                lambda info: info.update(inputs={}),
+                lambda info: info.update(inputs={"images": {"min": [], "opt": "640", "max": None}}),
+                lambda info: info.update(metadata=[]),
+            )
+        ],
     ],
 )
 def test_engine_that_is_not_the_one_of_its_sidecar_is_refused(engine, harm, message, capsys):

@@ -113,7 +113,7 @@ def _run(words: list[str]) -> int:
         message = (
             str(error)
             if isinstance(error, FusenmsError)
-            else "not enough memory; expected a smaller model, size or number of pictures"
+            else "not enough memory; expected a smaller model, size or number of images"
         )
         if args.verbose:
             print(printable_lines(traceback.format_exc()), file=sys.stderr)

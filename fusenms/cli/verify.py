@@ -13,6 +13,7 @@ from fusenms.engines.base import load_engine
 from fusenms.engines.plugin import load_plugin_library
 from fusenms.engines.running import ENGINES, compare_engine
 from fusenms.errors import BackendUnavailableError, InputError
+from fusenms.text import printable
 from fusenms.verification import BATCHES, verify
 
 NAME = "verify"
@@ -66,7 +67,10 @@ def _engine(args: argparse.Namespace) -> int:
         from fusenms.runtime.pictures import load_tensor
 
         stretch = json.loads(info["metadata"].get(KEY_IMAGE, "{}")).get("stretch", False)
-        height, width = next(iter(info["inputs"].values()))["opt"][2:]
+        usual = next(iter(info["inputs"].values()))["opt"]
+        if len(usual) != 4:
+            raise InputError(f"{printable(path)}: its first input has the shape {usual}; expected that of images")
+        height, width = usual[2:]
         images = load_tensor(args.images, height, width, stretch)
     try:
         found = compare_engine(path, images=images)

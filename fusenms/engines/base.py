@@ -94,6 +94,7 @@ def load_engine(path: Path) -> Engine:
     try:
         info = json.loads(read_regular(sidecar, DEFAULT_LIMITS.max_metadata_bytes))
         expected = info["engine"]["sha256"]
+        _check_sidecar(info)
     except (SourceError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"{path}: has no sidecar {sidecar.name} that says what it is ({error}); an engine can hold code, so it is not opened "
@@ -106,6 +107,25 @@ def load_engine(path: Path) -> Engine:
             "changed or replaced: build it again"
         )
     return Engine(data, info)
+
+
+def _check_sidecar(info: Any) -> None:
+    """Refuse a sidecar that lacks what `fusenms verify` needs, or names a file in another folder.
+
+    Raises:
+        KeyError, TypeError, ValueError: it does.
+    """
+    name, version, file = info["builder"]["name"], info["builder"]["version"], info["source"]["file"]
+    if not all(isinstance(text, str) for text in (name, version, file, info["source"]["sha256"])):
+        raise TypeError("builder and source are no text")
+    if Path(file).name != file or not file.isprintable():
+        raise ValueError("its source is no name of a file")
+    if not info["inputs"] or not isinstance(info["metadata"], dict):
+        raise ValueError("it names no inputs or no metadata")
+    for shapes in info["inputs"].values():
+        for key in ("min", "opt", "max"):
+            if not isinstance(shapes[key], list) or not all(type(size) is int and size > 0 for size in shapes[key]):
+                raise ValueError(f"the {key} shape of an input is {shapes[key]!r}")
 
 
 def beside(path: Path) -> tuple[Path, Path]:

@@ -158,7 +158,7 @@ class Detector:
         try:
             return fit(picture, self._image.height, self._image.width)
         except MemoryError as error:
-            raise InputError("not enough memory for the picture; expected a smaller one") from error
+            raise InputError("not enough memory for the image; expected a smaller one") from error
 
     def _open_runner(self) -> OnnxRuntimeRunner:
         runner = self._runner
@@ -177,7 +177,7 @@ class Detector:
             return self._infer(runner, canvases, places)
         except MemoryError as error:
             raise InputError(
-                f"not enough memory for {len(canvases)} pictures at once; expected a smaller batch_size"
+                f"not enough memory for {len(canvases)} images at once; expected a smaller batch_size"
             ) from error
 
     def _infer(

@@ -62,7 +62,7 @@ def read_picture(source: Any, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
         if hasattr(source, "convert"):  # a PIL image, without importing PIL
             return _from_pil(source, limits)
     except MemoryError as error:
-        raise InputError("not enough memory for the picture; expected a smaller one") from error
+        raise InputError("not enough memory for the image; expected a smaller one") from error
     raise InputError(f"found {printable(type(source).__name__)}; expected a path, an array or a PIL image")
 
 
@@ -250,7 +250,7 @@ def _resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return cv2.resize(picture, size, interpolation=cv2.INTER_LINEAR)
     except cv2.error as error:
         raise InputError(
-            f"a picture of {picture.shape[1]} x {picture.shape[0]} pixels cannot be scaled to {size[0]} x {size[1]} ({error.err})"
+            f"an image of {picture.shape[1]} x {picture.shape[0]} pixels cannot be scaled to {size[0]} x {size[1]} ({error.err})"
         ) from error
 
 

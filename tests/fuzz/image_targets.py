@@ -224,6 +224,10 @@ def main(seconds: float, seed: int) -> int:
             found.write_bytes(data)
             print(f"{found}: {type(error).__name__}: {error!r:.200}", flush=True)
         if (spent := time.process_time() - start) > SLOW:
+            start = time.process_time()  # once more: the first time, the machine may have been busy
+            fuzz_image(data)
+            spent = min(spent, time.process_time() - start)
+        if spent > SLOW:
             finds, last = finds + 1, time.process_time()
             found = Path(tempfile.gettempdir()) / f"fusenms-find-{seed}-{finds}"
             found.write_bytes(data)
