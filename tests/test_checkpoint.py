@@ -330,6 +330,21 @@ def test_folding_changes_nothing():
     torch.testing.assert_close(conv(x), before)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_error_when_anchors_are_no_sizes(tmp_path, value):
+    head = modules.AnchorDetect()
+    head.nc, head.na, head.no, head.stride = 1, 1, 6, torch.tensor([8.0])
+    head.m = nn.ModuleList([nn.Conv2d(8, 6, 1)])
+    head.register_buffer("anchors", torch.full((1, 1, 2), 2.0))
+    model = modules.DetectionModel([modules.Conv(3, 8, 8, 8, 0), head], [-1, [-1]])
+    torch.save({"model": model}, tmp_path / "c.pt")
+    assert load_checkpoint(tmp_path / "c.pt").strides == (8,)
+    head.anchors[0, 0, 0] = value
+    torch.save({"model": model}, tmp_path / "c.pt")
+    with pytest.raises(SourceError, match=r"anchors|not finite"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
 def test_layouts_say_the_heads(zoo):
     five = _layout(load_checkpoint(zoo / "yolov5n.pt"))
     assert five.decode.anchors[0] == ((10.0, 13.0), (16.0, 30.0), (33.0, 23.0))

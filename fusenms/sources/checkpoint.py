@@ -324,6 +324,8 @@ def _check_head(head: Head, strides: tuple[int, ...], shapes: list[tuple[int, ..
         anchors = tuple(head.anchors.shape)
         if anchors != (len(strides), int(head.na), 2):
             raise ValueError(f"its anchors are {list(anchors)}; expected [{len(strides)}, {int(head.na)}, 2]")
+        if not (head.anchors > 0).all():
+            raise ValueError("some of its anchors are 0 or negative; expected sizes in units of the stride")
         expected = [(5 + classes, int(head.na) * cells)]
     if isinstance(head, (tasks.AnchorFreeSegment, tasks.AnchorSegment)):
         candidates, prototypes = expected[0][1], shapes[-1]

@@ -21,6 +21,7 @@ from fusenms.errors import FusenmsError
 from fusenms.limits import DEFAULT_LIMITS
 from fusenms.sources import modules
 from fusenms.sources.checkpoint import load_checkpoint
+from fusenms.sources.export import network_of
 from fusenms.sources.unpickle import Global, Record, Storage, globals_of, unpickle
 
 MOST_SECONDS, MOST_MEMORY = 20.0, 2**30
@@ -118,7 +119,7 @@ def _changed_pickle(chance: Chance) -> bytes:
 def _run(path: Path) -> None:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with contextlib.suppress(FusenmsError):
-        load_checkpoint(path)
+        network_of(load_checkpoint(path), path.name)
     seconds = time.process_time() - start
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if seconds > MOST_SECONDS or memory > MOST_MEMORY:
