@@ -37,6 +37,7 @@ class Limits:
         max_run_seconds: time for one run of a graph of unknown origin, in seconds.
         max_image_file_bytes: size of an image file, in bytes.
         max_pixels: height times width of an image, read from its header before it is decoded.
+        max_run_operations: multiplications and results of one run of an ONNX graph at its own batch, or 1, as far as shapes show them.
     """
 
     max_file_bytes: int = 4096 * MIB
@@ -59,6 +60,7 @@ class Limits:
     max_run_seconds: float = 120.0
     max_image_file_bytes: int = 256 * MIB
     max_pixels: int = 100_000_000
+    max_run_operations: int = 20_000_000_000_000
 
     def __post_init__(self) -> None:
         for field in fields(self):

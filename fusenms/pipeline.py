@@ -17,6 +17,7 @@ from fusenms.errors import ConfigError, VerificationError
 from fusenms.fusion import fuse_head
 from fusenms.heads import recognize
 from fusenms.layout import Layout
+from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.precision import PRECISIONS, to_half
 from fusenms.sources import load
 from fusenms.verification import pictures_for, verify
@@ -40,6 +41,7 @@ def fuse(
     images: np.ndarray | None = None,
     unverified: bool = False,
     precision: str = "fp32",
+    limits: Limits = DEFAULT_LIMITS,
     **config: Any,
 ) -> FusedModel:
     """Load weights, recognize the head, fuse the post-processing and prove the result.
@@ -53,6 +55,7 @@ def fuse(
         images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
         unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
         precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says what that changes on the pictures.
+        limits: bounds of files of unknown origin, and of each run of their graphs; a loaded `RawModel` has its own.
         **config: fields of `PostprocessConfig`.
 
     Returns:
@@ -76,7 +79,7 @@ def fuse(
             )
         raw = weights
     else:
-        raw = load(weights, **loading)
+        raw = load(weights, **loading, limits=limits)
     found = recognize(raw, family)
     raw = open_batch(raw, found)
     fused = fuse_head(raw, found, settings, backend)

@@ -14,7 +14,8 @@ from fusenms.artifacts import load_fused
 from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.boxes import oriented_to_corners, upright_around
-from fusenms.errors import InputError, UnsupportedByBackendError
+from fusenms.errors import InputError, RunError, UnsupportedByBackendError
+from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.masks import Masks, logits_of
 from fusenms.runtime.pictures import Placement, letterbox, read_picture, stretched, to_tensor
@@ -37,6 +38,7 @@ class Detector:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         batch_size: int = 8,
         threads: int | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Open a fused file.
 
@@ -44,6 +46,7 @@ class Detector:
             providers: ONNX Runtime execution providers, in order of preference.
             batch_size: most pictures that are run at once; one, for a model in which the pictures of a batch change each other.
             threads: of one run; default: ONNX Runtime's choice.
+            limits: bounds of what is read, and of each run.
 
         Raises:
             SourceError: the file cannot be read, or is not a fused model.
@@ -55,7 +58,7 @@ class Detector:
             raise InputError(f"providers is {providers!r}; expected a list of names, as ['CPUExecutionProvider']")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
-        fused = load_fused(path)
+        fused = load_fused(path, limits=limits)
         plugins = {node.domain for node in fused.model.graph.node} - {"", "ai.onnx"}
         if plugins and not get_backend(fused.backend).runs_on_onnxruntime:
             raise UnsupportedByBackendError(
@@ -64,8 +67,15 @@ class Detector:
             )
         self.class_names = fused.names
         self._image, self._names = fused.image, fused.config.output_names
+        self._outputs, self._rows, self._path = (
+            fused.layout.outputs(fused.config),
+            fused.config.max_detections,
+            str(path),
+        )
         self._batch_size = batch_size if fused.image.independent else 1
-        self._runner: OnnxRuntimeRunner | None = OnnxRuntimeRunner(fused.model, tuple(providers), threads)
+        self._runner: OnnxRuntimeRunner | None = OnnxRuntimeRunner(
+            fused.model, tuple(providers), threads, source=str(path), max_seconds=limits.max_run_seconds
+        )
 
     def __enter__(self) -> Detector:
         return self
@@ -90,6 +100,7 @@ class Detector:
 
         Raises:
             InputError: one of them is not a picture.
+            RunError: the model fails, takes too long, or gives what it does not promise.
         """
         single = isinstance(images, (str, os.PathLike, np.ndarray)) or hasattr(images, "convert")
         if not single and not isinstance(images, Iterable):
@@ -115,6 +126,7 @@ class Detector:
         if runner is None:
             raise InputError("the detector is closed; open the file again")
         outputs = runner.infer(to_tensor(canvases))
+        self._check(outputs, len(canvases))
         counts = outputs[self._names[0]]
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
         if not converged.all():
@@ -128,6 +140,28 @@ class Detector:
             )
             for i, place in enumerate(places)
         ]
+
+    def _check(self, outputs: dict[str, np.ndarray], batch: int) -> None:
+        """Refuse outputs that are not those of the contract: the graph may have been changed after it was written."""
+        for name, spec in self._outputs:
+            value = outputs.get(name)
+            sides = value.shape[2:] if isinstance(value, np.ndarray) and value.ndim == 4 and "h" in spec.shape else ()
+            expected = spec.shape_for(batch, self._rows, *sides)
+            if not isinstance(value, np.ndarray) or value.shape != expected or value.dtype != spec.dtype:
+                found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else "nothing"
+                raise RunError(
+                    f"{self._path}: gives {name} {found}; expected {spec.dtype}{list(expected)}. Fuse the model again"
+                )
+        counts, boxes, scores, _ = (outputs[name] for name in self._names)
+        if counts.min() < 0 or counts.max() > self._rows:
+            raise RunError(
+                f"{self._path}: gives {counts.ravel().tolist()[:8]} detections; expected 0 to {self._rows}. Fuse the model again"
+            )
+        used = np.arange(self._rows) < counts
+        if not (np.isfinite(boxes).all(2) & np.isfinite(scores))[used].all():
+            raise RunError(
+                f"{self._path}: gives boxes or scores that are not finite; the weights or the file are damaged"
+            )
 
     def _found(self, outputs: dict[str, np.ndarray], count: int, place: Placement, converged: bool) -> Detections:
         """What was found in one picture, given its outputs."""

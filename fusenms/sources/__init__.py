@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fusenms.artifacts import PIXELS, Pixels, RawModel
 from fusenms.errors import BackendUnavailableError, ConfigError, SourceError
 from fusenms.layout import Layout
+from fusenms.limits import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
     from fusenms.sources.export import Network
@@ -33,6 +34,7 @@ def load(
     example: Any = None,
     layout: Layout | None = None,
     names: Sequence[str] = (),
+    limits: Limits = DEFAULT_LIMITS,
 ) -> RawModel:
     """Read a detector's weights; export them to ONNX where they are none yet.
 
@@ -50,6 +52,7 @@ def load(
         example: of an `nn.Module`: a batch of pictures ``[B, 3, height, width]`` of the size that it works at.
         layout: of an `nn.Module`: what it returns.
         names: of an `nn.Module`: its classes.
+        limits: bounds of files of unknown origin, and of each run of their graphs.
 
     Raises:
         SourceError: the weights are missing, damaged, unsafe, or no detector.
@@ -68,7 +71,7 @@ def load(
     if example is not None or layout is not None or names:
         raise ConfigError("example, layout and names are for an nn.Module; a file says these itself: leave them out")
     path = Path(weights)
-    raw = _file(path, sides, dynamic_size, opset, make_dynamic, one_to_many)
+    raw = _file(path, sides, dynamic_size, opset, make_dynamic, one_to_many, limits)
     return replace(
         raw,
         pixels=raw.pixels if wanted is None else wanted,
@@ -77,7 +80,8 @@ def load(
 
 
 def _file(
-    path: Path, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None, make_dynamic: bool, one_to_many: bool
+    path: Path, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None, make_dynamic: bool, one_to_many: bool,
+    limits: Limits,
 ) -> RawModel:  # fmt: skip
     if not path.exists():
         raise SourceError(f"{path}: no such file; expected {EXPECTED}")
@@ -93,14 +97,14 @@ def _file(
 
         if opset is not None:
             raise ConfigError("opset is for exporting a checkpoint; an .onnx file keeps its own: leave it out")
-        return load_onnx(path, size=size, dynamic_size=dynamic_size, make_dynamic=make_dynamic)
+        return load_onnx(path, size=size, dynamic_size=dynamic_size, make_dynamic=make_dynamic, limits=limits)
     if path.is_file() and suffix not in CHECKPOINT_SUFFIXES:
         raise SourceError(f"{path}: unknown kind of file ({path.suffix or 'no suffix'}); expected {EXPECTED}")
-    return _export(path, size, dynamic_size, opset, one_to_many)
+    return _export(path, size, dynamic_size, opset, one_to_many, limits)
 
 
 def _export(
-    path: Path, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None, one_to_many: bool
+    path: Path, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None, one_to_many: bool, limits: Limits
 ) -> RawModel:  # fmt: skip
     try:
         from fusenms.sources.checkpoint import load_checkpoint
@@ -111,7 +115,7 @@ def _export(
             f"{path}: needs PyTorch ({error}); install it with: pip install 'fusenms[export]'"
         ) from error
     network: Network = (
-        load_directory(path) if path.is_dir() else network_of(load_checkpoint(path, one_to_many), path.name)
+        load_directory(path, limits) if path.is_dir() else network_of(load_checkpoint(path, one_to_many), path.name)
     )
     return export(network, size=size, dynamic_size=dynamic_size, opset=opset)
 
