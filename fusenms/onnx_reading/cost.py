@@ -1,6 +1,7 @@
 """What one run of a graph costs at least, found without running it.
 
-Shapes are inferred by onnx from the input's size on; what they do not show (shapes that depend on values) is not counted. A single
+Shapes are inferred by onnx from the input's size on, and computed sizes by `sizes`; what they do not show (shapes that depend on
+pixels) is not counted. A single
 operator cannot be interrupted, and memory is not limited within a process, so whatever shows here is refused here.
 """
 
@@ -11,16 +12,17 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusenms.limits import Limits
-from fusenms.onnx_reading.structure import STANDARD, graphs_of
+from fusenms.onnx_reading.sizes import compute
+from fusenms.onnx_reading.structure import graphs_of
+from fusenms.sessions import first_line
 
 if TYPE_CHECKING:
     import onnx
 
-MOST_SHAPE_ELEMENTS = 2**16
-"""Elements of a vector of whole numbers that is joined from others. Shape inference follows these one by one."""
+MOST_ROUNDS = 8
+"""How often shapes are inferred again because sizes became known."""
 SMALL = 4096
-"""Elements of a constant whose values shape inference may need."""
-UNKNOWN = "fusenms.unknown"
+"""Elements of a constant, or a computed one, whose values shape inference may need."""
 
 Shape = tuple[int, ...]
 
@@ -38,14 +40,13 @@ def check_cost(model: onnx.ModelProto, sizes: Mapping[str, Shape], limits: Limit
 
     skeleton = _skeleton(model, sizes)
     try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton)
-        if _joins_are_small(inferred):
-            inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise ValueError(
-            f"shapes of its tensors cannot be found ({str(error).strip().splitlines()[0][:200]})"
-        ) from error
-    operations = _count(inferred.graph, {}, limits)
+        for _ in range(MOST_ROUNDS):
+            inferred = onnx.shape_inference.infer_shapes(skeleton)
+            operations = _count(inferred.graph, {}, limits)
+            if not _fill_in(skeleton, _shapes(inferred.graph, known=True)):
+                break
+    except (onnx.shape_inference.InferenceError, RuntimeError, TypeError, MemoryError) as error:
+        raise ValueError(f"shapes of its tensors cannot be found ({first_line(error)})") from error
     if operations > limits.max_run_operations:
         raise ValueError(
             f"one run takes {operations:.2g} operations or more; expected at most {limits.max_run_operations:.2g} (max_run_operations)"
@@ -84,12 +85,10 @@ def _skeleton(model: onnx.ModelProto, sizes: Mapping[str, Shape]) -> onnx.ModelP
 
 
 def _prepare(nodes: Iterable[onnx.NodeProto]) -> None:
-    """Forget claimed shapes in inner graphs; hide `Range`, whose values onnx would write down one by one."""
+    """Forget claimed shapes in inner graphs."""
     todo = list(nodes)
     while todo:
         node = todo.pop()
-        if node.op_type == "Range":
-            node.domain = UNKNOWN
         for graph in graphs_of(node):
             del graph.value_info[:]
             for entry in graph.output:
@@ -97,39 +96,48 @@ def _prepare(nodes: Iterable[onnx.NodeProto]) -> None:
             todo += graph.node
 
 
-def _shapes(graph: onnx.GraphProto) -> dict[str, Shape]:
-    """Shapes as far as they are known; an unknown size counts as 1."""
-    import onnx
-
+def _shapes(graph: onnx.GraphProto, *, known: bool = False) -> dict[str, Shape]:
+    """Shapes as far as they are found; an unknown size counts as 1, or with ``known`` those that have one are left out."""
     found = {item.name: tuple(item.dims) for item in graph.initializer}
     for entry in (*graph.input, *graph.value_info, *graph.output):
-        if entry.type.HasField("tensor_type") and entry.type.tensor_type.HasField("shape"):
+        tensor = entry.type.tensor_type
+        if entry.type.HasField("tensor_type") and tensor.HasField("shape"):
+            if known and not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+                continue
             found[entry.name] = tuple(
-                max(dim.dim_value, 0) if dim.HasField("dim_value") else 1 for dim in entry.type.tensor_type.shape.dim
+                max(dim.dim_value, 0) if dim.HasField("dim_value") else 1 for dim in tensor.shape.dim
             )
     for node in graph.node:
-        if (
-            node.op_type == "Constant"
-            and node.domain in STANDARD
-            and node.attribute[0].type == onnx.AttributeProto.TENSOR
-        ):
+        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
             found[node.output[0]] = tuple(node.attribute[0].t.dims)
     return found
 
 
-def _joins_are_small(model: onnx.ModelProto) -> bool:
-    shapes = _shapes(model.graph)
-    kinds = {entry.name: entry.type.tensor_type.elem_type for entry in model.graph.value_info}
-    joined = [
-        name
-        for node in model.graph.node
-        if node.op_type == "Concat"
-        for name in node.output
-        if kinds.get(name) in (6, 7)
-    ]
-    return all(
-        math.prod(shapes.get(name, ())) <= MOST_SHAPE_ELEMENTS for name in joined if len(shapes.get(name, ())) < 2
+def _fill_in(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> bool:
+    """Put constants in the place of nodes that compute sizes from known ones, in place; whether there were any.
+
+    onnx can do so itself (``data_prop``), but writes down each element of every vector on the way, however long.
+    """
+    from onnx import numpy_helper
+
+    values = {
+        item.name: numpy_helper.to_array(item) for item in model.graph.initializer if math.prod(item.dims) <= SMALL
+    }
+    known, kept = set(values), []
+    for node in model.graph.node:
+        value = compute(node, values, shapes)
+        if value is None:
+            kept.append(node)
+        else:
+            values[node.output[0]] = value
+    if len(kept) == len(model.graph.node):
+        return False
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in values.items() if name not in known
     )
+    return True
 
 
 def _count(graph: onnx.GraphProto, outer: dict[str, Shape], limits: Limits) -> float:

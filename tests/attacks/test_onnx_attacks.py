@@ -293,7 +293,9 @@ def deep(levels: int) -> Edit:
         while count < levels:
             graph = helper.make_graph([inner], f"g{count}", [], [helper.make_tensor_value_info(name, 1, None)])
             count, name = count + 1, f"if{count}"
-            inner = make_node("If", ["start"], [name], then_branch=graph, else_branch=graph if count < 2 else empty(name))
+            inner = make_node(
+                "If", ["start"], [name], then_branch=graph, else_branch=graph if count < 2 else empty(name)
+            )
         model.graph.initializer.append(numpy_helper.from_array(np.array(True), "start"))
         at = list(model.graph.node).index(node(model, "sigmoid"))
         model.graph.node.insert(at, inner)
@@ -614,7 +616,9 @@ def test_sound_file_is_fused_and_proven(tmp_path):
 
 
 def test_external_data_beside_the_model_is_read(tmp_path):
-    path = external("w.bin", prepare=lambda f: (f / "w.bin").write_bytes((f.parent / "outside.bin").read_bytes()))(tmp_path)
+    path = external("w.bin", prepare=lambda f: (f / "w.bin").write_bytes((f.parent / "outside.bin").read_bytes()))(
+        tmp_path
+    )
     assert fusenms.fuse(path, unverified=True).layout.family == "yolov8"
 
 
