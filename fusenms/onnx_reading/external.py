@@ -16,6 +16,8 @@ from fusenms.onnx_reading.structure import bytes_of, name_of
 if TYPE_CHECKING:
     import onnx
 
+MOST_BYTES = 2**31 - 1
+"""Of all external data: protobuf encodes no more, and sessions are made from encoded models."""
 KEYS = ("location", "offset", "length", "checksum")
 
 
@@ -33,7 +35,11 @@ def load_external_data(model: onnx.ModelProto, path: Path, limits: Limits) -> No
         for tensor in tensors_of(model)
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data
     ]
-    room = limits.max_file_bytes
+    total = sum(bytes_of(tensor, limits) for tensor in found)
+    if total > min(limits.max_file_bytes, MOST_BYTES):
+        raise ValueError(
+            f"has {total} bytes of external data; expected at most {min(limits.max_file_bytes, MOST_BYTES)}"
+        )
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for tensor in found:
@@ -49,9 +55,6 @@ def load_external_data(model: onnx.ModelProto, path: Path, limits: Limits) -> No
                 raise ValueError(
                     f"{where} has {length} bytes; expected {size}, by its type and dimensions {list(tensor.dims)}"
                 )
-            room -= size
-            if room < 0:
-                raise ValueError(f"external data of all tensors exceeds {limits.max_file_bytes} bytes (max_file_bytes)")
             location = entries.get("location", "")
             if location not in files:
                 inside = _inside(where, path, location)

@@ -37,6 +37,8 @@ def check_structure(model: onnx.ModelProto, limits: Limits) -> None:
     """
     if model.training_info:
         raise ValueError("holds training information; expected a model for inference")
+    if not 1 <= model.ir_version <= LARGEST_SIZE:
+        raise ValueError(f"is of the version {model.ir_version} of the format; expected one from 1 on")
     _check_metadata(model, limits)
     _check_messages(model, limits)
     versions = Counter(entry.domain if entry.domain not in STANDARD else "" for entry in model.opset_import)

@@ -92,7 +92,7 @@ def _file(
         raise ConfigError(
             "one_to_many is for checkpoints with two heads; these weights have what they have: leave it out"
         )
-    if path.is_file() and suffix == ".onnx":
+    if suffix == ".onnx" and not path.is_dir():
         from fusenms.sources.onnx_file import load_onnx
 
         if opset is not None:

@@ -103,7 +103,7 @@ def _load(
 def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) -> None:
     if contract.KEY_BACKEND in metadata:
         raise AlreadyFusedError(
-            f"{path}: is a fused model already (backend {metadata[contract.KEY_BACKEND]}); expected raw weights. "
+            f"{path}: is a fused model already (backend {metadata[contract.KEY_BACKEND][:40]!r}); expected raw weights. "
             f"Run it with: python -m fusenms detect {path} IMAGE, or check it with: python -m fusenms verify {path}"
         )
     for node in model.graph.node:
