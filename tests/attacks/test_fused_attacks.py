@@ -107,7 +107,8 @@ def node(index: int, change: Callable[[onnx.NodeProto], Any]) -> Edit:
 
 def no_stop(changed: onnx.ModelProto) -> None:
     value = helper.make_tensor_value_info
-    body = helper.make_graph([], "body", [value("i", 7, []), value("go", 9, []), value("x", 1, None)], [value("go", 9, []), value("x", 1, None)])  # fmt: skip
+    go, x = value("go", TensorProto.BOOL, []), value("x", TensorProto.FLOAT, None)
+    body = helper.make_graph([], "body", [value("i", TensorProto.INT64, []), go, x], [go, x])
     changed.graph.initializer.append(numpy_helper.from_array(np.array(2**62), "rounds"))
     changed.graph.initializer.append(numpy_helper.from_array(np.array(True), "start"))
     output(contract.SCORES, op="Loop", body=body)(changed)
@@ -147,20 +148,72 @@ def flipped_late(seed: int) -> Callable[[], bytes]:
 
 K = 300
 JSON = {
-    "100,000 brackets deep": "[" * 100_000, "100,000 objects deep": '{"a":' * 100_000, "no JSON": "{", "nothing": "", "null": "null", "a number": "5",
-    "a list": "[1, 2]", "a text": '"a"', "NaN": "NaN", "a number of ten thousand digits": "9" * 10_000, "1e999": "1e999",
-}  # fmt: skip
+    "100,000 brackets deep": "[" * 100_000,
+    "100,000 objects deep": '{"a":' * 100_000,
+    "no JSON": "{",
+    "nothing": "",
+    "null": "null",
+    "a number": "5",
+    "a list": "[1, 2]",
+    "a text": '"a"',
+    "NaN": "NaN",
+    "a number of ten thousand digits": "9" * 10_000,
+    "1e999": "1e999",
+}
 KEYS = (contract.KEY_LAYOUT, contract.KEY_CONFIG, contract.KEY_IMAGE, contract.KEY_NOTES)
-VALUES = {"null": None, "a text": "x", "a list": [[]], "an object": {}, "-1": -1, "10^30": 10**30, "NaN": float("nan"), "true": True}
+VALUES = {
+    "null": None,
+    "a text": "x",
+    "a list": [[]],
+    "an object": {},
+    "-1": -1,
+    "10^30": 10**30,
+    "NaN": float("nan"),
+    "true": True,
+}
 FIELDS = {
-    contract.KEY_IMAGE: [("tensor",), ("height",), ("width",), ("stride",), ("dynamic_size",), ("independent",), ("stretch",)],
-    contract.KEY_CONFIG: [("score_threshold",), ("max_detections",), ("max_candidates",), ("names",), ("masks",), ("rounds",), ("indices",)],
-    contract.KEY_LAYOUT: [
-        ("family",), ("boxes",), ("boxes", "tensor"), ("boxes", "stop"), ("classes", "channel_axis"), ("activation",), ("decode",), ("decode", "kind"),
-        ("joins",), ("suppress",), ("masks",), ("keypoints",), ("angle",), ("labels",),
+    contract.KEY_IMAGE: [
+        ("tensor",),
+        ("height",),
+        ("width",),
+        ("stride",),
+        ("dynamic_size",),
+        ("independent",),
+        ("stretch",),
     ],
-}  # fmt: skip
-SMALL = {"names": "{" * 50_000, "names unhashable": "{[]: 1}", "names escape": "['\\x1b[0m']", "names many": str(["a"] * 20_001), "names none": "7"}
+    contract.KEY_CONFIG: [
+        ("score_threshold",),
+        ("max_detections",),
+        ("max_candidates",),
+        ("names",),
+        ("masks",),
+        ("rounds",),
+        ("indices",),
+    ],
+    contract.KEY_LAYOUT: [
+        ("family",),
+        ("boxes",),
+        ("boxes", "tensor"),
+        ("boxes", "stop"),
+        ("classes", "channel_axis"),
+        ("activation",),
+        ("decode",),
+        ("decode", "kind"),
+        ("joins",),
+        ("suppress",),
+        ("masks",),
+        ("keypoints",),
+        ("angle",),
+        ("labels",),
+    ],
+}
+SMALL = {
+    "names": "{" * 50_000,
+    "names unhashable": "{[]: 1}",
+    "names escape": "['\\x1b[0m']",
+    "names many": str(["a"] * 20_001),
+    "names none": "7",
+}
 ODD_OUTPUTS = {
     "more detections than rows": output(contract.NUM_DETECTIONS, np.array([[K + 1]], np.int32)),
     "2^31 - 1 detections": output(contract.NUM_DETECTIONS, np.array([[2**31 - 1]], np.int32)),
@@ -178,19 +231,31 @@ ODD_OUTPUTS = {
     "scores as a sequence": output(contract.SCORES, op="SequenceConstruct"),
     "a loop that cannot be stopped": no_stop,
     "a tensor of 3 * 10^9": bomb,
-}  # fmt: skip
+}
 GRAPHS = {
-    "weights NaN": weights(float("nan")), "weights infinite": weights(float("inf")), "weights 3e38": weights(3e38), "weights 0": weights(0.0),
-    "whole numbers -1": every_int(-1), "whole numbers 2^31 - 1": every_int(2**31 - 1), "whole numbers 0": every_int(0),
-    "an operator of another name": node(3, lambda n: setattr(n, "op_type", "Relu")), "no nodes": lambda m: m.graph.ClearField("node"),
-    "a node less": lambda m: m.graph.node.pop(20), "the last node less": lambda m: m.graph.node.pop(),
+    "weights NaN": weights(float("nan")),
+    "weights infinite": weights(float("inf")),
+    "weights 3e38": weights(3e38),
+    "weights 0": weights(0.0),
+    "whole numbers -1": every_int(-1),
+    "whole numbers 2^31 - 1": every_int(2**31 - 1),
+    "whole numbers 0": every_int(0),
+    "an operator of another name": node(3, lambda n: setattr(n, "op_type", "Relu")),
+    "no nodes": lambda m: m.graph.ClearField("node"),
+    "a node less": lambda m: m.graph.node.pop(20),
+    "the last node less": lambda m: m.graph.node.pop(),
     "no attributes": lambda m: [n.ClearField("attribute") for n in m.graph.node] and None,
-    "no initializers": lambda m: m.graph.ClearField("initializer"), "an output less": lambda m: m.graph.output.pop(),
-    "an output of another name": lambda m: setattr(m.graph.output[0], "name", "count"), "the input of another name": lambda m: setattr(m.graph.input[0], "name", "image"),
-    "the input of another type": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 11), "a second input": lambda m: m.graph.input.append(helper.make_tensor_value_info("more", 1, [1])),
-    "a negative size": lambda m: m.graph.initializer[0].dims.append(-1), "3 bytes": lambda m: setattr(m.graph.initializer[0], "raw_data", b"abc"),
-    "opset 1": lambda m: setattr(m.opset_import[0], "version", 1), "another domain": node(2, lambda n: setattr(n, "domain", "com.nobody")),
-}  # fmt: skip
+    "no initializers": lambda m: m.graph.ClearField("initializer"),
+    "an output less": lambda m: m.graph.output.pop(),
+    "an output of another name": lambda m: setattr(m.graph.output[0], "name", "count"),
+    "the input of another name": lambda m: setattr(m.graph.input[0], "name", "image"),
+    "the input of another type": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 11),
+    "a second input": lambda m: m.graph.input.append(helper.make_tensor_value_info("more", 1, [1])),
+    "a negative size": lambda m: m.graph.initializer[0].dims.append(-1),
+    "3 bytes": lambda m: setattr(m.graph.initializer[0], "raw_data", b"abc"),
+    "opset 1": lambda m: setattr(m.opset_import[0], "version", 1),
+    "another domain": node(2, lambda n: setattr(n, "domain", "com.nobody")),
+}
 ATTACKS = (
     *(Attack(METADATA, f"{key} is {name}", edited(meta(key, text))) for key in KEYS for name, text in JSON.items()),
     *(Attack(METADATA, f"no {key}", edited(without(key))) for key in (*KEYS, contract.KEY_BACKEND, contract.KEY_TASK, contract.KEY_NAMES)),

@@ -26,9 +26,49 @@ from fusenms.limits import Limits
 
 LIMITS = Limits(max_run_seconds=2.0, max_tensor_elements=20_000_000, max_run_operations=20_000_000_000)
 MOST_SECONDS = 20.0
-NUMBERS = (0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 64, 127, 255, 1000, 2**31 - 1, -(2**31), 2**31, 2**32, 2**62, 2**63 - 1, -(2**63))
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    16,
+    64,
+    127,
+    255,
+    1000,
+    2**31 - 1,
+    -(2**31),
+    2**31,
+    2**32,
+    2**62,
+    2**63 - 1,
+    -(2**63),
+)
 FLOATS = (0.0, 1.0, -1.0, float("nan"), float("inf"), 3.4e38, 1e-45)
-TEXTS = ("", "a", "images", "output0", "head", "scores", "\x1b[0m", "a\0b", "é", "x" * 5000, "[" * 2000, "{}", "null", "NaN", "-1", "1e999", "{0: 'a'}")
+TEXTS = (
+    "",
+    "a",
+    "images",
+    "output0",
+    "head",
+    "scores",
+    "\x1b[0m",
+    "a\0b",
+    "é",
+    "x" * 5000,
+    "[" * 2000,
+    "{}",
+    "null",
+    "NaN",
+    "-1",
+    "1e999",
+    "{0: 'a'}",
+)
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
 
 
@@ -101,7 +141,11 @@ def mutate(model: onnx.ModelProto, choices: Choices, donors: list[Any]) -> None:
     if action == 0 and len(value):
         del value[place]
     elif action == 1 and len(value):
-        value.append(value[place] if field.message_type is None else type(value[place]).FromString(value[place].SerializeToString()))
+        value.append(
+            value[place]
+            if field.message_type is None
+            else type(value[place]).FromString(value[place].SerializeToString())
+        )
     elif action == 2 and len(value) > 1:
         other = choices.below(len(value))
         if field.message_type is None:
@@ -126,7 +170,9 @@ def changed(sound: onnx.ModelProto, data: bytes) -> bytes:
     """The file after what the data says."""
     choices = Choices(data)
     kind, count = choices.below(4), 1 + choices.below(4)
-    donors = messages(type(sound).FromString(sound.SerializeToString()))  # parts of another message, which no change reaches
+    donors = messages(
+        type(sound).FromString(sound.SerializeToString())
+    )  # parts of another message, which no change reaches
     for _ in range(count if kind else 0):
         if choices.left:
             mutate(sound, choices, donors)
