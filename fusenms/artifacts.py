@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +16,10 @@ from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, SourceError, VerificationError
 from fusenms.files import write_atomically
 from fusenms.layout import Layout
+from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.onnx_reading import read_model, untrusted
+from fusenms.onnx_reading.metadata import parse_names, read_json
+from fusenms.sessions import first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -94,8 +97,13 @@ class ImageInput:
     def __post_init__(self) -> None:
         for name in ("height", "width", "stride"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive number of pixels")
+        if not isinstance(self.tensor, str) or not self.tensor:
+            raise ValueError(f"tensor is {self.tensor!r}; expected a name")
+        for name in ("dynamic_size", "independent", "stretch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,8 +114,9 @@ class RawModel:
     """A detector as ONNX, up to its raw head, with dynamic batch; or with a ``frozen_batch``, which `fusenms.batch` opens.
 
     ``layout`` is set where the source knows it (our own export, a module described by hand);
-    otherwise `fusenms.recognize` finds it. ``precision`` is that of the network, "fp32" or "fp16". ``notes`` are lines for the user on
-    how it came about. ``pixels`` and ``stretch`` say how the network wants its pictures; None: as its family usually does.
+    otherwise `fusenms.recognize` finds it. ``limits`` bound what its graph may do where it is of unknown origin. ``precision`` is that of
+    the network, "fp32" or "fp16". ``notes`` are lines for the user on how it came about. ``pixels`` and ``stretch`` say how the network
+    wants its pictures; None: as its family usually does.
     """
 
     model: onnx.ModelProto
@@ -121,6 +130,7 @@ class RawModel:
     stretch: bool | None = None
     frozen_batch: int | None = None
     precision: str = "fp32"
+    limits: Limits = field(default=DEFAULT_LIMITS, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,7 @@ class FusedModel:
     precision: str = "fp32"
     report: Report | None = field(default=None, compare=False)
     notes: tuple[str, ...] = ()
+    limits: Limits = field(default=DEFAULT_LIMITS, compare=False, repr=False)
 
     def proven(self, report: Report) -> FusedModel:
         """Return this model with the report of its verification."""
@@ -198,38 +209,80 @@ class FusedModel:
         return write_atomically(Path(path), model.SerializeToString())
 
 
-def load_fused(path: str | os.PathLike[str]) -> FusedModel:
+def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> FusedModel:
     """Read a fused file that `FusedModel.save` wrote. Its report is not stored: `fusenms.verify` makes a new one.
 
+    Args:
+        limits: bounds of what is read, and of each run.
+
     Raises:
-        SourceError: the file cannot be read, or is not a fused model.
+        SourceError: the file cannot be read, is not a fused model, is damaged, or exceeds a limit.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise SourceError(f"found a {type(path).__name__}; expected the path of a fused .onnx file")
-    model = read_onnx(Path(path))
+    model = read_onnx(Path(path), limits)
     metadata = read_metadata(model)
     if contract.KEY_BACKEND not in metadata:
         raise SourceError(
             f"{path}: not a fused model (it has no {contract.KEY_BACKEND} metadata); make one with: python -m fusenms {path}"
         )
-    try:
-        fused = FusedModel(
-            model=model,
-            image=ImageInput(**json.loads(metadata[contract.KEY_IMAGE])),
-            names=parse_names(metadata[contract.KEY_NAMES]),
-            task=metadata[contract.KEY_TASK],
-            source=metadata[contract.KEY_SOURCE],
-            layout=Layout.from_dict(json.loads(metadata[contract.KEY_LAYOUT])),
-            config=PostprocessConfig.from_dict(json.loads(metadata[contract.KEY_CONFIG])),
-            backend=metadata[contract.KEY_BACKEND],
-            suppressed_by=metadata.get(contract.KEY_SUPPRESSION, ""),
-            precision=metadata.get(contract.KEY_PRECISION, "fp32"),
-            notes=tuple(json.loads(metadata[contract.KEY_NOTES])),
-        )
-    except (KeyError, TypeError, ValueError, SourceError) as error:
-        raise SourceError(f"{path}: its metadata is damaged ({error}); fuse the model again") from error
-    _check_graph(path, fused)
+    with untrusted(path, "reading its metadata"):
+        try:
+            fused = _from_metadata(model, metadata, limits)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError) as error:
+            raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
+        _check_graph(path, fused)
+    image = fused.image
+    refuse_cost(path, model, {image.tensor: (1, 3, image.height, image.width)}, limits)
     return fused
+
+
+def _from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Limits) -> FusedModel:
+    image = ImageInput(**read_json(metadata[contract.KEY_IMAGE], limits))
+    if max(image.height, image.width, image.stride) > limits.max_image_side:
+        raise ValueError(
+            f"its input is {image.height}x{image.width}, stride {image.stride}; expected at most {limits.max_image_side} (max_image_side)"
+        )
+    notes = read_json(metadata[contract.KEY_NOTES], limits)
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError("its notes are no list of texts")
+    config = PostprocessConfig.from_dict(read_json(metadata[contract.KEY_CONFIG], limits))
+    if not isinstance(config.names, str) or not isinstance(config.masks, str):
+        raise ValueError("its settings are of other types")
+    return FusedModel(
+        model=model,
+        image=image,
+        names=parse_names(metadata[contract.KEY_NAMES], limits),
+        task=metadata[contract.KEY_TASK],
+        source=metadata[contract.KEY_SOURCE],
+        layout=Layout.from_dict(read_json(metadata[contract.KEY_LAYOUT], limits)),
+        config=config,
+        backend=metadata[contract.KEY_BACKEND],
+        suppressed_by=metadata.get(contract.KEY_SUPPRESSION, ""),
+        precision=metadata.get(contract.KEY_PRECISION, "fp32"),
+        notes=tuple(notes),
+        limits=limits,
+    )
+
+
+def refuse_cost(
+    path: str | os.PathLike[str], model: onnx.ModelProto, sizes: Mapping[str, tuple[int, ...]], limits: Limits
+) -> None:
+    """Refuse a graph whose run would exceed the limits, as far as shapes show it.
+
+    Args:
+        sizes: input name to its shape.
+
+    Raises:
+        SourceError: it would.
+    """
+    from fusenms.onnx_reading.cost import check_cost
+
+    with untrusted(path, "finding the sizes of its tensors"):
+        try:
+            check_cost(model, sizes, limits)
+        except ValueError as error:
+            raise SourceError(f"{path}: {first_line(error)}") from error
 
 
 def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
@@ -259,47 +312,20 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
             )
 
 
-def read_onnx(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file.
+def read_onnx(path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
+    """Read an ONNX file of unknown origin, with its external data, and check all of it.
 
     Raises:
-        SourceError: it is missing, empty, damaged, or not ONNX.
+        SourceError: it is missing, empty, damaged, not ONNX, or exceeds a limit.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
     if path.is_dir():
         raise SourceError(f"{path}: is a directory; expected an .onnx file")
     if path.suffix in (".pt", ".pth"):
         raise SourceError(f"{path}: is a checkpoint; expected an .onnx file: make one with python -m fusenms {path}")
-    try:
-        model = onnx.load(path)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        raise SourceError(
-            f"{path}: not a readable ONNX file ({error}); it is damaged, cut short, or of another kind"
-        ) from error
-    if not model.graph.node or not model.opset_import:
-        raise SourceError(
-            f"{path}: not a readable ONNX file (it has no nodes); it is damaged, cut short, or of another kind"
-        )
-    return model
+    with untrusted(path, "reading"):
+        return read_model(path, limits)
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
     """Metadata of the file, key to text."""
     return {item.key: item.value for item in model.metadata_props}
-
-
-def parse_names(text: str) -> tuple[str, ...]:
-    """Class names from their text in the metadata: a dictionary from index to name, or a list. Empty where it is neither."""
-    try:
-        names = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return ()
-    if isinstance(names, Mapping):
-        if set(names) != set(range(len(names))):
-            return ()
-        return tuple(str(names[i]) for i in range(len(names)))
-    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()

@@ -16,6 +16,8 @@ from fusenms.artifacts import ImageInput, RawModel
 from fusenms.errors import SourceError
 from fusenms.graph import with_only_outputs
 from fusenms.layout import Layout
+from fusenms.onnx_reading import untrusted
+from fusenms.sessions import Session, first_line
 
 ROUNDING = 1e-4  # relative to the largest value of a tensor
 CURE = "Export the model again with a dynamic batch"
@@ -30,10 +32,11 @@ def open_batch(raw: RawModel, layout: Layout) -> RawModel:
     if raw.frozen_batch is None:
         return raw
     frozen, tensors = raw.frozen_batch, layout.sources
-    opened = _opened(raw.model, raw.image, frozen)
-    note, independent = _show_independence(
-        raw, with_only_outputs(raw.model, tensors), with_only_outputs(opened, tensors), tensors
-    )
+    with untrusted(raw.source, "opening its batch"):
+        opened = _opened(raw.model, raw.image, frozen)
+        note, independent = _show_independence(
+            raw, with_only_outputs(raw.model, tensors), with_only_outputs(opened, tensors), tensors
+        )
     image = replace(raw.image, independent=independent)
     return replace(raw, model=opened, image=image, notes=(*raw.notes, note), frozen_batch=None)
 
@@ -103,12 +106,12 @@ def _show_independence(
     pictures = np.random.default_rng(0).random((3 * frozen, 3, image.height, image.width), dtype=np.float32)
     try:
         alone = [
-            np.concatenate(parts) for parts in zip(*(_run(model, image, p) for p in np.split(pictures, 3)), strict=True)
+            np.concatenate(parts) for parts in zip(*(_run(model, raw, p) for p in np.split(pictures, 3)), strict=True)
         ]
-        together = _run(opened, image, pictures)
-        copies = _run(opened, image, np.tile(pictures[:frozen], (3, 1, 1, 1)))
-    except Exception as error:  # ONNX Runtime raises its own kinds
-        message = f"the graph does not run at batch {len(pictures)} ({_first_line(error)})"
+        together = _run(opened, raw, pictures)
+        copies = _run(opened, raw, np.tile(pictures[:frozen], (3, 1, 1, 1)))
+    except SourceError as error:
+        message = f"the graph does not run at batch {len(pictures)} ({first_line(error)})"
         raise SourceError(f"{failed}, {message}. {CURE}") from error
     for name, got, expected in zip(tensors, together, alone, strict=True):
         if got.shape != expected.shape:
@@ -126,13 +129,9 @@ def _show_independence(
     ), False
 
 
-def _run(model: onnx.ModelProto, image: ImageInput, pictures: np.ndarray) -> list[np.ndarray]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {image.tensor: pictures})
+def _run(model: onnx.ModelProto, raw: RawModel, pictures: np.ndarray) -> list[np.ndarray]:
+    session = Session(model, source=raw.source, max_seconds=raw.limits.max_run_seconds)
+    return session.run({raw.image.tensor: pictures})
 
 
 def _worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
@@ -140,7 +139,3 @@ def _worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
     if any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
         return float("inf")
     return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-9)) for a, b in zip(got, expected, strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

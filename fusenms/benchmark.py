@@ -22,10 +22,12 @@ import numpy as np
 from fusenms import contract
 from fusenms.artifacts import FusedModel, load_fused, read_metadata, read_onnx
 from fusenms.backends import get_backend
-from fusenms.backends.base import OnnxRuntimeRunner, first_line
-from fusenms.errors import InputError, UnsupportedByBackendError
+from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.errors import InputError, SourceError, UnsupportedByBackendError
 from fusenms.graph import cut_before, with_outputs
 from fusenms.heads.evidence import picture
+from fusenms.onnx_reading.metadata import read_json
+from fusenms.sessions import first_line
 
 WHOLE, TAIL = "whole", "tail"
 REST = 0.005  # seconds
@@ -249,8 +251,12 @@ def default_shape(path: Path) -> tuple[int, int]:
     shapes = [entry.type.tensor_type.shape.dim for entry in model.graph.input if entry.name not in weights]
     if not shapes or len(shapes[0]) != 4:
         raise InputError(f"{path}: does not take a batch of pictures [batch, 3, height, width]")
-    usual = json.loads(read_metadata(model).get(contract.KEY_IMAGE, "{}"))
-    return shapes[0][2].dim_value or usual.get("height", 640), shapes[0][3].dim_value or usual.get("width", 640)
+    try:
+        usual = read_json(read_metadata(model).get(contract.KEY_IMAGE, "{}"))
+        height, width = int(usual.get("height", 640)), int(usual.get("width", 640))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
+    return shapes[0][2].dim_value or height, shapes[0][3].dim_value or width
 
 
 if __name__ == "__main__":

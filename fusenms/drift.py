@@ -50,7 +50,7 @@ class Drift:
 
 def drift(before: FusedModel, after: FusedModel, images: np.ndarray) -> Drift:
     """Run both in ONNX Runtime on pictures ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one."""
-    runner = OnnxRuntimeRunner(get_backend(after.backend).to_standard(after.model, after))
+    runner = OnnxRuntimeRunner(get_backend(after.backend).to_standard(after.model, after), source=after.source)
     rows = [runner.infer(image[None]) for image in images]
     runner.close()
     return drift_of(before, images, after, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
@@ -58,7 +58,7 @@ def drift(before: FusedModel, after: FusedModel, images: np.ndarray) -> Drift:
 
 def drift_of(before: FusedModel, images: np.ndarray, after: FusedModel, outputs: dict[str, np.ndarray]) -> Drift:
     """The same, where the outputs of ``after`` on the pictures are known: ``[n, …]`` by name."""
-    runner = OnnxRuntimeRunner(get_backend(before.backend).to_standard(before.model, before))
+    runner = OnnxRuntimeRunner(get_backend(before.backend).to_standard(before.model, before), source=before.source)
     counts, same, worst = [0, 0], 0, [0.0, 0.0]  # of either model; pairs; box and score
     for n, image in enumerate(images):
         one = _rows(before, runner.infer(image[None]))

@@ -23,6 +23,10 @@ class SourceError(FusenmsError):
     """The weights cannot be read, are not a detector, or are not safe to load."""
 
 
+class RunError(SourceError):
+    """A graph fails while it runs, takes too long, or gives what it does not promise: the file is damaged."""
+
+
 class HeadError(FusenmsError):
     """The raw head of the model cannot be used."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from fusenms import contract
 from fusenms.artifacts import FusedModel, ImageInput, Pixels, RawModel
 from fusenms.backends import get_backend
-from fusenms.backends.base import Found, by_choosing, select
+from fusenms.backends.base import Backend, Found, by_choosing, select
 from fusenms.backends.portable import PORTABLE
 from fusenms.choosing import Head
 from fusenms.config import PostprocessConfig
@@ -23,6 +23,7 @@ from fusenms.graph import FLOAT, Graph, Tensor, declared_shape, declared_type
 from fusenms.heads import spec_of
 from fusenms.heads.evidence import Evidence
 from fusenms.layout import Layout, Tap
+from fusenms.onnx_reading import untrusted
 
 NO_SUPPRESSION = "no suppression"
 
@@ -36,6 +37,11 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
         SourceError: a tensor of the layout is not in the model.
     """
     emitter = get_backend(backend, config)
+    with untrusted(raw.source, "fusing", trusted=raw.layout is not None):
+        return _fuse(raw, layout, config, backend, emitter)
+
+
+def _fuse(raw: RawModel, layout: Layout, config: PostprocessConfig, backend: str, emitter: Backend) -> FusedModel:
     if config.rounds is not None and not layout.suppress:
         raise ConfigError(f"rounds is {config.rounds}, but this head needs no suppression; leave it out")
     if config.masks == "prototype" and layout.masks is None:
@@ -77,7 +83,19 @@ def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend:
     if idle := _idle_settings(layout, config):
         notes = (*notes, f"{NO_SUPPRESSION}: {' and '.join(idle)} mean{'s' * (len(idle) == 1)} nothing to this head")
     return FusedModel(
-        g.to_model(), image, names, layout.task, raw.source, layout, config, backend, by, raw.precision, None, notes
+        g.to_model(),
+        image,
+        names,
+        layout.task,
+        raw.source,
+        layout,
+        config,
+        backend,
+        by,
+        raw.precision,
+        None,
+        notes,
+        raw.limits,
     )
 
 

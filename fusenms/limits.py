@@ -40,6 +40,7 @@ class Limits:
         max_pixels: height times width of an image, read from its header before it is decoded.
         max_isolated_bytes: memory that a child process of ``isolate`` may take for data, in bytes (Linux).
         max_isolated_seconds: time that it may take, in seconds.
+        max_run_operations: multiplications and results of one run of an ONNX graph at its own batch, or 1, as far as shapes show them.
     """
 
     max_file_bytes: int = 4096 * MIB
@@ -65,6 +66,7 @@ class Limits:
     max_pixels: int = 100_000_000
     max_isolated_bytes: int = 4096 * MIB
     max_isolated_seconds: float = 600.0
+    max_run_operations: int = 20_000_000_000_000
 
     def __post_init__(self) -> None:
         for field in fields(self):

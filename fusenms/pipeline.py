@@ -57,6 +57,7 @@ def fuse(
         images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
         unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
         precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says what that changes on the pictures.
+        limits: bounds of files of unknown origin, and of each run of their graphs; a loaded `RawModel` has its own.
         **config: fields of `PostprocessConfig`.
 
     Returns:

@@ -12,18 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx
 
 from fusenms import contract
 from fusenms.artifacts import FusedModel, load_fused
 from fusenms.backends import get_backend
-from fusenms.backends.base import OnnxRuntimeRunner, first_line
+from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.diagnosis import explain
-from fusenms.errors import FusenmsError, InputError, SourceError
+from fusenms.errors import FusenmsError, InputError, RunError, SourceError
 from fusenms.further import further_differences
 from fusenms.graph import cut_before, with_outputs
 from fusenms.heads.evidence import picture
 from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
 from fusenms.scenes import SCENES, Stage, heads
+from fusenms.sessions import first_line
 
 BATCHES = (1, 2, 7)
 Progress = Callable[[str, int, int], None]
@@ -157,10 +159,10 @@ def verify(
     for sized, pictures in sizes:
         try:
             checks += _Verification(sized, progress).run(pictures, tuple(batches))
-        except (ValueError, IndexError, ArithmeticError) as error:
-            if isinstance(error, FusenmsError):
-                raise
-            message = f"the layout in the metadata does not fit the head's tensors ({error})"
+        except FusenmsError:
+            raise
+        except Exception as error:  # the graph, or the layout that its file holds, may be anybody's
+            message = f"the layout in the metadata does not fit the head's tensors ({type(error).__name__}: {first_line(error)})"
             raise SourceError(f"{message}; the file was changed after it was written: fuse the model again") from error
     return Report(tuple(checks), tuple(batches))
 
@@ -208,7 +210,7 @@ class _Verification:
                 f"the file lacks the head's tensors {', '.join(lost)} that its metadata names; "
                 "it was changed after it was written: fuse the model again"
             )
-        whole = OnnxRuntimeRunner(self.backend.to_standard(with_outputs(self.model, self.layout.tensors), self.fused))
+        whole = self._open(with_outputs(self.model, self.layout.tensors))
         shapes = self._on_pictures(whole, pictures, batches)
         whole.close()
         if shapes:
@@ -222,6 +224,12 @@ class _Verification:
                 Check(0, 0, "all", 0, 0, 0.0, 0.0, ("no detection in any picture or scene: nothing was proven",))
             )
         return self.checks
+
+    def _open(self, model: onnx.ModelProto) -> OnnxRuntimeRunner:
+        limit = self.fused.limits.max_run_seconds
+        return OnnxRuntimeRunner(
+            self.backend.to_standard(model, self.fused), source=self.fused.source, max_seconds=limit
+        )
 
     def _on_pictures(
         self, whole: OnnxRuntimeRunner, pictures: np.ndarray, batches: tuple[int, ...]
@@ -246,7 +254,7 @@ class _Verification:
         """Run the tail on made-up heads: every scene at every batch size, a different one for each image."""
         tap = self.layout.classes
         stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][2 - tap.channel_axis])
-        tail = OnnxRuntimeRunner(self.backend.to_standard(cut_before(self.model, shapes), self.fused))
+        tail = self._open(cut_before(self.model, shapes))
         names = tuple(SCENES)
         runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
         for step, (batch, some) in enumerate(runs):
@@ -269,9 +277,7 @@ class _Verification:
         """Run; a failure or a wrong shape is a problem of the whole batch."""
         try:
             outputs = runner.run(inputs)
-        except FusenmsError:
-            raise
-        except Exception as error:  # ONNX Runtime raises its own kinds
+        except RunError as error:
             frozen = (
                 " (the batch is frozen)"
                 if batch > 1 and any(c.batch == 1 and not c.problems for c in self.checks)

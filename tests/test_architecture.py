@@ -13,9 +13,9 @@ import fusenms
 
 PACKAGE = Path(fusenms.__file__).parent
 ORDER = [
-    "errors", "limits", "text", "files", "isolation", "catalog", "contract", "config", "boxes", "layout", "reference", "graph",
-    "artifacts", "sources", "heads", "batch", "precision", "decoding", "choosing", "backends", "fusion", "scenes", "diagnosis", "further",
-    "verification", "drift", "benchmark", "engines", "pipeline", "runtime", "cli",
+    "errors", "limits", "text", "files", "isolation", "sessions", "onnx_reading", "catalog", "contract", "config", "boxes", "layout",
+    "reference", "graph", "artifacts", "sources", "heads", "batch", "precision", "decoding", "choosing", "backends", "fusion", "scenes",
+    "diagnosis", "further", "verification", "drift", "benchmark", "engines", "pipeline", "runtime", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "cv2", "rich", "tensorrt", "tensorrt_rtx", "PIL"}
 

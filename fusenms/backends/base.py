@@ -13,8 +13,9 @@ from fusenms import contract
 from fusenms.artifacts import FusedModel
 from fusenms.choosing import Chosen, Head, choose
 from fusenms.config import PostprocessConfig
-from fusenms.errors import BackendUnavailableError, SourceError
 from fusenms.graph import INT32, Graph, Tensor
+from fusenms.limits import DEFAULT_LIMITS
+from fusenms.sessions import Session
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Runner(Protocol):
 
 
 class OnnxRuntimeRunner:
-    """Runs a model in ONNX Runtime. Safe to call from several threads."""
+    """Runs a fused model in ONNX Runtime. Safe to call from several threads."""
 
     def __init__(
         self,
@@ -160,47 +161,26 @@ class OnnxRuntimeRunner:
         threads: int | None = None,
         *,
         arena: bool = True,
+        source: str = "the model",
+        max_seconds: float = DEFAULT_LIMITS.max_run_seconds,
     ) -> None:
-        """Open the model. ``arena``: keep freed memory for the next run, as ONNX Runtime does by default.
-
-        Raises:
-            BackendUnavailableError: ONNX Runtime, or a provider, is not installed.
-            SourceError: ONNX Runtime refuses the model.
-        """
-        try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise BackendUnavailableError(
-                "ONNX Runtime is not installed; install it with: pip install 'fusenms[cpu]' or 'fusenms[gpu]'"
-            ) from error
-        available = onnxruntime.get_available_providers()
-        if missing := [name for name in providers if name not in available]:
-            raise BackendUnavailableError(f"ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_cpu_mem_arena = arena
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime raises its own kinds
-            raise SourceError(f"ONNX Runtime refuses the model: {first_line(error)}") from error
-        self.inputs = [entry.name for entry in self._session.get_inputs()]
-        self.outputs = [entry.name for entry in self._session.get_outputs()]
+        """Open the model. Arguments and errors are those of `fusenms.sessions.Session`."""
+        self._session = Session(
+            model, source=source, max_seconds=max_seconds, providers=providers, threads=threads, arena=arena
+        )
+        self.inputs, self.outputs = self._session.inputs, self._session.outputs
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Inputs by name to outputs by name."""
-        return dict(zip(self.outputs, self._session.run(None, inputs), strict=True))
+        """Inputs by name to outputs by name.
+
+        Raises:
+            RunError: ONNX Runtime fails, or does not finish within the time limit.
+        """
+        return dict(zip(self.outputs, self._session.run(inputs), strict=True))
 
     def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Images ``[B, 3, height, width]`` float32 to outputs by name."""
         return self.run({self.inputs[0]: images})
 
     def close(self) -> None:
-        self.__dict__.pop("_session", None)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, for the end of a message."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+        self._session.close()

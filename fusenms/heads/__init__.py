@@ -19,6 +19,7 @@ from fusenms.heads.yolov5 import YOLOV5
 from fusenms.heads.yolov8 import YOLOV8
 from fusenms.heads.yolox import YOLOX
 from fusenms.layout import Layout
+from fusenms.onnx_reading import untrusted
 
 HEADS: tuple[HeadSpec, ...] = (
     YOLOV8, YOLOV5, YOLOV4, YOLOX, CORNERS, SSD, DETR, RTDETR, ROWS, LEVELS, NANODET, FASTESTDET,
@@ -34,6 +35,7 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
         family: name of a family, to choose where the evidence leaves more than one open.
 
     Raises:
+        SourceError: the model does not run, or not within its time limit.
         HeadNotRecognizedError: no family fits; the message lists each one's reason.
         AmbiguousHeadError: more than one fits.
         ConfigError: no family of that name.
@@ -49,12 +51,13 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
         return raw.layout
     evidence = Evidence(raw)
     heads = [head for head in HEADS if family in (None, head.name)]
-    found = {
-        head.name: head.match(evidence, family is None)
-        if raw.task in head.tasks
-        else Mismatch(f"the file says that its task is {raw.task!r}; expected {' or '.join(map(repr, head.tasks))}")
-        for head in heads
-    }
+    with untrusted(raw.source, "recognizing its head"):
+        found = {
+            head.name: head.match(evidence, family is None)
+            if raw.task in head.tasks
+            else Mismatch(f"the file says that its task is {raw.task!r}; expected {' or '.join(map(repr, head.tasks))}")
+            for head in heads
+        }
     layouts = {name: result for name, result in found.items() if isinstance(result, Layout)}
     if len(layouts) == 1:
         return next(iter(layouts.values()))

@@ -5,7 +5,6 @@ Node and tensor names play no part. The model is run once in ONNX Runtime.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,8 @@ from fusenms.artifacts import RawModel, read_metadata
 from fusenms.errors import SourceError
 from fusenms.graph import cut_before
 from fusenms.layout import Join, Layout, Tap, cells_along
+from fusenms.onnx_reading.metadata import parse_literal
+from fusenms.sessions import Session
 
 LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
 """Sets of strides that detectors use, the usual one first."""
@@ -78,10 +79,7 @@ class Evidence:
     @property
     def keypoints(self) -> tuple[int, int] | None:
         """How many keypoints the file says it has, and numbers of each; None where it says nothing that can be read."""
-        try:
-            shape = ast.literal_eval(read_metadata(self.raw.model).get(contract.KEY_KEYPOINTS, ""))
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return None
+        shape = parse_literal(read_metadata(self.raw.model).get(contract.KEY_KEYPOINTS, ""))
         if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(type(n) is int for n in shape):
             return None
         count, numbers = shape
@@ -145,25 +143,16 @@ class Evidence:
         self, model: onnx.ModelProto, outputs: list[str], inputs: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Run on these values, and on the test picture where the model asks for one."""
-        import onnxruntime
-
-        image = self.raw.image
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        try:
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-            asked = {entry.name for entry in session.get_inputs()}
-            batch = self.raw.frozen_batch or 1
-            given = inputs | {image.tensor: np.repeat(picture(image.height, image.width), batch, 0)}
-            got = session.run(outputs, {name: value for name, value in given.items() if name in asked})
-            got = got if batch == 1 else [value[: len(value) // batch] for value in got]
-        except Exception as error:  # ONNX Runtime raises its own kinds
-            raise SourceError(
-                f"{self.raw.source}: the model does not run in ONNX Runtime ({str(error).strip().splitlines()[0][:300]})"
-            ) from error
-        return dict(zip(outputs, map(np.asarray, got), strict=True))
+        image, batch = self.raw.image, self.raw.frozen_batch or 1
+        session = Session(model, source=self.raw.source, max_seconds=self.raw.limits.max_run_seconds)
+        given = inputs | {image.tensor: np.repeat(picture(image.height, image.width), batch, 0)}
+        got = session.run({name: value for name, value in given.items() if name in session.inputs}, outputs)
+        for name, value in zip(outputs, got, strict=True):
+            if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or not (value.ndim or batch == 1):
+                raise SourceError(
+                    f"{self.raw.source}: gives {name[:100]!r}, which is no batch of numbers; expected tensors of them"
+                )
+        return {n: v if batch == 1 else v[: len(v) // batch] for n, v in zip(outputs, got, strict=True)}
 
     def strides(self, anchors: int, count: int) -> tuple[int, ...] | None:
         """Strides of the levels of a head with so many anchors per cell and so many candidates; None where none fit."""

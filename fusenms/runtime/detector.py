@@ -16,7 +16,7 @@ from fusenms.artifacts import load_fused
 from fusenms.backends import get_backend
 from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.boxes import oriented_to_corners, upright_around
-from fusenms.errors import InputError, SourceError, UnsupportedByBackendError
+from fusenms.errors import InputError, RunError, SourceError, UnsupportedByBackendError
 from fusenms.files import open_regular
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.detections import Detections
@@ -54,7 +54,7 @@ class Detector:
             providers: ONNX Runtime execution providers, in order of preference.
             batch_size: most pictures that are run at once; one, for a model in which the pictures of a batch change each other.
             threads: of one run; default: ONNX Runtime's choice.
-            limits: bounds on the file and on the images.
+            limits: bounds on the file, on the images, and on the time of each run.
 
         Raises:
             SourceError: the file cannot be read, or is not a fused model.
@@ -69,7 +69,7 @@ class Detector:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
         stamp = _stamp(path)
-        fused = load_fused(path)
+        fused = load_fused(path, limits=limits)
         plugins = {node.domain for node in fused.model.graph.node} - {"", "ai.onnx"}
         if plugins and not get_backend(fused.backend).runs_on_onnxruntime:
             raise UnsupportedByBackendError(
@@ -78,6 +78,7 @@ class Detector:
             )
         self.class_names = fused.names
         self._image, self._names = fused.image, fused.config.output_names
+        self._outputs, self._rows = fused.layout.outputs(fused.config), fused.config.max_detections
         self._batch_size = batch_size if fused.image.independent else 1
         self._limits = limits
         self._path, self._stamp = os.path.abspath(path), stamp
@@ -85,7 +86,9 @@ class Detector:
             "providers": tuple(providers), "batch_size": batch_size, "threads": threads, "limits": limits,
         }  # fmt: skip
         self._process = None if threads == 1 else os.getpid()
-        self._runner: OnnxRuntimeRunner | None = OnnxRuntimeRunner(fused.model, tuple(providers), threads)
+        self._runner: OnnxRuntimeRunner | None = OnnxRuntimeRunner(
+            fused.model, tuple(providers), threads, source=str(path), max_seconds=limits.max_run_seconds
+        )
 
     def __enter__(self) -> Detector:
         return self
@@ -131,6 +134,7 @@ class Detector:
 
         Raises:
             InputError: one of them is not a picture, or exceeds the limits; the memory does not suffice; or the detector is closed.
+            RunError: the model fails, takes too long, or gives what it does not promise.
         """
         self._open_runner()  # fails before an image is read
         single = is_single(images)
@@ -184,6 +188,7 @@ class Detector:
         self, runner: OnnxRuntimeRunner, canvases: list[np.ndarray], places: list[Placement]
     ) -> list[Detections]:
         outputs = runner.infer(to_tensor(canvases))
+        self._check(outputs, len(canvases))
         counts = outputs[self._names[0]]
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
         if not converged.all():
@@ -197,6 +202,28 @@ class Detector:
             )
             for i, place in enumerate(places)
         ]
+
+    def _check(self, outputs: dict[str, np.ndarray], batch: int) -> None:
+        """Refuse outputs that are not those of the contract: the graph may have been changed after it was written."""
+        for name, spec in self._outputs:
+            value = outputs.get(name)
+            sides = value.shape[2:] if isinstance(value, np.ndarray) and value.ndim == 4 and "h" in spec.shape else ()
+            expected = spec.shape_for(batch, self._rows, *sides)
+            if not isinstance(value, np.ndarray) or value.shape != expected or value.dtype != spec.dtype:
+                found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else "nothing"
+                raise RunError(
+                    f"{self._path}: gives {name} {found}; expected {spec.dtype}{list(expected)}. Fuse the model again"
+                )
+        counts, boxes, scores, _ = (outputs[name] for name in self._names)
+        if counts.min() < 0 or counts.max() > self._rows:
+            raise RunError(
+                f"{self._path}: gives {counts.ravel().tolist()[:8]} detections; expected 0 to {self._rows}. Fuse the model again"
+            )
+        used = np.arange(self._rows) < counts
+        if not (np.isfinite(boxes).all(2) & np.isfinite(scores))[used].all():
+            raise RunError(
+                f"{self._path}: gives boxes or scores that are not finite; the weights or the file are damaged"
+            )
 
     def _found(self, outputs: dict[str, np.ndarray], count: int, place: Placement, converged: bool) -> Detections:
         """What was found in one picture, given its outputs."""

@@ -53,7 +53,7 @@ def load(
         example: of an `nn.Module`: a batch of pictures ``[B, 3, height, width]`` of the size that it works at.
         layout: of an `nn.Module`: what it returns.
         names: of an `nn.Module`: its classes.
-        limits: bounds on what a file may cost.
+        limits: bounds on what a file may cost, and on each run of its graph.
         isolate: read a file in a child process, whose memory and time are limited too.
 
     Raises:
@@ -93,7 +93,8 @@ def load(
 
 
 def _file(
-    path: Path, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None, make_dynamic: bool, one_to_many: bool, limits: Limits
+    path: Path, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None, make_dynamic: bool, one_to_many: bool,
+    limits: Limits,
 ) -> RawModel:  # fmt: skip
     if not os.path.exists(path):
         raise SourceError(f"{path}: no such file; expected {EXPECTED}")
@@ -104,12 +105,12 @@ def _file(
         raise ConfigError(
             "one_to_many is for checkpoints with two heads; these weights have what they have: leave it out"
         )
-    if path.is_file() and suffix == ".onnx":
+    if suffix == ".onnx" and not path.is_dir():
         from fusenms.sources.onnx_file import load_onnx
 
         if opset is not None:
             raise ConfigError("opset is for exporting a checkpoint; an .onnx file keeps its own: leave it out")
-        return load_onnx(path, size=size, dynamic_size=dynamic_size, make_dynamic=make_dynamic)
+        return load_onnx(path, size=size, dynamic_size=dynamic_size, make_dynamic=make_dynamic, limits=limits)
     if path.is_file() and suffix not in CHECKPOINT_SUFFIXES:
         raise SourceError(f"{path}: unknown kind of file ({path.suffix or 'no suffix'}); expected {EXPECTED}")
     return _export(path, size, dynamic_size, opset, one_to_many, limits)
@@ -127,7 +128,9 @@ def _export(
             f"{path}: needs PyTorch ({error}); install it with: pip install 'fusenms[export]'"
         ) from error
     network: Network = (
-        load_directory(path) if path.is_dir() else network_of(load_checkpoint(path, one_to_many, limits), path.name)
+        load_directory(path, limits)
+        if path.is_dir()
+        else network_of(load_checkpoint(path, one_to_many, limits), path.name)
     )
     return export(network, size=size, dynamic_size=dynamic_size, opset=opset)
 

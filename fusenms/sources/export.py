@@ -28,6 +28,7 @@ from fusenms.layout import (
     MaskTerms,
     Tap,
 )
+from fusenms.sessions import Session, first_line
 from fusenms.sources import tasks
 from fusenms.sources.checkpoint import Checkpoint
 from fusenms.sources.modules import AnchorFreeDetect
@@ -255,19 +256,13 @@ def _run(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _difference(network: Network, model: onnx.ModelProto, batch: int, size: tuple[int, int]) -> float:
     """Largest absolute difference between ONNX Runtime and PyTorch on a random batch."""
-    import onnxruntime
-
     layout = network.layout
     images = np.random.default_rng(batch).random((batch, 3, *size), dtype=np.float32)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        got = session.run(list(layout.sources), {IMAGE: images})
-    except Exception as error:  # ONNX Runtime raises its own kinds
-        message = str(error).strip().splitlines()[0][:300]
+        got = Session(model, source=network.source).run({IMAGE: images}, layout.sources)
+    except SourceError as error:
         raise SourceError(
-            f"{network.source}: the exported network does not run in ONNX Runtime at batch {batch} ({message})"
+            f"{network.source}: the exported network does not run in ONNX Runtime at batch {batch} ({first_line(error)})"
         ) from error
     expected = [tap.numpy() for tap in _run(network.module, torch.from_numpy(images))]
     if any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):

@@ -15,6 +15,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fusenms.errors import SourceError
+from fusenms.limits import Limits
+from fusenms.sessions import Session, first_line
 
 NUMBERS: dict[int, Any] = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32, TensorProto.FLOAT: np.float32}
 SEEN = 1000.0
@@ -22,13 +24,14 @@ SEEN = 1000.0
 
 
 def fill_extra_inputs(
-    path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int]
+    path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int], limits: Limits
 ) -> tuple[list[str], bool]:
     """Make every input but the pictures a constant, in place; return a note on each, and whether one was the pictures' size.
 
     Args:
         picture: name of the picture input.
         shape: its batch, and its height and width in pixels.
+        limits: bounds of each run.
 
     Raises:
         SourceError: an input is of another shape, or what it does is not understood.
@@ -48,7 +51,7 @@ def fill_extra_inputs(
     meanings = []
     for entry in extra:  # all of them before any is filled
         others = {other.name: np.full((batch, 2), SEEN) for other in extra if other is not entry}
-        meanings.append(_meaning(path, model, picture, shape, entry, others))
+        meanings.append(_meaning(path, model, picture, shape, entry, others, limits))
     for entry, meaning in zip(extra, meanings, strict=True):
         values = {"factor": (1, 1), "height, width": (height, width), "width, height": (width, height)}[meaning]
         notes.append(f"input {entry.name} is {meaning} of the pictures: constant {values[0]}, {values[1]}")
@@ -58,33 +61,26 @@ def fill_extra_inputs(
 
 
 def _meaning(
-    path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int], entry: onnx.ValueInfoProto, others: dict[str, np.ndarray]
+    path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int], entry: onnx.ValueInfoProto,
+    others: dict[str, np.ndarray], limits: Limits,
 ) -> str:  # fmt: skip
     """What the input does to the boxes: "factor", "height, width" or "width, height"."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     kinds = {
         e.name: NUMBERS[e.type.tensor_type.elem_type] for e in model.graph.input if e.name in (entry.name, *others)
     }
     image = np.random.default_rng(7).random((shape[0], 3, *shape[1:]), dtype=np.float32)
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = Session(model, source=path.name, max_seconds=limits.max_run_seconds)
         boxes = []
         for told in ((SEEN, SEEN), (2 * SEEN, SEEN), (SEEN, 2 * SEEN)):
             given = {
                 name: value.astype(kinds[name])
                 for name, value in (others | {entry.name: np.array([told] * shape[0])}).items()
             }
-            outputs = session.run(None, {picture: image, **given})
+            outputs = session.run({picture: image, **given})
             boxes.append(next(value for value in outputs if value.ndim == 3 and value.shape[2] == 4)[0])
-    except Exception as error:  # ONNX Runtime raises its own kinds, and there may be no boxes
-        said = (
-            str(error).strip().splitlines()[0][:200]
-            if str(error).strip()
-            else "no output holds boxes [batch, candidates, 4]"
-        )
+    except (SourceError, StopIteration) as error:
+        said = first_line(error) if isinstance(error, SourceError) else "no output holds boxes [batch, candidates, 4]"
         raise SourceError(
             f"{path}: what its input {entry.name} does could not be found out ({said}); export the model without it"
         ) from error

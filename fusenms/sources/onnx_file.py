@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,12 @@ import onnx
 from onnx import numpy_helper
 
 from fusenms import contract
-from fusenms.artifacts import ImageInput, RawModel, parse_names, read_metadata, read_onnx
+from fusenms.artifacts import ImageInput, RawModel, read_metadata, read_onnx, refuse_cost
 from fusenms.errors import AlreadyFusedError, ConfigError, SourceError
+from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.onnx_reading import untrusted
+from fusenms.onnx_reading.metadata import check_names, parse_literal, parse_names
+from fusenms.onnx_reading.structure import type_name
 from fusenms.sources.extra_inputs import fill_extra_inputs
 
 NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "TRTBatchedNMS")
@@ -20,20 +24,35 @@ DEFAULT_STRIDE = 32
 MIN_OPSET = 11
 
 
-def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, make_dynamic: bool) -> RawModel:
-    """Read a raw detector from an ONNX file.
+def load_onnx(
+    path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, make_dynamic: bool, limits: Limits = DEFAULT_LIMITS
+) -> RawModel:
+    """Read a raw detector from an ONNX file of unknown origin.
 
     Args:
         size: (height, width) in pixels, for a file that leaves them open.
         dynamic_size: keep the file's open height and width open.
         make_dynamic: take a file with a frozen batch too, for `fusenms.batch` to open it.
+        limits: bounds of what is read, and of each run.
 
     Raises:
         AlreadyFusedError: the graph already holds a non-maximum suppression.
-        SourceError: the file is unreadable, takes something else than one batch of pictures, or its batch is frozen.
+        SourceError: the file is unreadable, exceeds a limit, takes something else than one batch of pictures, or its batch is frozen.
         ConfigError: the size contradicts the file.
     """
-    model = read_onnx(path)
+    model = read_onnx(path, limits)
+    with untrusted(path, "reading"):
+        return _load(path, model, size, dynamic_size, make_dynamic, limits)
+
+
+def _load(
+    path: Path,
+    model: onnx.ModelProto,
+    size: tuple[int, int] | None,
+    dynamic_size: bool,
+    make_dynamic: bool,
+    limits: Limits,
+) -> RawModel:
     metadata = read_metadata(model)
     _refuse_fused(path, model, metadata)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
@@ -51,29 +70,40 @@ def load_onnx(path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, m
             f"{path}: the batch size is frozen at {frozen[0]}; expected a dynamic batch. "
             "Export again with a dynamic batch, or add --make-dynamic (make_dynamic=True) to open it here and have that proven"
         )
-    image = _image(path, entry.name, (frozen[2], frozen[3]), metadata, size, dynamic_size)
+    image = _image(path, entry.name, (frozen[2], frozen[3]), metadata, size, dynamic_size, limits)
+    shape = (frozen[0] or 1, 3, image.height, image.width)
+    if math.prod(shape) > limits.max_tensor_elements:
+        raise SourceError(
+            f"{path}: takes pictures {list(shape)}; expected at most {limits.max_tensor_elements} numbers (max_tensor_elements)"
+        )
+    refuse_cost(path, model, {entry.name: shape}, limits)
     if dynamic_size and len(_inputs(model)) > 1:
         raise ConfigError(
             f"{path}: asks for the pictures' size as an input, which becomes a constant; leave --dynamic-size out"
         )
-    notes, asks_for_size = fill_extra_inputs(path, model, entry.name, (frozen[0] or 1, image.height, image.width))
+    notes, asks_for_size = fill_extra_inputs(
+        path, model, entry.name, (frozen[0] or 1, image.height, image.width), limits
+    )
     dims = _picture_input(path, model).type.tensor_type.shape.dim
     if not image.dynamic_size:
         dims[2].dim_value, dims[3].dim_value = image.height, image.width
     sides = "height,width" if image.dynamic_size else f"{image.height},{image.width}"
     notes.insert(0, f"{image.tensor}[{frozen[0] or 'batch'},3,{sides}] · opset {opset} · {len(model.graph.node)} nodes")
-    names = parse_names(metadata.get(contract.KEY_NAMES, ""))
-    task = metadata.get(contract.KEY_TASK, "detect")
+    try:
+        names = parse_names(metadata.get(contract.KEY_NAMES, ""), limits)
+        (task,) = check_names([metadata.get(contract.KEY_TASK, "detect")], limits)
+    except ValueError as error:
+        raise SourceError(f"{path}: {error}; correct its metadata") from error
     stretch = (
         True if asks_for_size else None
     )  # who gives boxes in the picture's own size has had it stretched to the input's
-    return RawModel(model, image, names, task, path.name, None, tuple(notes), None, stretch, frozen[0])
+    return RawModel(model, image, names, task, path.name, None, tuple(notes), None, stretch, frozen[0], limits=limits)
 
 
 def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) -> None:
     if contract.KEY_BACKEND in metadata:
         raise AlreadyFusedError(
-            f"{path}: is a fused model already (backend {metadata[contract.KEY_BACKEND]}); expected raw weights. "
+            f"{path}: is a fused model already (backend {metadata[contract.KEY_BACKEND][:40]!r}); expected raw weights. "
             f"Run it with: python -m fusenms detect {path} IMAGE, or check it with: python -m fusenms verify {path}"
         )
     for node in model.graph.node:
@@ -109,9 +139,7 @@ def _picture_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
         )
     tensor = pictures[0].type.tensor_type
     if tensor.elem_type != onnx.TensorProto.FLOAT:
-        raise SourceError(
-            f"{path}: input {found} is {onnx.TensorProto.DataType.Name(tensor.elem_type)}; expected FLOAT (float32)"
-        )
+        raise SourceError(f"{path}: input {found} is {type_name(tensor.elem_type)}; expected FLOAT (float32)")
     if (tensor.shape.dim[1].dim_value or 3) != 3:
         raise SourceError(f"{path}: input {found}; expected a batch of pictures [batch, 3, height, width]")
     return pictures[0]
@@ -128,8 +156,14 @@ def _image(
     metadata: dict[str, str],
     size: tuple[int, int] | None,
     dynamic_size: bool,
+    limits: Limits,
 ) -> ImageInput:
-    stride = _metadata_stride(metadata)
+    stride, asked = _metadata_stride(metadata), _metadata_size(metadata)
+    if max(stride, *(asked or ()), fixed[0] or 0, fixed[1] or 0) > limits.max_image_side:
+        raise SourceError(
+            f"{path}: asks for pictures of {fixed[0] or asked}x{fixed[1] or asked}, stride {stride}; expected at most "
+            f"{limits.max_image_side} pixels (max_image_side)"
+        )
     if fixed[0] and fixed[1]:
         if size is not None and size != fixed:
             raise ConfigError(
@@ -142,7 +176,7 @@ def _image(
                 "leave --dynamic-size out, or export the model with dynamic height and width"
             )
         return ImageInput(tensor, fixed[0], fixed[1], stride)
-    height, width = size or _metadata_size(metadata) or (DEFAULT_SIZE, DEFAULT_SIZE)
+    height, width = size or asked or (DEFAULT_SIZE, DEFAULT_SIZE)
     if height % stride or width % stride:
         raise ConfigError(f"size is {height}x{width}; expected multiples of the stride {stride}")
     return ImageInput(tensor, fixed[0] or height, fixed[1] or width, stride, dynamic_size)
@@ -156,8 +190,8 @@ def _metadata_stride(metadata: dict[str, str]) -> int:
 
 
 def _metadata_size(metadata: dict[str, str]) -> tuple[int, int] | None:
-    try:
-        height, width = ast.literal_eval(metadata.get(contract.KEY_IMGSZ, ""))
-        return (int(height), int(width)) if min(height, width) > 0 else None
-    except (ValueError, SyntaxError, TypeError):
+    found = parse_literal(metadata.get(contract.KEY_IMGSZ, ""))
+    sides = found if isinstance(found, (list, tuple)) and len(found) == 2 else ()
+    if not sides or any(type(side) not in (int, float) or not 1 <= side < 2**31 for side in sides):
         return None
+    return int(sides[0]), int(sides[1])

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from fusenms import fuse
 from fusenms.artifacts import FusedModel
-from fusenms.backends.base import OnnxRuntimeRunner, first_line
+from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.benchmark import TAIL, WHOLE, Contestant, Timing, contestants, measure, peak_memory
 from fusenms.cli.bench import plot, print_table
 from fusenms.graph import with_outputs
 from fusenms.reference import candidates
+from fusenms.sessions import first_line
 from fusenms.sources.checkpoint import Checkpoint, load_checkpoint
 from fusenms.sources.modules import AnchorFreeDetect
 

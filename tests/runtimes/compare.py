@@ -23,9 +23,10 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.artifacts import FusedModel, load_fused
-from fusenms.backends.base import OnnxRuntimeRunner, first_line
+from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.heads.evidence import picture
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+from fusenms.sessions import first_line
 
 Outputs = dict[str, np.ndarray]
 Run = Callable[[Path, np.ndarray], Outputs]
