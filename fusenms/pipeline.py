@@ -51,7 +51,7 @@ def fuse(
         weights: a checkpoint (`.pt`), a raw `.onnx`, a directory of a Hugging Face detector, an `nn.Module`, or a loaded `RawModel`.
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``.
         size, dynamic_size, opset, make_dynamic, one_to_many, pixels, stretch, example, layout: as `fusenms.load` takes them.
-        limits, isolate: the same.
+        isolate: the same.
         class_names: of an `nn.Module`, its classes.
         family: name of the detector family, where the file leaves more than one open.
         images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.image is not None:
         from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
 
-        images = to_tensor([letterbox(read_picture(args.image), *shape)[0]])
+        images = to_tensor([letterbox(read_picture(args.image, args.limits), *shape)[0]])
     entries = contestants(args.files, args.threads)
     with progress_bar("bench") as progress:
         timings = measure(

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     paths = [path for given in args.images for path in (list_pictures(given) if is_folder(given) else [given])]
     steps = Steps(args.json)
-    with Detector(args.model) as detect:
+    with Detector(args.model, limits=args.limits) as detect:
         steps.finish(images=detect_and_draw(detect, paths, None if args.no_draw else args.output, args.json))
     return 0
 
@@ -61,7 +61,7 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
         )
     results = []
     for path in paths:
-        picture = read_picture(path)
+        picture = read_picture(path, detect.limits)
         found = detect([picture])[0]
         result: dict[str, Any] = {
             "image": str(path),

@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     fused, full = make(args.weights, args.backend, config, steps, args)
     images = None
     if args.images is not None:
-        images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch)
+        images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch, args.limits)
     if full is not None:
         changed = drift(full, fused, pictures_for(fused, images))
         steps.values["drift"] = changed.to_dict()

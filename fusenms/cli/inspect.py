@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     steps, path = Steps(args.json), Path(args.file)
     if path.suffix.lower() == ".onnx" and path.is_file():
-        model = read_onnx(path)
+        model = read_onnx(path, args.limits)
         metadata = read_metadata(model)
         if contract.KEY_BACKEND in metadata:
-            _fused(path, steps)
+            _fused(path, steps, args.limits)
         else:
             _raw_onnx(path, steps, model, args.limits)
         _metadata(metadata, steps)
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fused(path: Path, steps: Steps) -> None:
-    fused = load_fused(path)
+def _fused(path: Path, steps: Steps, limits: Limits) -> None:
+    fused = load_fused(path, limits=limits)
     _tensors(fused.model, steps)
     by = f", suppression by {fused.suppressed_by}" if fused.suppressed_by else ""
     steps.line("kind", f"fused model · backend {fused.backend}{by} · {fused.precision} · from {fused.source}")

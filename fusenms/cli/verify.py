@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if Path(args.file).suffix in ENGINES:
         return _engine(args)
-    steps, fused = Steps(args.json), load_fused(args.file)
+    steps, fused = Steps(args.json), load_fused(args.file, limits=args.limits)
     images = None
     if args.images is not None:
         from fusenms.runtime.pictures import load_tensor
 
-        images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch)
+        images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch, args.limits)
     with progress_bar("verify") as progress:
         report = verify(fused, images=images, batches=args.batch, progress=progress)
     steps.lines("verify" if report else "DIFFERS", str(report))
@@ -71,7 +71,7 @@ def _engine(args: argparse.Namespace) -> int:
         if len(usual) != 4:
             raise InputError(f"{printable(path)}: its first input has the shape {usual}; expected that of images")
         height, width = usual[2:]
-        images = load_tensor(args.images, height, width, stretch)
+        images = load_tensor(args.images, height, width, stretch, args.limits)
     try:
         found = compare_engine(path, images=images)
     except BackendUnavailableError as error:

@@ -80,7 +80,7 @@ class Detector:
         self._image, self._names = fused.image, fused.config.output_names
         self._outputs, self._rows = fused.layout.outputs(fused.config), fused.config.max_detections
         self._batch_size = batch_size if fused.image.independent else 1
-        self._limits = limits
+        self.limits = limits
         self._path, self._stamp = os.path.abspath(path), stamp
         self._settings: dict[str, Any] = {
             "providers": tuple(providers), "batch_size": batch_size, "threads": threads, "limits": limits,
@@ -121,7 +121,7 @@ class Detector:
             raise SourceError(
                 f"{printable(self._path)}: is gone or has changed since it was opened, so its detector cannot be pickled; open it again"
             )
-        return _reopen, (self._path, _sha256(self._path, self._limits), self._settings)
+        return _reopen, (self._path, _sha256(self._path, self.limits), self._settings)
 
     def __call__(self, images: Any) -> list[Detections]:
         """Find objects.
@@ -157,7 +157,7 @@ class Detector:
 
     def _place(self, source: Any) -> tuple[np.ndarray, Placement]:
         """An image on the canvas that the model takes."""
-        picture = read_picture(source, self._limits)
+        picture = read_picture(source, self.limits)
         fit = stretched if self._image.stretch else letterbox
         try:
             return fit(picture, self._image.height, self._image.width)

@@ -76,12 +76,7 @@ def load(
     if isolate:
         from fusenms.sources.isolated import load_isolated
 
-        options = {
-            "dynamic_size": dynamic_size,
-            "opset": opset,
-            "make_dynamic": make_dynamic,
-            "one_to_many": one_to_many,
-        }
+        options = {"dynamic_size": dynamic_size, "opset": opset, "make_dynamic": make_dynamic, "one_to_many": one_to_many}  # fmt: skip
         raw = load_isolated(path, limits, size=sides, **options)
     else:
         raw = _file(path, sides, dynamic_size, opset, make_dynamic, one_to_many, limits)

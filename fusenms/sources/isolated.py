@@ -43,15 +43,16 @@ def load_isolated(path: Path, limits: Limits, **options: Any) -> RawModel:
                 f"{path}: reading it failed in the child process (exit status {status}); "
                 "if the file is trusted, read it without isolation to see why"
             )
-        return _from_files(folder)
+        return _from_files(folder, limits)
 
 
-def _from_files(folder: Path) -> RawModel:
+def _from_files(folder: Path, limits: Limits) -> RawModel:
     rest = json.loads((folder / _REST).read_text())
     layout, pixels = rest["layout"], rest["pixels"]
     plain: dict[str, Any] = {name: tuple(rest[name]) if isinstance(rest[name], list) else rest[name] for name in _PLAIN}
     return RawModel(
-        model=read_onnx(folder / _MODEL),
+        model=read_onnx(folder / _MODEL, limits),
+        limits=limits,
         image=ImageInput(**rest["image"]),
         layout=None if layout is None else Layout.from_dict(layout),
         pixels=None
