@@ -41,7 +41,7 @@ def test_every_attack_has_a_name_of_its_own():
         attacks = table.importlib.import_module(name).ATTACKS
         assert attacks
         assert all(isinstance(attack, Attack) and attack.kind and callable(attack.make) for attack in attacks)
-        assert len({attack.name for attack in attacks}) == len(attacks)
+        assert len({(attack.kind, attack.name) for attack in attacks}) == len(attacks)
 
 
 def test_error_when_the_document_lost_a_mark():

@@ -30,8 +30,8 @@ from fusenms.sources import modules
 MARK = "mark"  # what code that runs would write, into the current folder
 MOST_SECONDS, MOST_MEMORY = 20.0, 2**30
 CODE, REPLACED, BOMB, ARCHIVE, DAMAGE, FILES = (
-    "checkpoint: code", "checkpoint: data in the place of code", "checkpoint: cost", "checkpoint: archive", "checkpoint: damage",
-    "checkpoint: special files",
+    "code", "data in the place of code", "cost", "archive", "damage",
+    "special files",
 )  # fmt: skip
 
 
@@ -72,6 +72,11 @@ def extra(value: Callable[[], Any]) -> Callable[[Path], None]:
 def in_state(layer: int, **attributes: Any) -> Callable[[Path], None]:
     """A checkpoint with attributes in the state of a layer."""
     return edited(lambda _, model: model.model[layer].__dict__.update(attributes))
+
+
+def in_convolution(**attributes: Any) -> Callable[[Path], None]:
+    """A checkpoint with attributes in the state of its first convolution."""
+    return edited(lambda _, model: model.model[0].conv.__dict__.update(attributes))
 
 
 def named(text: str) -> Callable[[Path], None]:
@@ -299,7 +304,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack(BOMB, "a layer within itself", edited(loop)),
     Attack(BOMB, "poolings", in_state(1, n=10**9)),
     Attack(BOMB, "negative poolings", in_state(1, n=-1)),
-    *(Attack(BOMB, f"{name} of a convolution", edited(lambda _, m, n=name, v=value: m.model[0].conv.__dict__.update({n: v})))
+    *(Attack(BOMB, f"{name} {str(value)[:20]} of a convolution", in_convolution(**{name: value}))
       for name, value in (("kernel_size", (10**9, 10**9)), ("padding", (10**9, 10**9)), ("stride", (0, 0)), ("dilation", (10**8, 1)),
                           ("out_channels", 10**9), ("groups", 0), ("groups", 10**9), ("padding_mode", "x" * 10**6))),
     Attack(BOMB, "an enlarging factor", edited(lambda _, m: m.model[0]._modules.update(act=nn.Upsample(scale_factor=1e9)))),

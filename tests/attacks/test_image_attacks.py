@@ -252,6 +252,9 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+ATTACKS = (*REFUSED, *TAKEN)
+
+
 @pytest.mark.parametrize("attack", REFUSED, ids=str)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore::PendingDeprecationWarning")
 def test_attack_ends_in_input_error(detect, tmp_path, attack):

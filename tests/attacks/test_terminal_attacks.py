@@ -25,7 +25,7 @@ from fusenms.runtime.detections import Detections
 from fusenms.runtime.drawing import draw
 
 IMAGE = SHAPES / "shapes0.jpg"
-TEXTS = [
+ATTACKS = [
     Attack("escape", "color", lambda: "\x1b[31mred"),
     Attack("escape", "title of the window", lambda: "\x1b]0;owned\x07"),
     Attack("escape", "C1", lambda: "\x9b2J\x9d0;x\x9c"),
@@ -57,7 +57,7 @@ def model(shapes_raw) -> fusenms.FusedModel:
     return fuse(shapes_raw, unverified=True, score_threshold=0.05)
 
 
-@pytest.mark.parametrize("attack", TEXTS, ids=str)
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_class_names_and_paths_are_escaped(model, tmp_path, capsys, attack):
     """`detect` and `inspect` of a file whose class names, and whose own name, are hostile."""
     text = attack.make()
@@ -74,7 +74,7 @@ def test_class_names_and_paths_are_escaped(model, tmp_path, capsys, attack):
         json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("attack", TEXTS, ids=str)
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
 @pytest.mark.parametrize("command", [[], ["inspect"], ["verify"], ["detect"], ["bench"], ["engine"]])
 def test_error_messages_are_escaped(tmp_path, monkeypatch, capsys, attack, command):
     monkeypatch.chdir(tmp_path)
@@ -87,7 +87,7 @@ def test_error_messages_are_escaped(tmp_path, monkeypatch, capsys, attack, comma
         assert flags != ["--json"] or json.loads(printed.out)["error"]
 
 
-@pytest.mark.parametrize("attack", TEXTS, ids=str)
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_usage_messages_are_escaped(capsys, attack):
     for words in (["x.pt", attack.make()], ["x.pt", "--size", attack.make()], ["x.pt", "--backend", attack.make()]):
         with pytest.raises(SystemExit):
@@ -95,7 +95,7 @@ def test_usage_messages_are_escaped(capsys, attack):
         check(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("attack", TEXTS, ids=str)
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_steps_titles_and_tables_are_escaped(capsys, monkeypatch, attack):
     text = attack.make()
     steps = Steps(False)
@@ -120,7 +120,7 @@ def test_steps_titles_and_tables_are_escaped(capsys, monkeypatch, attack):
     assert text not in stream.getvalue() or attack.kind == "markup"
 
 
-@pytest.mark.parametrize("attack", TEXTS, ids=str)
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_drawn_names_are_escaped(attack, monkeypatch):
     import cv2
 
