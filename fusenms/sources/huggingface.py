@@ -105,8 +105,10 @@ MOST_LAYERS = 3000
 """Of such a number, or of a list of such numbers in sum."""
 TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 BACKBONE_SETTINGS = ("out_indices", "in_chans", "output_stride", "features_only", "num_channels")
-CODE = ("auto_map", "quantization_config", "custom_pipelines", "adapter_config", "trust_remote_code")
-"""Keys that ask transformers for code, or for classes beside the network's own."""
+CODE = ("quantization_config", "custom_pipelines", "adapter_config")
+"""Keys without which the network would be another one, and which ask for code or packages beside transformers' own classes."""
+IGNORED = ("auto_map", "trust_remote_code", "attn_implementation")
+"""Keys that transformers never gets to see: its own classes are taken, whatever code lies in the directory."""
 LABELS = ("id2label", "label2id", "task_specific_params")
 
 
@@ -163,9 +165,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if not isinstance(value, dict):
         return value
-    plain = {
-        key: _plain(item) for key, item in value.items() if not key.startswith("_") and key != "attn_implementation"
-    }
+    plain = {key: _plain(item) for key, item in value.items() if not key.startswith("_") and key not in IGNORED}
     if plain.get("backbone_config"):
         plain.pop("backbone", None)
     for key in ("use_pretrained_backbone", "pretrained"):

@@ -308,6 +308,7 @@ TABLE: dict[str, dict[str, Edit]] = {
 }
 ATTACKS = tuple(Attack(kind, name, edit) for kind, attacks in TABLE.items() for name, edit in attacks.items())
 SOUND = {
+    "auto_map", "auto_map of another repository", "auto_map within the backbone", "trust_remote_code",
     "a name that is a path", "dropout 5", "class names that are objects", "another type", "encoder_layers is 0", "encoder_layers is -1",
     "decoder_layers is 0", "decoder_layers is -1", "num_channels is 50000", "num_channels is 0", "num_channels is -1",
 }  # fmt: skip
