@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from typing import Any
+
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
+def has_controls(text: str) -> bool:
+    r"""Whether a text has control characters, line ends, lone surrogates, or marks that turn the direction of writing.
+
+    >>> has_controls("a\u3000b"), has_controls("a\x1bb"), has_controls("a\u202eb")
+    (False, True, True)
+    """
+    return any(unicodedata.category(c) in _CONTROLS or unicodedata.bidirectional(c) in _TURNS for c in text)
 
 
 def printable(value: Any) -> str:

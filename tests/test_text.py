@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusenms.text import printable, printable_lines
+from fusenms.text import has_controls, printable, printable_lines
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,16 @@ def test_every_character_comes_out_visible():
 
 def test_further_lines_are_indented():
     assert printable_lines("a\nverify    0 mismatches\n  b\n\nc\r") == "a\n  verify    0 mismatches\n  b\n\n  c\\r"
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[0m", "\x9b", "\x00", "\u202e", "\u2066", "\u2028", "\ud800", "\x7f"])
+def test_controls_are_found(text):
+    assert has_controls(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "person", "\u30c8\u3000\u30e9", "a\u00a0b", "\U0001f468\u200d\U0001f469", "\u0634\u062e\u0635", "e\u0301"],
+)
+def test_text_of_every_language_has_none(text):
+    assert not has_controls(text)

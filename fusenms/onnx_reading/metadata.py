@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.text import has_controls
 
 LONGEST_LITERAL = 2**20
 """Characters of a literal; Python takes some hundred bytes for each while it reads it."""
@@ -85,7 +86,7 @@ def check_names(names: Any, limits: Limits) -> tuple[str, ...]:
     if len(checked) > limits.max_class_names:
         raise ValueError(f"has {len(checked)} class names; expected at most {limits.max_class_names} (max_class_names)")
     for name in checked:
-        if len(name) > limits.max_name_length or not name.isprintable():
+        if len(name) > limits.max_name_length or has_controls(name):
             raise ValueError(
                 f"has the class name {name[:40]!r} of {len(name)} characters; expected at most {limits.max_name_length} (max_name_length), "
                 "and no control characters"

@@ -10,7 +10,6 @@ Every step is held to `fusenms.limits.Limits`.
 
 from __future__ import annotations
 
-import unicodedata
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from fusenms.sources.archive import SIGNATURE, Archive
 from fusenms.sources.fields import shown
 from fusenms.sources.rebuild import DTYPES, TORCH_LAYERS, Rebuilder, check_cost
 from fusenms.sources.unpickle import Record, globals_of, unpickle
+from fusenms.text import has_controls
 
 _BLOCKS: tuple[type[nn.Module], ...] = (
     *(modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL),
@@ -364,12 +364,9 @@ def _name(name: Any, limits: Limits) -> str:
     text = str(name)
     if len(text) > limits.max_name_length:
         raise ValueError(f"a class name has {len(text)} characters; expected at most {limits.max_name_length}")
-    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _TURNS for c in text):
+    if has_controls(text):
         raise ValueError(f"the class name {text!a} has control characters; expected text of one line")
     return text
-
-
-_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def _size(state: dict[str, Any], limits: Limits) -> int | None:
