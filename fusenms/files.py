@@ -63,13 +63,16 @@ def read_regular(path: Path, max_bytes: int, *, error: type[FusenmsError] = Sour
     """Content of a regular file; arguments and errors are those of `open_regular`."""
     with open_regular(path, max_bytes, error=error) as file:
         try:
-            data = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size + 1)  # not more: so much memory is taken at once
         except OSError as problem:
             raise error(f"{printable(path)}: cannot be read ({problem.strerror or problem})") from problem
         except MemoryError as problem:
             raise error(f"{printable(path)}: cannot be read (not enough memory)") from problem
-    if len(data) > max_bytes:
-        raise error(f"{printable(path)}: grew while it was read, past {max_bytes} bytes; expected at most that")
+    if len(data) != size:
+        raise error(
+            f"{printable(path)}: changed while it was read, from {size} to {len(data)} bytes or more; read it again"
+        )
     return data
 
 

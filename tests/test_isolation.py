@@ -67,3 +67,18 @@ def test_the_command_runs_isolated(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(["inspect", str(SHAPES / "shapes.pt"), "--isolate", "--limit", "max_modules=30"]) == 1
     assert "expected at most 30" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["verify"]])
+def test_a_fused_file_is_read_within_the_memory_of_an_isolated_command(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    fusenms.fuse(SHAPES / "shapes.pt", size=64, unverified=True).save("a.ort.onnx", unverified=True)
+    assert main([*words, "a.ort.onnx", "--isolate"]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory for data is limited on Linux only")
+def test_reading_takes_the_memory_of_the_file_not_of_the_limit(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"abc")
+    text = f"from pathlib import Path; from fusenms.files import read_regular; read_regular(Path({str(tmp_path / 'a')!r}), 2**32)"
+    name = program(tmp_path, monkeypatch, text)
+    assert run_isolated(name, [], Limits(max_isolated_bytes=1000 * 2**20), what="a") == 0
