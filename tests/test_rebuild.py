@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fusenms.errors import SourceError
+from fusenms import load
+from fusenms.errors import ConfigError, SourceError
 from fusenms.limits import Limits
 from fusenms.sources import modules
 from fusenms.sources.checkpoint import load_checkpoint
@@ -106,6 +107,12 @@ def test_the_host_programs_own_loading_is_not_disturbed(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(found) == 4
+
+
+def test_error_when_the_size_that_is_asked_for_exceeds_the_limit(tmp_path):
+    checkpoint(tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match="size is 64x4104; expected at most 4096 a side"):
+        load(tmp_path / "a.pt", size=(64, 4104))
 
 
 @pytest.mark.parametrize(

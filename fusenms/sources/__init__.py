@@ -66,6 +66,10 @@ def load(
         raise ConfigError(f"pixels is {pixels!r}; expected one of {', '.join(PIXELS)}, or a Pixels")
     wanted = PIXELS[pixels] if isinstance(pixels, str) else pixels
     sides = _sides(size)
+    if sides is not None and max(sides) > limits.max_image_side:
+        raise ConfigError(
+            f"size is {sides[0]}x{sides[1]}; expected at most {limits.max_image_side} a side, or a higher max_image_side in limits"
+        )
     if not isinstance(weights, (str, os.PathLike)):
         return _module(
             weights, example, layout, names, wanted, stretch, sides, dynamic_size, opset, make_dynamic or one_to_many
