@@ -135,6 +135,7 @@ class Broken(nn.Module):
         (Named(), {"layout": layout(boxes="corners")}, ConfigError, "returns features, scores, boxes; the layout also names corners"),
         (YoloNas(), {"names": ["a"]}, ConfigError, "names are 1, but the layout has 3 classes"),
         (YoloNas(), {"names": "cat"}, ConfigError, "names is the text 'cat'; expected a list"),
+        (YoloNas(), {"names": ["cat", "a\nb"]}, ConfigError, "with control characters"),
         (Logits(), {}, ConfigError, "class scores go from .* with Activation.NONE they are probabilities"),
         (YoloNas(), {"size": 64}, ConfigError, "size, make_dynamic and one_to_many are for files"),
         (nn.Conv2d(3, 3, 1), {}, ConfigError, "the module returns 1 tensors; the layout names 2: boxes, scores"),

@@ -13,6 +13,7 @@ from fusenms.artifacts import Pixels
 from fusenms.errors import ConfigError, SourceError
 from fusenms.layout import Activation, Layout
 from fusenms.sources.export import Network
+from fusenms.text import has_controls
 
 
 class _Head(nn.Module):
@@ -50,6 +51,8 @@ def load_module(
         )
     if isinstance(names, str):
         raise ConfigError(f"names is the text {names!r}; expected a list of class names")
+    if bad := [name for name in map(str, names) if has_controls(name)]:
+        raise ConfigError(f"names has {bad[0]!a}, with control characters; expected text of one line")
     if names and layout.num_classes and len(names) != layout.num_classes:
         raise ConfigError(f"names are {len(names)}, but the layout has {layout.num_classes} classes")
     head = _Head(copy.deepcopy(module), layout.sources).cpu().float().eval().requires_grad_(False)
