@@ -49,9 +49,9 @@ def by_kernels(monkeypatch):
     library()
     plain = verification.OnnxRuntimeRunner
 
-    def runner(model):
+    def runner(model, **settings):
         plugged = any(node.op_type == PLUGIN for node in model.graph.node)
-        return KernelRunner(model, on_cpu(seed=5)) if plugged else plain(model)
+        return KernelRunner(model, on_cpu(seed=5)) if plugged else plain(model, **settings)
 
     monkeypatch.setitem(BACKENDS, "plugin", replace(PLUGGED, to_standard=lambda model, _: model))
     monkeypatch.setattr(verification, "OnnxRuntimeRunner", runner)
