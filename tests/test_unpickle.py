@@ -16,7 +16,7 @@ from fusenms.sources.unpickle import Global, Record, Storage, globals_of, unpick
 LIMITS = Limits()
 PLAIN = [
     None, True, False, 0, -1, 2**31 - 1, 2**60, 1.5, "text", "\u00e9\U0001f600", b"bytes", (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4),
-    [], [1], list(range(2000)), {}, {"a": [1, {"b": (2,)}]}, {i: str(i) for i in range(2000)}, set(), {1, "a"},
+    [], [1], list(range(2000)), {}, {"a": [1, {"b": (2,)}]}, {i: str(i) for i in range(2000)}, set(), {"a"}, {1, 2},
 ]  # fmt: skip
 
 
