@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fusenms._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fusenms.artifacts import FusedModel, RawModel
+    from fusenms.artifacts.fused import FusedModel
+    from fusenms.artifacts.raw import RawModel
+    from fusenms.artifacts.report import Report
     from fusenms.config import PostprocessConfig
     from fusenms.errors import FusenmsError
     from fusenms.heads import recognize
@@ -15,21 +17,21 @@ if TYPE_CHECKING:
     from fusenms.pipeline import fuse
     from fusenms.runtime import Detections, Detector
     from fusenms.sources import load
-    from fusenms.verification import Report, verify
+    from fusenms.verification.checks import verify
 
 _HOMES = {
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
-    "FusedModel": "fusenms.artifacts",
+    "FusedModel": "fusenms.artifacts.fused",
     "FusenmsError": "fusenms.errors",
     "Limits": "fusenms.limits",
     "PostprocessConfig": "fusenms.config",
-    "RawModel": "fusenms.artifacts",
-    "Report": "fusenms.verification",
+    "RawModel": "fusenms.artifacts.raw",
+    "Report": "fusenms.artifacts.report",
     "fuse": "fusenms.pipeline",
     "load": "fusenms.sources",
     "recognize": "fusenms.heads",
-    "verify": "fusenms.verification",
+    "verify": "fusenms.verification.checks",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ def run() -> int:
 
             return main()
         except Exception:  # a mistake of ours; what it says may hold names from a file
-            from fusenms.text import printable_lines
+            from fusenms.safety.text import printable_lines
 
             with standard_streams():
                 print(printable_lines(traceback.format_exc()), file=sys.stderr)

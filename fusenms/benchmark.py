@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from fusenms import contract
-from fusenms.artifacts import FusedModel, load_fused, read_metadata, read_onnx
-from fusenms.backends import get_backend
-from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.errors import InputError, SourceError, UnsupportedByBackendError
-from fusenms.graph import cut_before, with_outputs
-from fusenms.heads.evidence import picture
+from fusenms.artifacts.fused import FusedModel, load_fused
+from fusenms.errors import InputError, SourceError, UnsupportedByBackendError, first_line
+from fusenms.fusion.backends import get_backend
+from fusenms.graph.model import cut_before, with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.heads.probe import picture
+from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.onnx_reading.metadata import read_json
-from fusenms.sessions import first_line
 
 WHOLE, TAIL = "whole", "tail"
 REST = 0.005  # seconds

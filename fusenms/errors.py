@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusenms.verification import Report
+    from fusenms.artifacts.report import Report
 
 
 class FusenmsError(Exception):
@@ -73,3 +73,10 @@ class VerificationError(FusenmsError):
 
 class InputError(FusenmsError, ValueError):
     """An image or another input of a fused model is unusable."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, for the end of a message: at most 300 characters, all of them visible."""
+    text = str(error).strip()
+    line = text.splitlines()[0][:300] if text else type(error).__name__
+    return "".join(char if char.isprintable() else " " for char in line)

@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from fusenms.artifacts import FusedModel, Pixels, RawModel
-from fusenms.backends import get_backend
-from fusenms.batch import open_batch
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.preprocessing import Pixels
+from fusenms.artifacts.raw import RawModel
 from fusenms.config import PostprocessConfig
-from fusenms.drift import drift
 from fusenms.errors import ConfigError, VerificationError
-from fusenms.fusion import fuse_head
+from fusenms.fusion.backends import get_backend
+from fusenms.fusion.tail import fuse_head
 from fusenms.heads import recognize
 from fusenms.layout import Layout
 from fusenms.limits import DEFAULT_LIMITS, Limits
-from fusenms.precision import PRECISIONS, to_half
 from fusenms.sources import load
-from fusenms.verification import pictures_for, verify
+from fusenms.transforms.dynamic_batch import open_batch
+from fusenms.transforms.half_precision import PRECISIONS, to_half
+from fusenms.verification.agreement import drift
+from fusenms.verification.checks import pictures_for, verify
 
 
 def fuse(

@@ -50,8 +50,8 @@ def write_segmenter(path: Path) -> Path:
     from torch import nn
 
     from fusenms.sources.checkpoint import load_checkpoint
-    from fusenms.sources.modules import Conv
-    from fusenms.sources.tasks import AnchorFreeSegment, Proto
+    from fusenms.sources.torch_modules.layers import Conv
+    from fusenms.sources.torch_modules.tasks import AnchorFreeSegment, Proto
 
     torch.manual_seed(0)
     model = load_checkpoint(SHAPES / "shapes.pt").module

@@ -55,8 +55,8 @@ class Row:
 def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     """Try one file; ``work`` is a folder for what it writes."""
     from fusenms import fuse, load, recognize
-    from fusenms.backends import BACKENDS
-    from fusenms.batch import open_batch
+    from fusenms.fusion.backends import BACKENDS
+    from fusenms.transforms.dynamic_batch import open_batch
 
     path = folder / file
     small = {"size": 256} if path.suffix == ".pt" else {"make_dynamic": True}

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 
 import fusenms
-from fusenms.backends import BACKENDS
+from fusenms.fusion.backends import BACKENDS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -18,8 +18,6 @@ import onnx
 import pytest
 from driver import Gpu
 
-from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.backends.plugin import IN_HALF, INPUTS, OUTPUTS, PLUGIN, Settings
 from fusenms.engines.plugin import (
     SELECT_THREADS,
     SHAPE_NUMBERS,
@@ -28,7 +26,9 @@ from fusenms.engines.plugin import (
     baked_source,
     compile_ptx,
 )
-from fusenms.graph import sorted_model, with_only_outputs
+from fusenms.fusion.backends.plugin import IN_HALF, INPUTS, OUTPUTS, PLUGIN, Settings
+from fusenms.graph.model import sorted_model, with_only_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "plugins" / "fused_nms.cu"

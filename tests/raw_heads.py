@@ -13,11 +13,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fusenms import PostprocessConfig, RawModel
-from fusenms.artifacts import FusedModel, ImageInput, Pixels
-from fusenms.backends import get_backend
-from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.fusion import fuse_head
-from fusenms.graph import cut_before
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.preprocessing import Pixels
+from fusenms.artifacts.raw import ImageInput
+from fusenms.fusion.backends import get_backend
+from fusenms.fusion.tail import fuse_head
+from fusenms.graph.model import cut_before
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import (
     Activation,
     AnchorBoxes,

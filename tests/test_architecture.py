@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,66 +14,75 @@ import fusenms
 
 PACKAGE = Path(fusenms.__file__).parent
 ORDER = [
-    "errors", "limits", "text", "files", "isolation", "sessions", "onnx_reading", "catalog", "contract", "config", "boxes", "layout",
-    "reference", "graph", "artifacts", "sources", "heads", "batch", "precision", "decoding", "choosing", "backends", "fusion", "scenes",
-    "diagnosis", "further", "verification", "drift", "benchmark", "engines", "pipeline", "runtime", "cli",
+    "_version", "artifacts.report", "errors", "limits", "graph", "safety", "onnx_reading", "catalog", "contract", "config", "boxes",
+    "layout", "reference", "artifacts", "sources", "heads", "transforms", "fusion", "verification", "benchmark", "engines", "pipeline",
+    "runtime", "cli",
 ]  # fmt: skip
+"""Folders and modules of the package: each imports from those before it and from itself. The report is a value without imports."""
 HEAVY = {"torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "cv2", "rich", "tensorrt", "tensorrt_rtx", "PIL"}
 
 
-def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Modules that a file imports, but for type checking only."""
-    found: set[str] = set()
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
+}
+"""Name within the package to file, but for the facade and the program, which import everything."""
 
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            return
-        if top_level_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            return
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, those for type checking too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text()))
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            inner = [name for name in names if name.removeprefix("fusenms.") in MODULES]
+            found.update(inner if len(inner) == len(names) else [*inner, node.module])
     return found
 
 
-FILES = [
-    path
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
-]
+def own_imports(path: Path) -> set[str]:
+    """The package's own modules that a file imports, by their names within the package."""
+    return {name.removeprefix("fusenms.") for name in imports(path) if name.split(".")[0] == "fusenms"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_file_imports_only_from_above(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("fusenms.")} & {p.stem for p in FILES} | {
-        name.split(".")[1] for name in imports(path) if name.startswith("fusenms.") and name.split(".")[1] in ORDER
-    }
-    below = sorted(name for name in names if name in ORDER and ORDER.index(name) > ORDER.index(room))
-    assert not below, f"{room} imports {below}"
+def place(module: str) -> str:
+    """The entry of `ORDER` that a module belongs to."""
+    return module if module in ORDER else module.split(".")[0]
 
 
-def test_every_room_has_its_place():
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    assert rooms == set(ORDER)
+@pytest.mark.parametrize("module", MODULES)
+def test_file_imports_only_from_above(module):
+    own = ORDER.index(place(module))
+    below = sorted(name for name in own_imports(MODULES[module]) if ORDER.index(place(name)) > own)
+    assert not below, f"{module} imports {below}"
 
 
-def test_graphsurgeon_is_imported_in_one_file():
-    users = [path.name for path in FILES if any(name.startswith("onnx_graphsurgeon") for name in imports(path))]
-    assert users == ["graph.py"]
+def test_no_import_circle():
+    """Imports inside functions and for type checking count."""
+    order = graphlib.TopologicalSorter({name: own_imports(path) - {name} for name, path in MODULES.items()})
+    order.prepare()  # raises CycleError with the circle
+
+
+def test_every_module_has_its_place():
+    assert {place(module) for module in MODULES} == set(ORDER)
+
+
+def test_graphsurgeon_is_imported_in_one_folder():
+    users = {name for name, path in MODULES.items() if any(n.startswith("onnx_graphsurgeon") for n in imports(path))}
+    assert {place(name) for name in users} == {"graph"}
+
+
+def test_sessions_are_opened_in_one_module():
+    users = [name for name, path in MODULES.items() if "InferenceSession(" in path.read_text()]
+    assert users == ["graph.session"]
 
 
 def test_reference_shares_nothing_with_the_emitters():
-    forbidden = {"graph", "decoding", "backends", "choosing", "fusion"}
-    for name in ("reference.py", "boxes.py"):
-        used = {module.split(".")[1] for module in imports(PACKAGE / name) if module.startswith("fusenms.")}
-        assert not used & forbidden
+    for name in ("reference", "boxes"):
+        assert not {place(module) for module in own_imports(MODULES[name])} & {"graph", "fusion"}
 
 
 def test_public_names_exist():

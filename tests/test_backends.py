@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from raw_heads import FURTHER, LAYOUTS, SIZE, candidates_of, fused_model, shapes_of, tail_of
 
-from fusenms.backends import BACKENDS, get_backend
 from fusenms.errors import ConfigError, UnsupportedByBackendError
-from fusenms.verification import verify
+from fusenms.fusion.backends import BACKENDS, get_backend
+from fusenms.verification.checks import verify
 
 SETTINGS = {
     "default": {},

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from onnx import parser
 
-from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.backends.overlap import overlap_oriented
 from fusenms.boxes import area, cxcywh_to_xyxy, ordered, pairwise_iou, pairwise_probiou
-from fusenms.graph import Graph
+from fusenms.fusion.backends.iou import overlap_oriented
+from fusenms.graph.builder import Graph
+from fusenms.graph.session import OnnxRuntimeRunner
 
 
 def test_no_boxes_when_empty():

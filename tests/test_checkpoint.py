@@ -22,9 +22,9 @@ from torch import nn
 from fusenms.errors import ConfigError, SourceError
 from fusenms.layout import Activation, AnchorBoxes, Distances, Layout, Tap
 from fusenms.reference import candidates
-from fusenms.sources import modules
 from fusenms.sources.checkpoint import Checkpoint, load_checkpoint
 from fusenms.sources.export import _layout
+from fusenms.sources.torch_modules import layers as modules
 
 
 def decoded(checkpoint: Checkpoint, images: np.ndarray) -> np.ndarray:

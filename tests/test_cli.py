@@ -60,7 +60,7 @@ def test_metadata_explains_the_file():
         "shapes.pt",
     )
     assert json.loads(stored["fusenms.config"])["score_threshold"] == 0.3
-    assert "0 mismatches" in stored["fusenms.verification"]
+    assert "0 mismatches" in stored["fusenms.verification.checks"]
 
 
 def test_json_is_one_object(capsys):

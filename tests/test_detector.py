@@ -264,7 +264,7 @@ def test_strangers_find_what_their_files_came_with(zoo, tmp_path, file):
 
 def test_real_checkpoint_at_every_batch_size_is_as_alone(zoo, tmp_path):
     """Photos through the real network: each image's rows do not depend on what stands beside it."""
-    from fusenms.backends.base import OnnxRuntimeRunner
+    from fusenms.graph.session import OnnxRuntimeRunner
     from fusenms.runtime.pictures import load_tensor
 
     images = np.resize(load_tensor(zoo / "coco" / "images", 640, 640, False)[:16], (16, 3, 640, 640))

@@ -14,9 +14,7 @@ from conftest import SHAPES
 from raw_heads import LAYOUTS, SIZE, fused_model
 
 from fusenms import PostprocessConfig, fuse
-from fusenms.backends.trt import PLUGIN
 from fusenms.cli import main
-from fusenms.drift import Drift
 from fusenms.engines import Engine, EngineSettings, get_builder
 from fusenms.engines import rtx as rtx_module
 from fusenms.engines.base import load_engine
@@ -31,7 +29,9 @@ from fusenms.errors import (
     SourceError,
     UnsupportedByBackendError,
 )
+from fusenms.fusion.backends.trt import PLUGIN
 from fusenms.runtime.pictures import letterbox, read_picture, stretched, to_tensor
+from fusenms.verification.agreement import Drift
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
 DTYPES = {"float32": "float", "int32": "int32", "bool": "bool"}

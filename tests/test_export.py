@@ -5,10 +5,10 @@ import pytest
 from conftest import SHAPES
 
 from fusenms import fuse, load, verify
-from fusenms.backends import BACKENDS
-from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import ConfigError, SourceError
-from fusenms.graph import with_outputs
+from fusenms.fusion.backends import BACKENDS
+from fusenms.graph.model import with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.pictures import read_picture, to_tensor
 from fusenms.sources import export as export_module

@@ -12,16 +12,18 @@ from onnx import TensorProto, helper, numpy_helper
 from raw_heads import ANCHORS, LAYOUTS, SIZE, STRIDES, candidates_of, shapes_of
 
 from fusenms import PostprocessConfig, RawModel
-from fusenms.artifacts import FusedModel, ImageInput, Pixels
-from fusenms.backends import BACKENDS, get_backend
-from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.preprocessing import Pixels
+from fusenms.artifacts.raw import ImageInput
 from fusenms.errors import ConfigError, SourceError
-from fusenms.fusion import fuse_head
-from fusenms.graph import cut_before
+from fusenms.fusion.backends import BACKENDS, get_backend
+from fusenms.fusion.tail import fuse_head
+from fusenms.graph.model import cut_before
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import AnchorBoxes, Distances, GridOffsets, Join, Layout, TanhOffsets, Tap
-from fusenms.precision import to_half
 from fusenms.reference import Rows, candidates, matches, postprocess
-from fusenms.verification import verify
+from fusenms.transforms.half_precision import to_half
+from fusenms.verification.checks import verify
 
 TINY, SMALLEST = np.float32(1e-40), np.float32(1e-45)  # denormal: below 1.2e-38
 Tensors = dict[str, np.ndarray]

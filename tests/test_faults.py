@@ -20,7 +20,7 @@ LONG = bool(os.environ.get("FUSENMS_FAULTS"))
 
 SAVE = """
 import sys
-from fusenms.artifacts import load_fused
+from fusenms.artifacts.fused import load_fused
 load_fused(sys.argv[1]).save(sys.argv[2], unverified=True)
 """
 

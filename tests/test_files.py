@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fusenms.errors import ConfigError, InputError, SourceError
-from fusenms.files import (
+from fusenms.limits import Limits
+from fusenms.safety.files import (
     TEMPORARY,
     check_writable,
     open_regular,
@@ -20,7 +21,6 @@ from fusenms.files import (
     write_atomically,
     write_together,
 )
-from fusenms.limits import Limits
 
 
 def test_reads_a_file_and_a_link_to_one(tmp_path):
@@ -66,7 +66,7 @@ def names(folder: Path) -> dict[str, bytes]:
 
 def leave_a_temporary(folder: Path) -> None:
     """A process that is killed while it writes into a folder."""
-    code = "import os, sys, fusenms.files as f; f._synchronize = lambda _: os.kill(os.getpid(), 9); "
+    code = "import os, sys, fusenms.safety.files as f; f._synchronize = lambda _: os.kill(os.getpid(), 9); "
     code += "f.write_atomically(f.Path(sys.argv[1]), b'x' * 1000)"
     done = subprocess.run([sys.executable, "-c", code, str(folder / "a")], capture_output=True)
     assert done.returncode == -9
@@ -81,7 +81,7 @@ def test_temporary_of_a_killed_run_is_removed_by_the_next(tmp_path):
 
 def test_temporary_of_a_running_writer_stays(tmp_path, monkeypatch):
     left = []
-    monkeypatch.setattr("fusenms.files._synchronize", lambda _: left.append(remove_leftovers(tmp_path)))
+    monkeypatch.setattr("fusenms.safety.files._synchronize", lambda _: left.append(remove_leftovers(tmp_path)))
     write_atomically(tmp_path / "a", b"x")
     assert left == [[], []]  # at the file, and at the folder
     assert names(tmp_path) == {"a": b"x"}

@@ -140,7 +140,7 @@ def test_half_precision_inside_falls_back_to_the_decoded_output(tmp_path):
 def test_foreign_file_finds_what_our_export_finds(tmp_path):
     import numpy as np
 
-    from fusenms.backends.base import OnnxRuntimeRunner
+    from fusenms.graph.session import OnnxRuntimeRunner
 
     images = np.random.default_rng(0).random((3, 3, 64, 64), np.float32)
     foreign = fuse(write(Decoded(), tmp_path / "m.onnx"), score_threshold=0.001)

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from fusenms import Detector, fuse, load
-from fusenms.artifacts import PIXELS, Pixels, load_fused
-from fusenms.backends import BACKENDS
-from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.artifacts.fused import load_fused
+from fusenms.artifacts.preprocessing import PIXELS, Pixels
 from fusenms.errors import ConfigError, SourceError
+from fusenms.fusion.backends import BACKENDS
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.runtime.pictures import to_tensor
 from fusenms.sources.huggingface import SIGMOID, SOFTMAX
 

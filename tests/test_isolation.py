@@ -10,8 +10,8 @@ from conftest import SHAPES
 import fusenms
 from fusenms.cli import main
 from fusenms.errors import ConfigError, SourceError
-from fusenms.isolation import run_isolated
 from fusenms.limits import Limits
+from fusenms.safety.isolation import run_isolated
 
 
 def program(folder, monkeypatch, text):
@@ -79,6 +79,6 @@ def test_a_fused_file_is_read_within_the_memory_of_an_isolated_command(tmp_path,
 @pytest.mark.skipif(sys.platform != "linux", reason="memory for data is limited on Linux only")
 def test_reading_takes_the_memory_of_the_file_not_of_the_limit(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"abc")
-    text = f"from pathlib import Path; from fusenms.files import read_regular; read_regular(Path({str(tmp_path / 'a')!r}), 2**32)"
+    text = f"from pathlib import Path; from fusenms.safety.files import read_regular; read_regular(Path({str(tmp_path / 'a')!r}), 2**32)"
     name = program(tmp_path, monkeypatch, text)
     assert run_isolated(name, [], Limits(max_isolated_bytes=1000 * 2**20), what="a") == 0

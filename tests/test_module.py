@@ -9,9 +9,9 @@ from strangers import CLASSES, SIZE, RtDetr, YoloNas
 from torch import nn
 
 from fusenms import fuse, load
-from fusenms.backends import BACKENDS
-from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.errors import ConfigError, SourceError
+from fusenms.fusion.backends import BACKENDS
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, MaskTerms, Tap
 
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)

@@ -16,22 +16,23 @@ from conftest import SHAPES, write_segmenter
 from kernels import SOURCE, KernelRunner, library, on_cpu
 from raw_heads import LAYOUTS, SIZE, STRIDES, candidates_of, fused_model, raw_model, shapes_of
 
-from fusenms import PostprocessConfig, fuse, verification
-from fusenms.artifacts import ImageInput
-from fusenms.backends import BACKENDS
-from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.backends.plugin import INPUTS, OUTPUTS, PLUGGED, PLUGIN, Settings, settings_of
-from fusenms.choosing import Head
+from fusenms import PostprocessConfig, fuse
+from fusenms.artifacts.raw import ImageInput
 from fusenms.cli import main
 from fusenms.engines.plugin import _register, baked_source, carried, compile_ptx, load_plugin_library, split
 from fusenms.engines.trt_check import check_trt_graph
 from fusenms.errors import EngineBuildError, SourceError, UnsupportedByBackendError
-from fusenms.fusion import fuse_head
+from fusenms.fusion.backends import BACKENDS
+from fusenms.fusion.backends.plugin import INPUTS, OUTPUTS, PLUGGED, PLUGIN, Settings, settings_of
+from fusenms.fusion.candidates import Head
+from fusenms.fusion.tail import fuse_head
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
-from fusenms.precision import to_half
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
-from fusenms.scenes import Stage, heads
+from fusenms.transforms.half_precision import to_half
+from fusenms.verification import checks as verification
+from fusenms.verification.synthetic_heads import Stage, heads
 
 SUPPRESSED = [name for name in LAYOUTS if LAYOUTS[name]().suppress]
 SETTINGS = [

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from onnx import parser
 
 from fusenms import Detector, PostprocessConfig, RawModel, fuse
-from fusenms.artifacts import ImageInput
-from fusenms.backends import BACKENDS, get_backend, portable
-from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.fusion import fuse_head
-from fusenms.graph import cut_before
+from fusenms.artifacts.raw import ImageInput
+from fusenms.fusion.backends import BACKENDS, get_backend, portable
+from fusenms.fusion.tail import fuse_head
+from fusenms.graph.model import cut_before
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 from fusenms.reference import Rows, candidates, matches, postprocess
 

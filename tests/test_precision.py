@@ -10,16 +10,16 @@ from foreign import Decoded, write
 from raw_heads import LAYOUTS, raw_model
 
 from fusenms import fuse, load, recognize
-from fusenms.artifacts import load_fused
-from fusenms.backends import BACKENDS
+from fusenms.artifacts.fused import load_fused
 from fusenms.cli import main
 from fusenms.config import PostprocessConfig
-from fusenms.drift import drift
 from fusenms.errors import ConfigError
-from fusenms.fusion import fuse_head
-from fusenms.precision import nodes_after_weights, to_half
+from fusenms.fusion.backends import BACKENDS
+from fusenms.fusion.tail import fuse_head
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
-from fusenms.verification import verify
+from fusenms.transforms.half_precision import nodes_after_weights, to_half
+from fusenms.verification.agreement import drift
+from fusenms.verification.checks import verify
 
 HALF = onnx.TensorProto.FLOAT16
 
@@ -33,7 +33,7 @@ def pictures() -> np.ndarray:
 def test_half_precision_equals_reference_and_finds_the_same(backend, pictures):
     fused = fuse(SHAPES / "shapes.pt", size=128, backend=backend, precision="fp16", images=pictures)
     assert fused.report, fused.report
-    assert fused.metadata["fusenms.precision"] == "fp16"
+    assert fused.metadata["fusenms.transforms.half_precision"] == "fp16"
     full = fuse(SHAPES / "shapes.pt", size=128, backend=backend, unverified=True)
     changed = drift(full, fused, pictures)
     assert changed.before == changed.after == changed.same > 3

@@ -12,8 +12,8 @@ from torch import nn
 from fusenms import load
 from fusenms.errors import ConfigError, SourceError
 from fusenms.limits import Limits
-from fusenms.sources import modules
 from fusenms.sources.checkpoint import load_checkpoint
+from fusenms.sources.torch_modules import layers as modules
 
 LAYERS = [
     nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, (1, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=4, bias=False),

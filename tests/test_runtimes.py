@@ -44,7 +44,7 @@ def test_openvino_suppresses_every_scene_alike(tmp_path, config):
     """All but the tied one: OpenVINO 2026.4 imports TopK as not stable, so equal scores come in any order."""
     import onnx
 
-    from fusenms.graph import cut_before
+    from fusenms.graph.model import cut_before
 
     rng = np.random.default_rng(9)
     tail = Tail(140, max_detections=140, **config)
@@ -68,8 +68,8 @@ def test_a_difference_is_seen(tmp_path):
     """The comparison can fail."""
     path = fuse(SHAPES / "shapes.pt", size=256).save(tmp_path / "m.onnx")
     images = to_tensor([letterbox(read_picture(SHAPES / "shapes0.jpg"), 256, 256)[0]])
-    from fusenms.artifacts import load_fused
-    from fusenms.backends.base import OnnxRuntimeRunner
+    from fusenms.artifacts.fused import load_fused
+    from fusenms.graph.session import OnnxRuntimeRunner
 
     def shifted(file: Path, batch: np.ndarray) -> dict[str, np.ndarray]:
         outputs = OnnxRuntimeRunner(load_fused(file).model).infer(batch)

@@ -25,12 +25,13 @@ from strangers import (
 )  # fmt: skip
 
 from fusenms import fuse, load, recognize
-from fusenms.artifacts import PIXELS, RawModel
-from fusenms.backends import BACKENDS
-from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.artifacts.preprocessing import PIXELS
+from fusenms.artifacts.raw import RawModel
 from fusenms.errors import HeadNotRecognizedError, SourceError
-from fusenms.graph import with_outputs
-from fusenms.heads.evidence import Evidence, picture
+from fusenms.fusion.backends import BACKENDS
+from fusenms.graph.model import with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.heads.probe import Evidence, picture
 from fusenms.layout import Layout
 from fusenms.reference import candidates
 

@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional
 
 from fusenms import Detector, fuse, load
-from fusenms.backends import BACKENDS
-from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.boxes import cxcywh_to_xyxy, oriented_to_corners, pairwise_probiou
 from fusenms.cli import main
 from fusenms.errors import SourceError
-from fusenms.graph import with_outputs
+from fusenms.fusion.backends import BACKENDS
+from fusenms.graph.model import with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import candidates
 from fusenms.runtime.drawing import draw
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusenms.text import has_controls, printable, printable_lines
+from fusenms.safety.text import has_controls, printable, printable_lines
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 import pytest
 
 from fusenms.limits import Limits
-from fusenms.sources.unpickle import Global, Record, Storage, globals_of, unpickle
+from fusenms.sources.torch_files.unpickle import Global, Record, Storage, globals_of, unpickle
 
 LIMITS = Limits()
 PLAIN = [

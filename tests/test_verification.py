@@ -257,7 +257,7 @@ def test_unverified_is_refused_or_stamped(tmp_path):
         fused.save(tmp_path / "f.onnx")
     fused.save(tmp_path / "f.onnx", unverified=True)
     stored = {item.key: item.value for item in onnx.load(tmp_path / "f.onnx").metadata_props}
-    assert stored["fusenms.verification"] == "unverified"
+    assert stored["fusenms.verification.checks"] == "unverified"
 
 
 def test_written_file_verifies_again(tmp_path, shapes_raw):

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import NoReturn
 
-from fusenms import __version__
+from fusenms._version import __version__
 from fusenms.cli import bench, demo, detect, engine, families, fuse, inspect, verify
 from fusenms.cli.terminal import standard_streams
 from fusenms.errors import FusenmsError
-from fusenms.isolation import is_confined, run_isolated
 from fusenms.limits import Limits
-from fusenms.text import printable, printable_lines
+from fusenms.safety.isolation import is_confined, run_isolated
+from fusenms.safety.text import printable, printable_lines
 
 COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, engine, detect, families, bench, demo)}
 USAGE = """fusenms WEIGHTS [--backend ort|trt|portable] [-o FILE] [options]

@@ -10,9 +10,9 @@ from pathlib import Path
 from fusenms.benchmark import TAIL, Timing, contestants, default_shape, measure
 from fusenms.cli.printing import Steps, progress_bar
 from fusenms.errors import BackendUnavailableError, InputError
-from fusenms.files import check_writable, write_atomically
-from fusenms.heads.evidence import picture
-from fusenms.text import printable
+from fusenms.heads.probe import picture
+from fusenms.safety.files import check_writable, write_atomically
+from fusenms.safety.text import printable
 
 NAME = "bench"
 HELP = "time raw and fused models side by side, whole and tail alone, by batch size"

@@ -10,10 +10,10 @@ from fusenms.cli.fuse import make
 from fusenms.cli.printing import Steps, megabytes, progress_bar
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError
-from fusenms.files import check_writable, make_folder
 from fusenms.pipeline import prove
 from fusenms.runtime import Detector
-from fusenms.verification import verify
+from fusenms.safety.files import check_writable, make_folder
+from fusenms.verification.checks import verify
 
 NAME = "demo"
 HELP = "run the whole line on the embedded demo detector: fuse, verify, detect, draw"

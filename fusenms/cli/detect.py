@@ -11,11 +11,11 @@ import numpy as np
 
 from fusenms.cli.printing import Steps
 from fusenms.errors import InputError
-from fusenms.files import is_folder, make_folder
 from fusenms.runtime import Detections, Detector
 from fusenms.runtime.drawing import VISIBLE, draw, save_picture
 from fusenms.runtime.pictures import SUFFIXES, list_pictures, read_picture
-from fusenms.text import printable
+from fusenms.safety.files import is_folder, make_folder
+from fusenms.safety.text import printable
 
 NAME = "detect"
 HELP = "run a fused model on pictures: a table of what was found, and annotated pictures"

@@ -6,13 +6,13 @@ import argparse
 import time
 from pathlib import Path
 
-from fusenms.artifacts import read_metadata, read_onnx
 from fusenms.cli.printing import Steps, megabytes, progress_bar
 from fusenms.contract import KEY_BACKEND
 from fusenms.engines import BUILDERS, EngineSettings, get_builder
 from fusenms.engines.base import check_places
 from fusenms.engines.trt_check import check_trt_graph
-from fusenms.files import check_writable
+from fusenms.onnx_reading.files import read_metadata, read_onnx
+from fusenms.safety.files import check_writable
 
 NAME = "engine"
 TENSORRT = ("trt", "plugin")

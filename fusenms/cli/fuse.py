@@ -8,25 +8,26 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusenms.artifacts import PIXELS, FusedModel
-from fusenms.backends import BACKENDS, get_backend
-from fusenms.batch import open_batch
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.cli.engine import TENSORRT, build, engine_path
 from fusenms.cli.printing import Steps, megabytes, progress_bar, size_argument
 from fusenms.config import PostprocessConfig
 from fusenms.contract import MASK_KINDS, NAME_PRESETS
-from fusenms.drift import drift
 from fusenms.engines import BUILDERS, EngineSettings
 from fusenms.engines.base import check_places
 from fusenms.errors import BackendError, ConfigError
-from fusenms.files import check_writable
-from fusenms.fusion import NO_SUPPRESSION, fuse_head
+from fusenms.fusion.backends import BACKENDS, get_backend
+from fusenms.fusion.tail import NO_SUPPRESSION, fuse_head
 from fusenms.heads import HEADS, recognize
 from fusenms.pipeline import in_precision, prove
-from fusenms.precision import HALF, PRECISIONS
 from fusenms.runtime.pictures import list_pictures, load_tensor
+from fusenms.safety.files import check_writable
 from fusenms.sources import load
-from fusenms.verification import pictures_for, verify
+from fusenms.transforms.dynamic_batch import open_batch
+from fusenms.transforms.half_precision import HALF, PRECISIONS
+from fusenms.verification.agreement import drift
+from fusenms.verification.checks import pictures_for, verify
 
 NAME = "fuse"
 HELP = "fuse the post-processing into a detector's weights, prove it, write the model (the default command)"

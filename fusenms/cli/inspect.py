@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fusenms import contract
-from fusenms.artifacts import RawModel, load_fused, read_metadata, read_onnx
-from fusenms.batch import open_batch
+from fusenms.artifacts.fused import load_fused
+from fusenms.artifacts.raw import RawModel
 from fusenms.cli.printing import Steps
 from fusenms.errors import HeadError, SourceError
 from fusenms.heads import recognize
 from fusenms.layout import Layout
 from fusenms.limits import Limits
+from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.sources import load
+from fusenms.transforms.dynamic_batch import open_batch
 
 NAME = "inspect"
 HELP = "say what a file is: its kind, its head (or why none fits), its metadata"

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fusenms.text import printable, printable_lines
-from fusenms.verification import Progress
+from fusenms.safety.text import printable, printable_lines
+from fusenms.verification.checks import Progress
 
 
 class Steps:

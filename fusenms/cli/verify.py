@@ -6,15 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
-from fusenms.artifacts import load_fused
+from fusenms.artifacts.fused import load_fused
 from fusenms.cli.printing import Steps, progress_bar
 from fusenms.contract import KEY_IMAGE
 from fusenms.engines.base import load_engine
 from fusenms.engines.plugin import load_plugin_library
 from fusenms.engines.running import ENGINES, compare_engine
 from fusenms.errors import BackendUnavailableError, InputError
-from fusenms.text import printable
-from fusenms.verification import BATCHES, verify
+from fusenms.safety.text import printable
+from fusenms.verification.checks import BATCHES, verify
 
 NAME = "verify"
 HELP = "compare a fused file with the float64 reference, at several batch sizes"

@@ -9,7 +9,7 @@ from fusenms.engines.base import Engine, EngineSettings
 from fusenms.engines.rtx import build_rtx
 from fusenms.engines.tensorrt import build_tensorrt
 from fusenms.errors import ConfigError
-from fusenms.verification import Progress
+from fusenms.verification.checks import Progress
 
 Build = Callable[[str, EngineSettings, "Progress | None"], Engine]
 

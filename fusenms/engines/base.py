@@ -10,10 +10,10 @@ from typing import Any
 
 import onnx
 
-from fusenms.artifacts import read_metadata
 from fusenms.errors import ConfigError, SourceError
-from fusenms.files import check_writable, read_regular, write_together
 from fusenms.limits import DEFAULT_LIMITS
+from fusenms.onnx_reading.files import read_metadata
+from fusenms.safety.files import check_writable, read_regular, write_together
 
 Sizes = tuple[int, int, int]
 """Least, usual and most."""
@@ -147,7 +147,7 @@ def describe(
     path: Path, model: onnx.ModelProto, data: bytes, builder: dict[str, Any], network: dict[str, Any]
 ) -> dict[str, Any]:
     """What the sidecar says of an engine: how it was built, from what, and all that the ONNX file says of itself."""
-    from fusenms import __version__
+    from fusenms._version import __version__
 
     return {
         "fusenms": __version__,

@@ -16,14 +16,14 @@ from typing import Any
 import onnx
 
 from fusenms import contract
-from fusenms.artifacts import read_metadata, read_onnx
-from fusenms.backends.plugin import PLUGIN
 from fusenms.engines.base import Engine, EngineSettings, Sizes, describe
 from fusenms.engines.plugin import carried, load_plugin_library
 from fusenms.errors import ConfigError, EngineBuildError, SourceError, UnsupportedByBackendError
-from fusenms.files import read_regular, write_atomically
+from fusenms.fusion.backends.plugin import PLUGIN
 from fusenms.limits import DEFAULT_LIMITS
-from fusenms.verification import Progress
+from fusenms.onnx_reading.files import read_metadata, read_onnx
+from fusenms.safety.files import read_regular, write_atomically
+from fusenms.verification.checks import Progress
 
 HALF = onnx.TensorProto.FLOAT16
 

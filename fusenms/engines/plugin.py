@@ -17,8 +17,8 @@ from typing import Any
 
 import onnx
 
-from fusenms.backends.plugin import DOMAIN, INPUTS, PLUGIN, VERSION, Settings
 from fusenms.errors import BackendUnavailableError, EngineBuildError, SourceError, UnsupportedByBackendError
+from fusenms.fusion.backends.plugin import DOMAIN, INPUTS, PLUGIN, VERSION, Settings
 
 SELECT, SUPPRESS = f"{PLUGIN}_select", f"{PLUGIN}_suppress"
 SELECT_INPUTS = ("classes", "objectness", "background", "boxes", "angle", "picture")

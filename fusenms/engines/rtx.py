@@ -10,11 +10,11 @@ from pathlib import Path
 
 import onnx
 
-from fusenms.artifacts import read_onnx
 from fusenms.engines.base import Engine, EngineSettings
 from fusenms.engines.nvidia import Library, build
 from fusenms.errors import BackendUnavailableError, UnsupportedByBackendError
-from fusenms.verification import Progress
+from fusenms.onnx_reading.files import read_onnx
+from fusenms.verification.checks import Progress
 
 CURES = {
     "NonMaxSuppression": "fuse the weights again with --backend portable",

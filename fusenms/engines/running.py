@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from fusenms.artifacts import load_fused
-from fusenms.drift import Drift, drift_of
+from fusenms.artifacts.fused import load_fused
 from fusenms.engines.base import Engine, load_engine
 from fusenms.engines.nvidia import Library, make_logger
 from fusenms.engines.rtx import load_rtx
 from fusenms.engines.tensorrt import load_tensorrt
 from fusenms.errors import BackendUnavailableError, SourceError
-from fusenms.heads.evidence import picture
+from fusenms.heads.probe import picture
+from fusenms.verification.agreement import Drift, drift_of
 
 ENGINES = (".engine", ".plan", ".rtx", ".trt")
 LIBRARIES = {"TensorRT": load_tensorrt, "TensorRT-RTX": load_rtx}

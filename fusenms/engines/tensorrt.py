@@ -5,7 +5,7 @@ from __future__ import annotations
 from fusenms.engines.base import Engine, EngineSettings
 from fusenms.engines.nvidia import Library, build
 from fusenms.errors import BackendUnavailableError
-from fusenms.verification import Progress
+from fusenms.verification.checks import Progress
 
 CURES = {
     "DynamicQuantizeLinear": "dynamic int8 files are for CPUs: take the float file that this one was made from",

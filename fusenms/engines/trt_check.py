@@ -14,14 +14,14 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from fusenms.artifacts import read_onnx
-from fusenms.backends.plugin import DOMAIN as OWN_DOMAIN
-from fusenms.backends.plugin import INPUTS, OUTPUTS, VERSION, Settings
-from fusenms.backends.plugin import PLUGIN as OWN_PLUGIN
-from fusenms.backends.trt import DOMAIN, PLUGIN
 from fusenms.engines.nvidia import make_logger, parse
 from fusenms.engines.rtx import load_rtx
 from fusenms.errors import SourceError, UnsupportedByBackendError
+from fusenms.fusion.backends.plugin import DOMAIN as OWN_DOMAIN
+from fusenms.fusion.backends.plugin import INPUTS, OUTPUTS, VERSION, Settings
+from fusenms.fusion.backends.plugin import PLUGIN as OWN_PLUGIN
+from fusenms.fusion.backends.trt import DOMAIN, PLUGIN
+from fusenms.onnx_reading.files import read_onnx
 
 FLOAT_KIND, INT_KIND, STRING_KIND = onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT, onnx.AttributeProto.STRING
 ATTRIBUTES: dict[str, tuple[Any, Callable[[Any], bool]]] = {

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from fusenms.artifacts import RawModel
+from fusenms.artifacts.raw import RawModel
 from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.corners import CORNERS
-from fusenms.heads.detr import DETR
-from fusenms.heads.evidence import Evidence
-from fusenms.heads.fastestdet import FASTESTDET
-from fusenms.heads.levels import LEVELS
-from fusenms.heads.nanodet import NANODET
-from fusenms.heads.rows import ROWS
-from fusenms.heads.rtdetr import RTDETR
-from fusenms.heads.ssd import SSD
-from fusenms.heads.yolov4 import YOLOV4
-from fusenms.heads.yolov5 import YOLOV5
-from fusenms.heads.yolov8 import YOLOV8
-from fusenms.heads.yolox import YOLOX
+from fusenms.heads.families.corners import CORNERS
+from fusenms.heads.families.detr import DETR
+from fusenms.heads.families.fastestdet import FASTESTDET
+from fusenms.heads.families.levels import LEVELS
+from fusenms.heads.families.nanodet import NANODET
+from fusenms.heads.families.rows import ROWS
+from fusenms.heads.families.rtdetr import RTDETR
+from fusenms.heads.families.ssd import SSD
+from fusenms.heads.families.yolov4 import YOLOV4
+from fusenms.heads.families.yolov5 import YOLOV5
+from fusenms.heads.families.yolov8 import YOLOV8
+from fusenms.heads.families.yolox import YOLOX
+from fusenms.heads.probe import Evidence
 from fusenms.layout import Layout
 from fusenms.onnx_reading import untrusted
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fusenms.artifacts import PIXELS, Pixels
-from fusenms.heads.evidence import Evidence, Pair, pairs
+from fusenms.artifacts.preprocessing import PIXELS, Pixels
+from fusenms.heads.probe import Evidence, Pair, pairs
 from fusenms.layout import Layout
 
 

@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusenms.errors import FusenmsError, SourceError
-from fusenms.files import read_regular
+from fusenms.errors import FusenmsError, SourceError, first_line
 from fusenms.limits import DEFAULT_LIMITS, Limits
-from fusenms.sessions import first_line
+from fusenms.safety.files import read_regular
 
 if TYPE_CHECKING:
     import onnx

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fusenms.errors import first_line
 from fusenms.limits import Limits
 from fusenms.onnx_reading.sizes import compute
 from fusenms.onnx_reading.structure import graphs_of
-from fusenms.sessions import first_line
 
 if TYPE_CHECKING:
     import onnx

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fusenms.errors import SourceError
-from fusenms.files import open_regular
 from fusenms.limits import Limits
 from fusenms.onnx_reading.structure import bytes_of, name_of
+from fusenms.safety.files import open_regular
 
 if TYPE_CHECKING:
     import onnx

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusenms.limits import DEFAULT_LIMITS, Limits
-from fusenms.text import has_controls
+from fusenms.safety.text import has_controls
 
 LONGEST_LITERAL = 2**20
 """Characters of a literal; Python takes some hundred bytes for each while it reads it."""

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from fusenms import contract
-from fusenms.artifacts import load_fused
-from fusenms.backends import get_backend
-from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.artifacts.fused import load_fused
 from fusenms.boxes import oriented_to_corners, upright_around
 from fusenms.errors import InputError, RunError, SourceError, UnsupportedByBackendError
-from fusenms.files import open_regular
+from fusenms.fusion.backends import get_backend
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.masks import Masks, logits_of
 from fusenms.runtime.pictures import Placement, is_single, letterbox, read_picture, stretched, to_tensor
-from fusenms.text import printable
+from fusenms.safety.files import open_regular
+from fusenms.safety.text import printable
 
 _LOG = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from fusenms.errors import InputError
-from fusenms.files import write_atomically
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.pictures import opencv
-from fusenms.text import printable
+from fusenms.safety.files import write_atomically
+from fusenms.safety.text import printable
 
 OPACITY = 0.45
 """Of masks."""

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fusenms.errors import BackendUnavailableError, InputError
-from fusenms.files import is_folder, read_regular
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.headers import check_pixels, read_header, without_notes
-from fusenms.text import printable
+from fusenms.safety.files import is_folder, read_regular
+from fusenms.safety.text import printable
 
 GREY = 114
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")

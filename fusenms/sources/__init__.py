@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusenms.artifacts import PIXELS, Pixels, RawModel
+from fusenms.artifacts.preprocessing import PIXELS, Pixels
+from fusenms.artifacts.raw import RawModel
 from fusenms.errors import BackendUnavailableError, ConfigError, SourceError
 from fusenms.layout import Layout
 from fusenms.limits import DEFAULT_LIMITS, Limits
@@ -47,8 +48,8 @@ def load(
         opset: ONNX operator set of an export.
         make_dynamic: take an `.onnx` with a frozen batch too; it is opened where that is shown to be safe.
         one_to_many: of a checkpoint with two heads (YOLOv10, YOLO26) take the one that needs suppression.
-        pixels: what the network wants for pixels, a name of `fusenms.artifacts.PIXELS` or a `Pixels`; default: what the weights say, or
-            what is usual in the family. The fused model takes RGB from 0 to 1 in any case.
+        pixels: what the network wants for pixels, a name of `fusenms.artifacts.preprocessing.PIXELS` or a `Pixels`;
+            default: what the weights say, or what is usual in the family. The fused model takes RGB from 0 to 1 in any case.
         stretch: whether it wants pictures stretched to its size rather than letterboxed; default: as for ``pixels``.
         example: of an `nn.Module`: a batch of pictures ``[B, 3, height, width]`` of the size that it works at.
         layout: of an `nn.Module`: what it returns.

@@ -20,14 +20,17 @@ import torch
 from torch import nn
 
 from fusenms.errors import ConfigError, SourceError
-from fusenms.files import open_regular
 from fusenms.limits import DEFAULT_LIMITS, Limits
-from fusenms.sources import blocks, modules, rtdetr, tasks, yolov7
-from fusenms.sources.archive import SIGNATURE, Archive
-from fusenms.sources.fields import shown
-from fusenms.sources.rebuild import DTYPES, TORCH_LAYERS, Rebuilder, check_cost
-from fusenms.sources.unpickle import Record, globals_of, unpickle
-from fusenms.text import has_controls
+from fusenms.safety.files import open_regular
+from fusenms.safety.text import has_controls
+from fusenms.sources.torch_files.archive import SIGNATURE, Archive
+from fusenms.sources.torch_files.unpickle import Record, globals_of, unpickle
+from fusenms.sources.torch_modules import blocks, rtdetr, tasks, yolov7
+from fusenms.sources.torch_modules import layers as modules
+from fusenms.sources.torch_modules.cost import check_cost
+from fusenms.sources.torch_modules.fields import shown
+from fusenms.sources.torch_modules.rebuild import DTYPES, Rebuilder
+from fusenms.sources.torch_modules.torch_layers import TORCH_LAYERS
 
 _BLOCKS: tuple[type[nn.Module], ...] = (
     *(modules.Conv, modules.Bottleneck, modules.C2f, modules.C3, modules.SPPF, modules.Concat, modules.DFL),

@@ -14,8 +14,10 @@ import onnx
 import torch
 from torch import nn
 
-from fusenms.artifacts import ImageInput, Pixels, RawModel
-from fusenms.errors import ConfigError, SourceError
+from fusenms.artifacts.preprocessing import Pixels
+from fusenms.artifacts.raw import ImageInput, RawModel
+from fusenms.errors import ConfigError, SourceError, first_line
+from fusenms.graph.session import Session
 from fusenms.layout import (
     Activation,
     AnchorBoxes,
@@ -28,11 +30,10 @@ from fusenms.layout import (
     MaskTerms,
     Tap,
 )
-from fusenms.sessions import Session, first_line
-from fusenms.sources import tasks
 from fusenms.sources.checkpoint import Checkpoint
-from fusenms.sources.modules import AnchorFreeDetect
-from fusenms.sources.rtdetr import RTDETRDecoder
+from fusenms.sources.torch_modules import tasks
+from fusenms.sources.torch_modules.layers import AnchorFreeDetect
+from fusenms.sources.torch_modules.rtdetr import RTDETRDecoder
 
 DEFAULT_OPSET = 17
 """The newest opset that every supported TensorRT reads (8.5 reads 17 at most)."""

@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fusenms.errors import SourceError
+from fusenms.errors import SourceError, first_line
+from fusenms.graph.session import Session
 from fusenms.limits import Limits
-from fusenms.sessions import Session, first_line
 
 NUMBERS: dict[int, Any] = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32, TensorProto.FLOAT: np.float32}
 SEEN = 1000.0

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusenms.artifacts import PIXELS, Pixels
-from fusenms.errors import BackendUnavailableError, FusenmsError, SourceError
-from fusenms.files import open_regular, read_regular
+from fusenms.artifacts.preprocessing import PIXELS, Pixels
+from fusenms.errors import BackendUnavailableError, FusenmsError, SourceError, first_line
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.metadata import check_names, read_json
-from fusenms.sessions import first_line
+from fusenms.safety.files import open_regular, read_regular
 from fusenms.sources.export import DEFAULT_SIZE, Network, queries_layout
 
 SIGMOID = (

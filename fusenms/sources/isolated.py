@@ -1,25 +1,24 @@
-"""`load` in a child process: what comes back is an ONNX file and JSON, which are read as files of unknown origin are.
-
-``python -m fusenms.sources.isolated FOLDER`` is that child process: it takes its task from standard input.
-"""
+"""`load` in a child process: what comes back is an ONNX file and JSON, which are read as files of unknown origin are."""
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fusenms import errors
-from fusenms.artifacts import ImageInput, Pixels, RawModel, read_onnx
-from fusenms.errors import FusenmsError, SourceError
-from fusenms.isolation import run_isolated
+from fusenms.artifacts.preprocessing import Pixels
+from fusenms.artifacts.raw import ImageInput, RawModel
+from fusenms.errors import SourceError
 from fusenms.layout import Layout
 from fusenms.limits import Limits
+from fusenms.onnx_reading.files import read_onnx
+from fusenms.safety.isolation import run_isolated
 
-_MODEL, _REST, _ERROR = "raw.onnx", "raw.json", "error.json"
+_CHILD = "fusenms.sources.isolated_child"
+_MODEL, _REST, ERROR = "raw.onnx", "raw.json", "error.json"
 _PLAIN = ("names", "task", "source", "notes", "stretch", "frozen_batch", "precision")
 
 
@@ -33,9 +32,9 @@ def load_isolated(path: Path, limits: Limits, **options: Any) -> RawModel:
     with tempfile.TemporaryDirectory(prefix="fusenms-") as name:
         folder = Path(name)
         task = json.dumps({"path": str(path.resolve()), "options": options, "limits": asdict(limits)})
-        status = run_isolated(__name__, [name], limits, what=str(path), given=task.encode())
-        if (folder / _ERROR).exists():
-            error = json.loads((folder / _ERROR).read_text())
+        status = run_isolated(_CHILD, [name], limits, what=str(path), given=task.encode())
+        if (folder / ERROR).exists():
+            error = json.loads((folder / ERROR).read_text())
             kind = getattr(errors, str(error["error"]), SourceError)
             raise kind(str(error["message"]).replace(str(path.resolve()), str(path)))
         if status or not (folder / _REST).exists():
@@ -62,7 +61,8 @@ def _from_files(folder: Path, limits: Limits) -> RawModel:
     )
 
 
-def _to_files(raw: RawModel, folder: Path) -> None:
+def write_raw(raw: RawModel, folder: Path) -> None:
+    """Write a model where `load_isolated` reads it."""
     (folder / _MODEL).write_bytes(raw.model.SerializeToString())
     rest = {name: getattr(raw, name) for name in _PLAIN} | {
         "image": asdict(raw.image),
@@ -70,22 +70,3 @@ def _to_files(raw: RawModel, folder: Path) -> None:
         "pixels": None if raw.pixels is None else asdict(raw.pixels),
     }
     (folder / _REST).write_text(json.dumps(rest))
-
-
-def _main() -> None:
-    from fusenms.sources import load
-
-    folder, task = Path(sys.argv[1]), json.load(sys.stdin)
-    path = Path(task["path"])
-    try:
-        raw = load(path, limits=Limits(**task["limits"]), **task["options"])
-        _to_files(replace(raw, source=path.name), folder)
-    except FusenmsError as error:
-        (folder / _ERROR).write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))
-    except MemoryError:
-        message = f"{path}: reading it takes more than {task['limits']['max_isolated_bytes']} bytes of memory"
-        (folder / _ERROR).write_text(json.dumps({"error": "SourceError", "message": message}))
-
-
-if __name__ == "__main__":
-    _main()

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusenms.artifacts import Pixels
+from fusenms.artifacts.preprocessing import Pixels
 from fusenms.errors import ConfigError, SourceError
 from fusenms.layout import Activation, Layout
+from fusenms.safety.text import has_controls
 from fusenms.sources.export import Network
-from fusenms.text import has_controls
 
 
 class _Head(nn.Module):

@@ -10,10 +10,11 @@ import onnx
 from onnx import numpy_helper
 
 from fusenms import contract
-from fusenms.artifacts import ImageInput, RawModel, read_metadata, read_onnx, refuse_cost
+from fusenms.artifacts.raw import ImageInput, RawModel
 from fusenms.errors import AlreadyFusedError, ConfigError, SourceError
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading import untrusted
+from fusenms.onnx_reading.files import read_metadata, read_onnx, refuse_cost
 from fusenms.onnx_reading.metadata import check_names, parse_literal, parse_names
 from fusenms.onnx_reading.structure import type_name
 from fusenms.sources.extra_inputs import fill_extra_inputs
@@ -32,7 +33,7 @@ def load_onnx(
     Args:
         size: (height, width) in pixels, for a file that leaves them open.
         dynamic_size: keep the file's open height and width open.
-        make_dynamic: take a file with a frozen batch too, for `fusenms.batch` to open it.
+        make_dynamic: take a file with a frozen batch too, for `fusenms.transforms.dynamic_batch` to open it.
         limits: bounds of what is read, and of each run.
 
     Raises:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusenms.sources.modules import SPPF, AnchorFreeDetect, C2f, Concat, Conv, DetectionModel
+from fusenms.sources.torch_modules.layers import SPPF, AnchorFreeDetect, C2f, Concat, Conv, DetectionModel
 from pictures import NAMES, picture
 
 STRIDES = (8, 16, 32)

@@ -25,7 +25,7 @@ from common import Attack
 
 import fusenms
 from fusenms.errors import SourceError
-from fusenms.sources import modules
+from fusenms.sources.torch_modules import layers as modules
 
 MARK = "mark"  # what code that runs would write, into the current folder
 MOST_SECONDS, MOST_MEMORY = 20.0, 2**30

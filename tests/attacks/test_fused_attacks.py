@@ -20,7 +20,7 @@ from tiny_onnx import CLASSES, fused_bytes, metadata
 
 import fusenms
 from fusenms import contract
-from fusenms.artifacts import load_fused
+from fusenms.artifacts.fused import load_fused
 from fusenms.errors import FusenmsError, RunError, SourceError
 from fusenms.limits import Limits
 

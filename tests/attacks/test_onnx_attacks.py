@@ -727,8 +727,11 @@ def test_error_says_which_bound_when_one_is_exceeded(make, words, tmp_path):
 
 @pytest.mark.parametrize("stage", ["recognize", "open_batch", "fuse_head"])
 def test_stage_wraps_what_a_graph_makes_it_raise(stage, tmp_path, monkeypatch):
-    places = {"recognize": "fusenms.heads.yolov8.earliest_distances", "open_batch": "fusenms.batch._opened"}
-    module = places.get(stage, "fusenms.fusion._join")
+    places = {
+        "recognize": "fusenms.heads.families.yolov8.earliest_distances",
+        "open_batch": "fusenms.transforms.dynamic_batch._opened",
+    }
+    module = places.get(stage, "fusenms.fusion.tail._join")
     broken = partial(exec, "raise KeyError('what the file made happen')")
     monkeypatch.setattr(module, lambda *_: broken())
     model = third_party(batch=2)

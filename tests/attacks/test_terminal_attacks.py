@@ -23,7 +23,7 @@ from fusenms.cli.bench import print_table
 from fusenms.cli.printing import Steps, progress_bar
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.drawing import draw
-from fusenms.text import has_controls
+from fusenms.safety.text import has_controls
 
 IMAGE = SHAPES / "shapes0.jpg"
 ATTACKS = [

@@ -34,12 +34,12 @@ from kernels import OnGpu  # noqa: E402
 from raw_heads import LAYOUTS  # noqa: E402
 
 from fusenms import PostprocessConfig  # noqa: E402
-from fusenms.artifacts import ImageInput  # noqa: E402
-from fusenms.backends.plugin import INPUTS, settings_of  # noqa: E402
-from fusenms.choosing import Head  # noqa: E402
+from fusenms.artifacts.raw import ImageInput  # noqa: E402
 from fusenms.engines.plugin import SELECT_THREADS, SUPPRESS_THREADS, compile_ptx  # noqa: E402
+from fusenms.fusion.backends.plugin import INPUTS, settings_of  # noqa: E402
+from fusenms.fusion.candidates import Head  # noqa: E402
 from fusenms.reference import Rows, candidates, postprocess  # noqa: E402
-from fusenms.scenes import Stage, heads  # noqa: E402
+from fusenms.verification.synthetic_heads import Stage, heads  # noqa: E402
 
 CLASSES, SIZE, CANDIDATES, STRIDES = 80, 640, 8400, (8, 16, 32)
 LAYOUT = LAYOUTS["distances"](CLASSES)

@@ -16,13 +16,13 @@ import numpy as np
 from run import TAIL, crowd, fused_tail
 
 from fusenms import FusedModel, PostprocessConfig, RawModel, fuse, load
-from fusenms.backends import portable
-from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.benchmark import measure, peak_memory
 from fusenms.boxes import pairwise_iou
 from fusenms.engines import EngineSettings
 from fusenms.engines.rtx import build_rtx
-from fusenms.graph import with_outputs
+from fusenms.fusion.backends import portable
+from fusenms.graph.model import with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import candidates
 from fusenms.runtime.pictures import letterbox, list_pictures, read_picture, to_tensor
 

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from fusenms import fuse
-from fusenms.artifacts import FusedModel
-from fusenms.backends.base import OnnxRuntimeRunner
+from fusenms.artifacts.fused import FusedModel
 from fusenms.benchmark import TAIL, WHOLE, Contestant, Timing, contestants, measure, peak_memory
 from fusenms.cli.bench import plot, print_table
-from fusenms.graph import with_outputs
+from fusenms.errors import first_line
+from fusenms.graph.model import with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import candidates
-from fusenms.sessions import first_line
 from fusenms.sources.checkpoint import Checkpoint, load_checkpoint
-from fusenms.sources.modules import AnchorFreeDetect
+from fusenms.sources.torch_modules.layers import AnchorFreeDetect
 
 RAW, FUSED, CUT = "raw model", "fusenms (ort)", "cut before the decode (floor)"
 ULTRALYTICS = "Ultralytics nms=True"
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
 
 
 def fused_tail(name: str, part: str, fused: FusedModel, taps: dict[str, np.ndarray], threads: int) -> Contestant:
-    from fusenms.graph import cut_before
+    from fusenms.graph.model import cut_before
 
     model = cut_before(fused.model, {key: value.shape[1:] for key, value in taps.items()})
 
@@ -223,7 +223,7 @@ def ultralytics_models(args: argparse.Namespace, work: Path, notes: list[str]) -
 
 def ultralytics_tail(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.ModelProto:
     """What follows the decoded head in Ultralytics' graph: the head is the Concat of boxes and the sigmoid of the scores."""
-    from fusenms.graph import cut_before
+    from fusenms.graph.model import cut_before
 
     makers = {output: node.op_type for node in model.graph.node for output in node.output}
     joins = [
@@ -233,7 +233,7 @@ def ultralytics_tail(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.Model
 
 
 def read(path: Path | None, size: int) -> np.ndarray:
-    from fusenms.heads.evidence import picture
+    from fusenms.heads.probe import picture
     from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
 
     return picture(size, size) if path is None else to_tensor([letterbox(read_picture(path), size, size)[0]])

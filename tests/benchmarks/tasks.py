@@ -24,9 +24,9 @@ from run import FUSED, RAW, ULTRALYTICS, Decoded, by_batch, crowd, fused_tail, r
 from torch import Tensor
 
 from fusenms import fuse, load
-from fusenms.backends.base import OnnxRuntimeRunner
 from fusenms.benchmark import TAIL, WHOLE, Contestant, Timing, measure, peak_memory
-from fusenms.graph import with_outputs
+from fusenms.graph.model import with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.sources.checkpoint import load_checkpoint
 
 ROWS, CROWD = 100, 1000

@@ -32,7 +32,7 @@ COMMAND = [
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from fusenms.files import write_atomically, write_together
+from fusenms.safety.files import write_atomically, write_together
 print("ready", flush=True)
 for i in itertools.count():
     data = bytes([i % 256]) * 3_000_000
@@ -52,7 +52,7 @@ def temporaries(folder: Path) -> list[str]:
 def whole(path: Path) -> bool:
     """Whether a fused file is there, whole and readable."""
     from fusenms import FusenmsError
-    from fusenms.artifacts import load_fused
+    from fusenms.artifacts.fused import load_fused
 
     try:
         return bool(load_fused(path).model.graph.node)
@@ -124,7 +124,7 @@ def kill_writers(kills: int, rng: random.Random) -> list[str]:
             if (folder / "pair").exists():
                 first, second = ((folder / end).read_bytes()[:1] for end in ("pair", "pair.json"))
                 states["a pair of two runs"] += first != second
-        code = "from fusenms.files import *; write_atomically(Path('one'), b'x')"
+        code = "from fusenms.safety.files import *; write_atomically(Path('one'), b'x')"
         subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment(), check=True)
         if temporaries(folder):
             problems.append(f"after the last run the folder has {temporaries(folder)}")

@@ -19,10 +19,10 @@ import torch
 
 from fusenms.errors import FusenmsError
 from fusenms.limits import DEFAULT_LIMITS
-from fusenms.sources import modules
 from fusenms.sources.checkpoint import load_checkpoint
 from fusenms.sources.export import network_of
-from fusenms.sources.unpickle import Global, Record, Storage, globals_of, unpickle
+from fusenms.sources.torch_files.unpickle import Global, Record, Storage, globals_of, unpickle
+from fusenms.sources.torch_modules import layers as modules
 
 MOST_SECONDS, MOST_MEMORY = 20.0, 2**30
 _NUMBERS = (0, 1, -1, 2, 127, 128, 255, 2**31 - 1, -(2**31), 10**9, 2**62)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 
 from fusenms import PostprocessConfig
-from fusenms.artifacts import ImageInput, parse_names
+from fusenms.artifacts.fused import parse_names
+from fusenms.artifacts.raw import ImageInput
 from fusenms.errors import FusenmsError
 from fusenms.layout import Layout
 from fusenms.limits import Limits
@@ -23,7 +24,7 @@ READERS = {
 
 
 def fuzz_metadata(data: bytes) -> None:
-    """Read metadata as `fusenms.artifacts.load_fused` does; what is accepted is written and read again."""
+    """Read metadata as `fusenms.artifacts.fused.load_fused` does; what is accepted is written and read again."""
     kind, text = data[:1], data[1:].decode("utf-8", "replace")
     if kind == b"N":
         try:

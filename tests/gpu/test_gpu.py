@@ -13,19 +13,20 @@ import pytest
 from kernels import KernelRunner, on_gpu
 from raw_heads import LAYOUTS, fused_model
 
-from fusenms import PostprocessConfig, fuse, verification
-from fusenms.artifacts import ImageInput
-from fusenms.backends import BACKENDS
-from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.backends.plugin import INPUTS, PLUGGED, settings_of
-from fusenms.choosing import Head
-from fusenms.drift import drift_of
+from fusenms import PostprocessConfig, fuse
+from fusenms.artifacts.raw import ImageInput
 from fusenms.engines.base import EngineSettings
 from fusenms.engines.rtx import build_rtx, load_rtx
 from fusenms.engines.running import EngineRunner, compare_engine
+from fusenms.fusion.backends import BACKENDS
+from fusenms.fusion.backends.plugin import INPUTS, PLUGGED, settings_of
+from fusenms.fusion.candidates import Head
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
-from fusenms.scenes import Stage, heads
+from fusenms.verification import checks as verification
+from fusenms.verification.agreement import drift_of
+from fusenms.verification.synthetic_heads import Stage, heads
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT.parent / "shared" / "zoo"

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from fusenms import contract
-from fusenms.artifacts import FusedModel, load_fused
-from fusenms.backends.base import OnnxRuntimeRunner
-from fusenms.heads.evidence import picture
+from fusenms.artifacts.fused import FusedModel, load_fused
+from fusenms.errors import first_line
+from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.heads.probe import picture
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
-from fusenms.sessions import first_line
 
 Outputs = dict[str, np.ndarray]
 Run = Callable[[Path, np.ndarray], Outputs]

@@ -1,0 +1,1 @@
+"""The values that travel along the line, and their files."""

@@ -1,0 +1,184 @@
+"""`FusedModel`: a model with the outputs of the contract; writing and reading its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusenms import contract
+from fusenms.artifacts.raw import ImageInput
+from fusenms.config import PostprocessConfig
+from fusenms.errors import ConfigError, SourceError, VerificationError, first_line
+from fusenms.layout import Layout
+from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.onnx_reading import untrusted
+from fusenms.onnx_reading.files import read_metadata, read_onnx, refuse_cost
+from fusenms.onnx_reading.metadata import parse_names, read_json
+from fusenms.safety.files import write_atomically
+
+if TYPE_CHECKING:
+    import onnx
+
+    from fusenms.artifacts.report import Report
+
+
+@dataclass(frozen=True)
+class FusedModel:
+    """A model with the outputs of the contract. ``suppressed_by`` is the operator, for people; ``report`` the proof, once verified."""
+
+    model: onnx.ModelProto
+    image: ImageInput
+    names: tuple[str, ...]
+    task: str
+    source: str
+    layout: Layout
+    config: PostprocessConfig
+    backend: str
+    suppressed_by: str = ""
+    precision: str = "fp32"
+    report: Report | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = ()
+    limits: Limits = field(default=DEFAULT_LIMITS, compare=False, repr=False)
+
+    def proven(self, report: Report) -> FusedModel:
+        """Return this model with the report of its verification."""
+        return replace(self, report=report)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself: keys of `fusenms.contract` to text."""
+        from fusenms._version import __version__
+
+        return {
+            contract.KEY_VERSION: __version__,
+            contract.KEY_BACKEND: self.backend,
+            contract.KEY_SOURCE: self.source,
+            contract.KEY_LAYOUT: json.dumps(self.layout.to_dict()),
+            contract.KEY_CONFIG: json.dumps(self.config.to_dict()),
+            contract.KEY_IMAGE: json.dumps(self.image.to_dict()),
+            contract.KEY_DECODE: self.layout.decode_stage,
+            contract.KEY_SUPPRESSION: self.suppressed_by,
+            contract.KEY_PRECISION: self.precision,
+            contract.KEY_NOTES: json.dumps(list(self.notes)),
+            contract.KEY_VERIFICATION: self.report.summary if self.report else contract.UNVERIFIED,
+            contract.KEY_NAMES: str(dict(enumerate(self.names))),
+            contract.KEY_TASK: self.task,
+            contract.KEY_STRIDE: str(self.image.stride),
+            contract.KEY_IMGSZ: str([self.image.height, self.image.width]),
+        } | self._keypoints()
+
+    def _keypoints(self) -> dict[str, str]:
+        points = self.layout.keypoints
+        return {} if points is None else {contract.KEY_KEYPOINTS: str([points.count, points.numbers])}
+
+    def save(self, path: str | os.PathLike[str], *, unverified: bool = False) -> Path:
+        """Write the model to ``path`` (whole or not at all) and return the path.
+
+        Raises:
+            VerificationError: the model has no passing report and ``unverified`` is false.
+            SourceError: the path cannot be written.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            raise SourceError(f"found a {type(path).__name__}; expected the path of a file to write")
+        if self.report is not None and not self.report:
+            raise VerificationError(
+                f"{path} was not written: the fused model differs from the reference\n{self.report}", self.report
+            )
+        if self.report is None and not unverified:
+            raise ConfigError(
+                f"{path} was not written: the model was not verified; call fusenms.verify first, or save with unverified=True"
+            )
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        kept = {item.key: item.value for item in model.metadata_props} | self.metadata
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, kept)
+        return write_atomically(Path(path), model.SerializeToString())
+
+
+def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> FusedModel:
+    """Read a fused file that `FusedModel.save` wrote. Its report is not stored: `fusenms.verify` makes a new one.
+
+    Args:
+        limits: bounds of what is read, and of each run.
+
+    Raises:
+        SourceError: the file cannot be read, is not a fused model, is damaged, or exceeds a limit.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise SourceError(f"found a {type(path).__name__}; expected the path of a fused .onnx file")
+    model = read_onnx(Path(path), limits)
+    metadata = read_metadata(model)
+    if contract.KEY_BACKEND not in metadata:
+        raise SourceError(
+            f"{path}: not a fused model (it has no {contract.KEY_BACKEND} metadata); make one with: python -m fusenms {path}"
+        )
+    with untrusted(path, "reading its metadata"):
+        try:
+            fused = _from_metadata(model, metadata, limits)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError) as error:
+            raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
+        _check_graph(path, fused)
+    image = fused.image
+    refuse_cost(path, model, {image.tensor: (1, 3, image.height, image.width)}, limits)
+    return fused
+
+
+def _from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Limits) -> FusedModel:
+    image = ImageInput(**read_json(metadata[contract.KEY_IMAGE], limits))
+    if max(image.height, image.width, image.stride) > limits.max_image_side:
+        raise ValueError(
+            f"its input is {image.height}x{image.width}, stride {image.stride}; expected at most {limits.max_image_side} (max_image_side)"
+        )
+    notes = read_json(metadata[contract.KEY_NOTES], limits)
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError("its notes are no list of texts")
+    config = PostprocessConfig.from_dict(read_json(metadata[contract.KEY_CONFIG], limits))
+    if not isinstance(config.names, str) or not isinstance(config.masks, str):
+        raise ValueError("its settings are of other types")
+    return FusedModel(
+        model=model,
+        image=image,
+        names=parse_names(metadata[contract.KEY_NAMES], limits),
+        task=metadata[contract.KEY_TASK],
+        source=metadata[contract.KEY_SOURCE],
+        layout=Layout.from_dict(read_json(metadata[contract.KEY_LAYOUT], limits)),
+        config=config,
+        backend=metadata[contract.KEY_BACKEND],
+        suppressed_by=metadata.get(contract.KEY_SUPPRESSION, ""),
+        precision=metadata.get(contract.KEY_PRECISION, "fp32"),
+        notes=tuple(notes),
+        limits=limits,
+    )
+
+
+def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
+    """Refuse a file whose graph is not what its metadata says."""
+    graph = fused.model.graph
+    sizes = {
+        entry.name: [d.dim_value for d in entry.type.tensor_type.shape.dim] for entry in (*graph.input, *graph.output)
+    }
+    image, config = fused.image, fused.config
+    wanted = {image.tensor: [0, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
+    for name, spec in fused.layout.outputs(config):
+        height, width = sizes.get(name, [0, 0])[-2:] if "h" in spec.shape else (0, 0)  # the picture's size says them
+        wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections, height, width)[1:])]
+    if unknown := [entry.name for entry in graph.output if entry.name not in wanted]:
+        raise SourceError(
+            f"{path}: the graph gives {', '.join(unknown)} too, which its metadata does not name; fuse the model again"
+        )
+    if fused.task != fused.layout.task:
+        raise SourceError(
+            f"{path}: its metadata says that its task is {fused.task!r}, but its head is one of {fused.layout.task!r}; fuse the model again"
+        )
+    for name, shape in wanted.items():
+        if sizes.get(name) != shape:
+            found = f"{sizes[name]}" if name in sizes else "nothing of that name"
+            raise SourceError(
+                f"{path}: its metadata says {name} {shape} (0: open), but the graph has {found}; fuse the model again"
+            )

@@ -1,0 +1,61 @@
+"""`Pixels`: what a network wants of an image's pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusenms.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a network wants for a picture ``p`` (RGB, 0 to 1): ``(p * scale - mean) / std``, with the channels in this order.
+
+    ``mean`` and ``std`` are in the order of ``channels``, "rgb" or "bgr".
+    """
+
+    channels: str = "rgb"
+    scale: float = 1.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.channels not in ("rgb", "bgr"):
+            raise ConfigError(f"channels is {self.channels!r}; expected 'rgb' or 'bgr'")
+        if not 0 < self.scale < float("inf"):
+            raise ConfigError(f"scale is {self.scale!r}; expected a positive number")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
+            raise ConfigError(f"mean is {self.mean!r}, std is {self.std!r}; expected three numbers each, std not 0")
+
+    def __str__(self) -> str:
+        text = f"{self.channels.upper()} from 0 to {self.scale:g}"
+        normal = ", ".join(f"({v:g})" if v < 0 else f"{v:g}" for v in self.mean), ", ".join(f"{v:g}" for v in self.std)
+        return f"{text}, less ({normal[0]}), over ({normal[1]})" if any(self.mean) or set(self.std) != {1.0} else text
+
+    def apply(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures ``[B, 3, height, width]`` float32 (RGB, 0 to 1) as the network wants them."""
+        ordered = pictures[:, ::-1] if self.channels == "bgr" else pictures
+        factor, offset = self.terms
+        return ordered * factor + offset
+
+    @property
+    def terms(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same as a factor and a summand, ``[1, 3, 1, 1]`` float32 each."""
+        mean, std = (np.array(values, np.float64).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
+        return (self.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+PIXELS: dict[str, Pixels] = {
+    "rgb": Pixels(),
+    "bgr": Pixels("bgr"),
+    "rgb255": Pixels(scale=255.0),
+    "bgr255": Pixels("bgr", 255.0),
+    "imagenet": Pixels("rgb", 1.0, *_IMAGENET),
+    "bgr255-imagenet": Pixels("bgr", 255.0, (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)),
+}
+"""By name: 0 to 1 or 0 to 255, RGB or BGR, normalized with the mean and deviation of ImageNet or not."""

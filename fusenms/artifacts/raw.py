@@ -1,0 +1,70 @@
+"""`RawModel`: a detector as ONNX, up to its raw head."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fusenms.artifacts.preprocessing import Pixels
+from fusenms.layout import Layout
+from fusenms.limits import DEFAULT_LIMITS, Limits
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """The picture input of a model: float32 ``[B, 3, height, width]``, RGB, 0 to 1.
+
+    ``height`` and ``width`` are the sizes it works at by default; with ``dynamic_size`` other
+    multiples of ``stride`` work too. ``independent`` is false where the images of a batch change each other's results
+    (dynamic quantization, whose ranges span the batch). ``stretch``: pictures are stretched to the size, not letterboxed.
+    """
+
+    tensor: str
+    height: int
+    width: int
+    stride: int
+    dynamic_size: bool = False
+    independent: bool = True
+    stretch: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "stride"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a positive number of pixels")
+        if not isinstance(self.tensor, str) or not self.tensor:
+            raise ValueError(f"tensor is {self.tensor!r}; expected a name")
+        for name in ("dynamic_size", "independent", "stretch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RawModel:
+    """A detector as ONNX, up to its raw head, with dynamic batch; or with a ``frozen_batch``, which
+    `fusenms.transforms.dynamic_batch` opens.
+
+    ``layout`` is set where the source knows it (our own export, a module described by hand);
+    otherwise `fusenms.recognize` finds it. ``limits`` bound what its graph may do where it is of unknown origin. ``precision`` is that of
+    the network, "fp32" or "fp16". ``notes`` are lines for the user on how it came about. ``pixels`` and ``stretch`` say how the network
+    wants its pictures; None: as its family usually does.
+    """
+
+    model: onnx.ModelProto
+    image: ImageInput
+    names: tuple[str, ...]
+    task: str
+    source: str
+    layout: Layout | None = None
+    notes: tuple[str, ...] = ()
+    pixels: Pixels | None = None
+    stretch: bool | None = None
+    frozen_batch: int | None = None
+    precision: str = "fp32"
+    limits: Limits = field(default=DEFAULT_LIMITS, compare=False, repr=False)

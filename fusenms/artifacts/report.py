@@ -1,0 +1,106 @@
+"""`Report`: what a verification compared, and what differed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One image of one run: where it was, what was compared, what differed (empty: nothing).
+
+    ``converged`` is false where the model itself says that its rounds were too few; then nothing is compared.
+    """
+
+    batch: int
+    image: int
+    scene: str
+    detections: int
+    close_calls: int
+    worst_box: float
+    worst_score: float
+    problems: tuple[str, ...] = ()
+    converged: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every comparison of a verification. True when nothing differed; prints as text."""
+
+    checks: tuple[Check, ...]
+    batches: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.checks) and self.mismatches == 0
+
+    @property
+    def detections(self) -> int:
+        return sum(check.detections for check in self.checks)
+
+    @property
+    def mismatches(self) -> int:
+        return sum(len(check.problems) for check in self.checks)
+
+    @property
+    def close_calls(self) -> int:
+        return sum(check.close_calls for check in self.checks)
+
+    @property
+    def unconverged(self) -> int:
+        """Images that the model says it had too few rounds for; they were not compared."""
+        return sum(not check.converged for check in self.checks)
+
+    @property
+    def worst_box(self) -> float:
+        """Largest difference of a matched box coordinate, in pixels."""
+        return max((check.worst_box for check in self.checks), default=0.0)
+
+    @property
+    def worst_score(self) -> float:
+        return max((check.worst_score for check in self.checks), default=0.0)
+
+    @property
+    def summary(self) -> str:
+        """One line: what was run, and the verdict."""
+        close = f" · {counted(self.close_calls, 'close call')}" if self.close_calls else ""
+        if self.unconverged:
+            close += f" · {counted(self.unconverged, 'image')} did not converge, as the model says (more rounds help)"
+        sizes = ", ".join(map(str, self.batches))
+        wrong = counted(self.mismatches, "mismatch", "mismatches")
+        return (
+            f"batch {sizes} · {len(self.checks)} images · {self.detections} detections · {wrong} · "
+            f"worst box error {self.worst_box:.2g} px{close}"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.summary]
+        for check in self.checks:
+            lines += [
+                f"  batch {check.batch}, image {check.image} ({check.scene}): {problem}" for problem in check.problems
+            ]
+        return "\n".join(lines if len(lines) <= 41 else [*lines[:41], f"  … and {len(lines) - 41} more"])
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for ``--json``."""
+        problems = [
+            {"batch": c.batch, "image": c.image, "scene": c.scene, "problem": p}
+            for c in self.checks
+            for p in c.problems
+        ]
+        return {
+            "equal": bool(self),
+            "batches": list(self.batches),
+            "images": len(self.checks),
+            "detections": self.detections,
+            "mismatches": self.mismatches,
+            "close_calls": self.close_calls,
+            "unconverged": self.unconverged,
+            "worst_box_px": self.worst_box,
+            "worst_score": self.worst_score,
+            "problems": problems,
+        }
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number and what it counts."""
+    return f"{count} {one if count == 1 else many or one + 's'}"

@@ -1,0 +1,1 @@
+"""A raw model and its layout to a fused model."""

@@ -1,0 +1,301 @@
+"""Decoding and suppression by one node of our own TensorRT plugin, `FusedNMS`: from the raw head to the detections.
+
+The node's attributes are the settings of the plugin's kernels (plugins/fused_nms.cu). plugins/README.md says how they work, and how the
+plugin gets into an engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.raw import ImageInput
+from fusenms.config import PostprocessConfig
+from fusenms.errors import SourceError, UnsupportedByBackendError
+from fusenms.fusion.backends.base import Backend, Found
+from fusenms.fusion.backends.iou import SLACK, farthest_overlapping
+from fusenms.fusion.backends.ort import ORT
+from fusenms.fusion.backends.portable import PORTABLE
+from fusenms.fusion.candidates import FARTHEST, FARTHEST_ORIENTED, Head, strict_threshold
+from fusenms.graph.builder import FLOAT, Graph, Tensor
+from fusenms.graph.model import sorted_model
+from fusenms.layout import (
+    Activation,
+    AnchorBoxes,
+    BoxFormat,
+    Decoded,
+    Distances,
+    GridOffsets,
+    Layout,
+    TanhOffsets,
+    Tap,
+)
+
+PLUGIN = "FusedNMS"
+DOMAIN = "fusenms"
+VERSION = "1"
+INPUTS = ("picture", "classes", "boxes", "objectness", "background", "angle")
+"""Of the node. One that the head does not have is given `classes` again; so is the picture, where its size is fixed."""
+OUTPUTS = ("num_detections", "boxes", "scores", "labels", "indices")
+IN_HALF = "/float16"
+"""After the name of a head's tensor: the same, as the network in half precision gives it, before it is cast to float32."""
+
+ACTIVATIONS = (Activation.NONE, Activation.SIGMOID, Activation.SOFTMAX)
+DECODED = (BoxFormat.XYXY, BoxFormat.CXCYWH)
+DECODES: tuple[type, ...] = (Decoded, Decoded, Distances, AnchorBoxes, GridOffsets, TanhOffsets)
+"""In the order of the kernels' numbers."""
+MOST_LEVELS, MOST_ANCHORS, MOST_BINS = 8, 32, 64
+
+
+class Settings(ctypes.Structure):
+    """What the kernels have to know; the same as `FUSENMS_SETTINGS` in plugins/fused_nms.cu, which explains each."""
+
+    _fields_ = (
+        ("classes", ctypes.c_int * 3),
+        ("boxes", ctypes.c_int * 3),
+        ("objectness", ctypes.c_int * 3),
+        ("background", ctypes.c_int * 3),
+        ("angle", ctypes.c_int * 3),
+        ("num_classes", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("multi_label", ctypes.c_int),
+        ("score_threshold", ctypes.c_float),
+        ("objectness_weight", ctypes.c_float),
+        ("decode", ctypes.c_int),
+        ("normalized", ctypes.c_int),
+        ("bins", ctypes.c_int),
+        ("values", ctypes.c_float * MOST_BINS),
+        ("point", ctypes.c_float),
+        ("height", ctypes.c_int),
+        ("width", ctypes.c_int),
+        ("levels", ctypes.c_int),
+        ("anchors", ctypes.c_int),
+        ("strides", ctypes.c_int * MOST_LEVELS),
+        ("anchor_sizes", ctypes.c_float * (2 * MOST_ANCHORS)),
+        ("angle_sigmoid", ctypes.c_int),
+        ("class_agnostic", ctypes.c_int),
+        ("overlap_limit", ctypes.c_float),
+        ("farthest", ctypes.c_float),
+        ("max_candidates", ctypes.c_int),
+        ("max_detections", ctypes.c_int),
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Attributes of a node: numbers, and lists of numbers."""
+        named = {name: getattr(self, name) for name, _ in self._fields_}
+        return {name: list(value) if isinstance(value, ctypes.Array) else value for name, value in named.items()}
+
+    @classmethod
+    def of_node(cls, node: onnx.NodeProto) -> Settings:
+        """Of a node's attributes.
+
+        Raises:
+            SourceError: one is missing, or not what it should be.
+        """
+        try:
+            return cls.of_dict({entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute})
+        except SourceError as error:
+            raise SourceError(f"node {node.name!r}: {error}; fuse the weights again") from error
+
+    @classmethod
+    def of_dict(cls, given: Mapping[str, Any]) -> Settings:
+        """Of numbers and lists by name.
+
+        Raises:
+            SourceError: one is missing, or not what it should be.
+        """
+        settings = cls()
+        for name, kind in cls._fields_:
+            try:
+                value = given[name]
+                setattr(settings, name, kind(*value) if issubclass(kind, ctypes.Array) else value)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise SourceError(f"{name} is {given.get(name, 'missing')!r}; expected what fusenms writes") from error
+        return settings
+
+
+def settings_of(head: Head, config: PostprocessConfig) -> Settings:
+    """The kernels' settings.
+
+    Raises:
+        UnsupportedByBackendError: the head has more of something than they have room for.
+    """
+    layout, decode, image = head.layout, head.layout.decode, head.image
+    oriented, logits = layout.angle is not None, layout.activation is Activation.SIGMOID and layout.objectness is None
+    sized = isinstance(decode, Decoded) and not decode.normalized
+    s = Settings(
+        num_classes=layout.num_classes,
+        activation=ACTIVATIONS.index(layout.activation),
+        multi_label=config.multi_label,
+        score_threshold=strict_threshold(config.score_threshold, Activation.SIGMOID if logits else Activation.NONE),
+        objectness_weight=-1.0 if layout.objectness_weight is None else layout.objectness_weight,
+        decode=DECODED.index(decode.format) if isinstance(decode, Decoded) else DECODES.index(type(decode)),
+        normalized=isinstance(decode, Decoded) and decode.normalized,
+        height=0 if image.dynamic_size and not sized else image.height,
+        width=0 if image.dynamic_size and not sized else image.width,
+        angle_sigmoid=layout.angle is not None and layout.angle.sigmoid,
+        class_agnostic=config.class_agnostic,
+        overlap_limit=2 * farthest_overlapping(config.iou_threshold)
+        if oriented
+        else config.iou_threshold * (1 + SLACK),
+        farthest=FARTHEST_ORIENTED if oriented else FARTHEST,
+        max_candidates=config.max_candidates,
+        max_detections=config.max_detections,
+    )
+    for name, tap in _taps(layout).items():
+        if tap is not None:
+            setattr(s, name, (tap.channel_axis, head.widths[tap.tensor], tap.start))
+    if isinstance(decode, Distances):
+        s.bins, s.point = decode.bins, decode.point
+        _fill(s.values, decode.numbers, f"{decode.bins} bins")
+    if not isinstance(decode, Decoded):
+        s.levels, s.anchors = len(decode.strides), 1
+        _fill(s.strides, decode.strides, f"{len(decode.strides)} levels")
+    if isinstance(decode, AnchorBoxes):
+        s.anchors = len(decode.anchors[0])
+        sizes = np.ravel(np.asarray(decode.anchors, np.float32)).tolist()
+        _fill(s.anchor_sizes, sizes, f"{len(sizes) // 2} anchor boxes")
+    return s
+
+
+def _taps(layout: Layout) -> dict[str, Tap | None]:
+    angle = None if layout.angle is None else layout.angle.value
+    taps = (layout.classes, layout.boxes, layout.objectness, layout.background, angle)
+    return dict(zip(INPUTS[1:], taps, strict=True))
+
+
+def _fill(room: Any, values: Sequence[float], what: str) -> None:
+    if len(values) > len(room):
+        raise UnsupportedByBackendError(
+            f"backend plugin: found {what}, which its kernels have no room for; take backend portable"
+        )
+    room[: len(values)] = list(values)
+
+
+def _inputs(layout: Layout, settings: Settings, image: ImageInput) -> list[str]:
+    names = {name: (tap or layout.classes).tensor for name, tap in _taps(layout).items()}
+    return [layout.classes.tensor if settings.height else image.tensor, *names.values()]
+
+
+def _take_half(g: Graph, layout: Layout) -> bool:
+    """Give the head's tensors in float16 their names, where all that the node reads are cast from it: no cast comes before it then.
+
+    What else reads them is given them cast to float32.
+    """
+    tensors = {tap.tensor: g.in_half(g.tensor(tap.tensor)) for tap in _taps(layout).values() if tap is not None}
+    if any(half is None for half in tensors.values()):
+        return False
+    for name, half in tensors.items():
+        given = g.op("Identity", half)
+        g.name(given, f"{name}{IN_HALF}")
+        g.rename(name, f"{name}/moved")
+        g.name(g.cast(given, FLOAT), name)
+    return True
+
+
+def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
+    """Emit the plugin's node.
+
+    Raises:
+        UnsupportedByBackendError: the head has more of something than the kernels have room for.
+    """
+    settings = settings_of(head, config)
+    g.import_domain(DOMAIN, 1)
+    names = _inputs(head.layout, settings, head.image)
+    if _take_half(g, head.layout):
+        names = [f"{name}{IN_HALF}" if name in head.layout.tensors else name for name in names]
+    count, boxes, scores, labels, indices = g.add(
+        PLUGIN,
+        [g.tensor(name) for name in names],
+        len(OUTPUTS),
+        domain=DOMAIN,
+        plugin_version=VERSION,
+        plugin_namespace=DOMAIN,
+        **settings.to_dict(),
+    )
+    for tensor, dtype in (
+        (count, np.int32),
+        (boxes, np.float32),
+        (scores, np.float32),
+        (labels, np.int32),
+        (indices, np.int32),
+    ):
+        tensor.dtype = dtype
+    return Found(g.op("Not", g.op("Less", indices, g.ints(0))), count, boxes, scores, labels, indices)
+
+
+def in_float(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a node that reads the head in float32, cast from the float16 that it reads in the file; for checking only.
+
+    Raises:
+        SourceError: the file has a tensor of that name which is something else.
+    """
+    node = next((node for node in model.graph.node if node.op_type == PLUGIN), None)
+    halves = [] if node is None else [name for name in dict.fromkeys(node.input) if name.endswith(IN_HALF)]
+    if not halves:
+        return model
+    widened = onnx.ModelProto()
+    widened.CopyFrom(model)
+    makers = {name: node for node in widened.graph.node for name in node.output}
+    for name in halves:
+        wide = name.removesuffix(IN_HALF)
+        maker = makers.get(wide)
+        if maker is None:
+            widened.graph.node.append(onnx.helper.make_node("Cast", [name], [wide], name=f"{PLUGIN}/{wide}", to=FLOAT))
+        elif (maker.op_type, list(maker.input)) != ("Cast", [name]):
+            raise SourceError(
+                f"tensor {wide!r} is not what the plugin reads; the file was changed after it was written: fuse the weights again"
+            )
+    for node in widened.graph.node:
+        if node.op_type == PLUGIN:
+            node.input[:] = [name.removesuffix(IN_HALF) for name in node.input]
+    return sorted_model(widened)
+
+
+def to_standard(model: onnx.ModelProto, fused: FusedModel) -> onnx.ModelProto:
+    """The model with standard operators in the node's place, so that ONNX Runtime can run it; for checking only.
+
+    Raises:
+        SourceError: the node does not say what the model's metadata says.
+    """
+    model = in_float(model)
+    node = next((node for node in model.graph.node if node.op_type == PLUGIN), None)
+    if node is None:
+        return model  # a head that needs no suppression
+    layout, config, written = fused.layout, fused.config, Settings.of_node(node)
+    widths = {tap.tensor: getattr(written, name)[1] for name, tap in _taps(layout).items() if tap is not None}
+    head = Head(layout, fused.image, widths, None)
+    meant = settings_of(head, config)
+    names = _inputs(layout, meant, fused.image)
+    if bytes(written) != bytes(meant) or list(node.input) != names:
+        wrong = [name for name, value in meant.to_dict().items() if value != written.to_dict()[name]]
+        raise SourceError(
+            f"node {node.name!r} and the metadata do not say the same ({', '.join(wrong) or 'inputs'}); the file was changed after it was "
+            "written: fuse the weights again"
+        )
+    g, find_by = Graph(model), (ORT if layout.angle is None else PORTABLE).find
+
+    def make() -> tuple[Tensor, ...]:
+        found = find_by(g, head, config)
+        return found.count, found.boxes, found.scores, found.labels, found.indices
+
+    g.replace(PLUGIN, make)
+    return g.to_model()
+
+
+PLUGGED = Backend(
+    "plugin",
+    ".plugin.onnx",
+    PLUGIN,
+    find,
+    to_standard,
+    runs_on_onnxruntime=False,
+    adaptive=False,
+    knows_oriented=True,
+    in_float=in_float,
+)

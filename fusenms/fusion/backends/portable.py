@@ -1,0 +1,189 @@
+"""Exact greedy suppression from plain tensor operators: no NMS operator, no plugin, no shape that depends on the data.
+
+For runtimes without `NonMaxSuppression` and without plugins (TensorRT-RTX), and for CUDA graphs.
+
+Candidates stand best first. With M[i, j] = 1 where j < i, both have the same class and their IoU is above the threshold,
+greedy suppression is the one solution of
+
+    keep = valid and not (M keep > 0)
+
+since row i asks only the rows before it: row 0 settles at once, then row 1, and so on. Repeating the right side from any
+start reaches it: after n rounds all candidates are right that end a chain of at most n rivals, and a round that changes nothing
+shows that all are. docs/portable-nms.md has the proof and what it costs.
+
+M is never made whole. Candidates are taken in blocks, the best first; a block asks the boxes kept so far, at most
+``max_detections`` of them, and itself. Memory does not grow with the square of the candidates, and where nothing is left to
+find, the blocks end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from fusenms.artifacts.fused import FusedModel
+from fusenms.config import PostprocessConfig
+from fusenms.fusion.backends.base import Backend, Kept, by_choosing
+from fusenms.fusion.backends.iou import overlap_oriented, overlap_upright
+from fusenms.fusion.candidates import Chosen
+from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
+
+BLOCK, UNROLLED_BLOCK = 64, 960
+"""Most candidates of a block: with a `Loop`, whose rounds cost little; unrolled, where each one makes the graph longer."""
+
+
+def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
+    """Emit suppression and selection. Candidates are decoded block by block.
+
+    Without ``config.rounds`` `Loop` nodes run until nothing changes. With it, so many rounds are unrolled for every block, and a
+    further output says which images had settled by then.
+    """
+    assert chosen.count is not None
+    count = math.ceil(chosen.count / (BLOCK if config.rounds is None else UNROLLED_BLOCK))
+    blocks = _Blocks(g, chosen, config, chosen.count, math.ceil(chosen.count / count))
+    if config.rounds is None and count > 1:
+        found, converged = blocks.while_any_is_open(count), None
+    else:
+        found, converged = blocks.one(g.ints(0), None)
+        for i in range(1, count):
+            found, settled = blocks.one(g.ints(i), found)
+            converged = g.op("Mul", converged, settled)
+    boxes = g.op("Transpose", g.slice(found, 1, 0, chosen.box_size), perm=[0, 2, 1])
+    rank = blocks.row(found, blocks.rank)
+    valid = g.op("Greater", rank, g.floats(0.0))
+    place = g.where(valid, g.op("Sub", g.ints(chosen.count), g.cast(rank, INT32)), g.ints(0))
+    labels = g.cast(blocks.row(found, blocks.label), INT32)
+    return Kept(valid, place, boxes, labels, None if config.rounds is None else converged)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Emits the work on blocks of ``size`` candidates, ``total`` in all.
+
+    What was *found* travels as ``[B, box + 2, max_detections]`` float32, the best first: the box, its label, its rank. A rank is ``total``
+    less the candidate's place (exact, since both are far below 2^24), and 0 where nothing stands yet.
+    """
+
+    g: Graph
+    chosen: Chosen
+    config: PostprocessConfig
+    total: int
+    size: int
+
+    @property
+    def label(self) -> int:
+        """Which row of what was found holds the labels."""
+        return self.chosen.box_size
+
+    @property
+    def rank(self) -> int:
+        return self.label + 1
+
+    def row(self, found: Tensor, i: int) -> Tensor:
+        """Row ``[B, n]`` of what was found ``[B, box + 2, n]``."""
+        return self.g.op("Gather", found, self.g.ints(i), axis=1)
+
+    def one(self, number: Tensor, found: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What was found after block ``number`` (int32 scalar), and ``[B, 1]`` int32: whether it settled."""
+        g, most = self.g, self.config.max_detections
+        place = g.op("Add", g.op("Mul", number, g.ints(self.size)), g.const(np.arange(self.size), np.int32))
+        inside = g.op("Less", place, g.ints(self.total))
+        place = g.where(inside, place, g.ints(self.total - 1))
+        boxes, labels, valid = self.chosen.rows(place)
+        alive = g.op("And", valid, inside)
+        own = g.concat([boxes, g.unsqueeze(g.cast(labels, FLOAT), 2)], 2)  # [B, b, box + 1]
+        across = g.op("Transpose", own, perm=[0, 2, 1])
+        everyone = across if found is None else g.concat([g.slice(found, 1, 0, self.rank), across], 2)
+        rivals = self._rivals(own, everyone)  # of what was found before, then of the block itself
+        if found is not None:
+            kept = g.op("Greater", self.row(found, self.rank), g.floats(0.0))
+            alive = g.op("And", alive, g.op("Not", self._any(g.slice(rivals, 2, 0, most), kept)))
+            rivals = g.slice(rivals, 2, most, most + self.size)
+        earlier = g.op("Less", g.unsqueeze(place, 0), g.unsqueeze(place, 1))
+        keep, settled = self._settle(alive, g.op("And", rivals, earlier))
+        rank = g.op("Mul", keep, g.cast(g.op("Sub", g.ints(self.total), place), FLOAT))
+        rows = g.concat([across, g.unsqueeze(rank, 1)], 1)
+        if found is not None:
+            rows = g.concat([found, rows], 2)
+        elif self.size < most:
+            rows = g.op("Pad", rows, g.const([0, 0, 0, 0, 0, most - self.size], np.int64), g.floats(0.0))
+        _, order = g.top_k(self.row(rows, self.rank), g.const([most], np.int64))
+        wide = g.op("Expand", g.unsqueeze(order, 1), g.const([1, self.rank + 1, 1], np.int64))
+        return g.op("GatherElements", rows, wide, axis=2), settled
+
+    def while_any_is_open(self, count: int) -> Tensor:
+        """What was found after all blocks; they end where no image can gain another row."""
+        g, most = self.g, self.config.max_detections
+        passing = g.cast(self.chosen.passing, FLOAT)
+        last = g.reduce("ReduceSum", passing, 1)  # [B]: those that pass stand first
+        start = g.unsqueeze(g.slice(passing, 1, 0, 1), 2)
+        nothing = g.op("Mul", start, g.const(np.zeros((1, self.rank + 1, most)), np.float32))
+
+        def step(i: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+            number = g.cast(i, INT32)
+            found, _ = self.one(number, found)
+            spare = g.op("Less", g.reduce("ReduceMin", self.row(found, self.rank), 1), g.floats(0.5))
+            reach = g.reduce("ReduceMax", g.where(spare, last, g.floats(0.0)), 0)
+            done = g.op("Mul", g.op("Add", number, g.ints(1)), g.ints(self.size))
+            return g.op("Greater", reach, g.cast(done, FLOAT)), found
+
+        return g.loop(count, g.const(True, np.bool_), nothing, ("batch", self.rank + 1, most), step)
+
+    def _settle(self, alive: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
+        """Repeat the rule. ``[B, size]`` float32: 1 for what is kept; ``[B, 1]`` int32: 1 where the last round changed nothing."""
+        g = self.g
+
+        def once(keep: Tensor) -> tuple[Tensor, Tensor]:
+            free = g.op("Not", self._any(rivals, g.op("Greater", keep, g.floats(0.5))))
+            after = g.cast(g.op("And", alive, free), FLOAT)
+            return after, g.reduce("ReduceMax", g.op("Abs", g.op("Sub", after, keep)), 1, keepdims=True)
+
+        keep = g.cast(alive, FLOAT)
+        if self.config.rounds is not None:
+            for _ in range(self.config.rounds):
+                keep, change = once(keep)
+            return keep, g.cast(g.op("Less", change, g.floats(0.5)), INT32)
+
+        def step(_: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+            after, change = once(keep)
+            return g.op("Greater", g.reduce("ReduceMax", g.reduce("ReduceMax", change, 1), 0), g.floats(0.5)), after
+
+        return g.loop(self.size + 1, g.const(True, np.bool_), keep, ("batch", self.size), step), g.ints(1)
+
+    def _rivals(self, own: Tensor, others: Tensor) -> Tensor:
+        """Of boxes and labels ``[B, b, box + 1]`` and others ``[B, box + 1, n]``: do they overlap too much, is the class one?
+        ``[B, b, n]`` bool."""
+        g, overlap = self.g, overlap_oriented if self.chosen.oriented else overlap_upright
+        *box, label = g.split(own, 2, self.label + 1)  # [B, b, 1]
+        *other, other_label = g.split(others, 1, self.label + 1)  # [B, 1, n]
+        close = overlap(g, box, other, self.config.iou_threshold)
+        if self.config.class_agnostic or self.chosen.num_classes == 1:
+            return close
+        return g.op("And", close, g.op("Equal", label, other_label))
+
+    def _any(self, rivals: Tensor, keep: Tensor) -> Tensor:
+        """``[B, b]`` bool: whether one of a candidate's rivals ``[B, b, n]`` is kept ``[B, n]``; both bool."""
+        g = self.g
+        hits = g.cast(g.op("And", rivals, g.unsqueeze(keep, 1)), FLOAT)
+        return g.op("Greater", g.reduce("ReduceMax", hits, 2), g.floats(0.5))
+
+
+def to_standard(model: onnx.ModelProto, _: FusedModel) -> onnx.ModelProto:
+    """The model itself."""
+    return model
+
+
+PORTABLE = Backend(
+    "portable",
+    ".portable.onnx",
+    "tensor operators",
+    by_choosing(suppress, adaptive=False),
+    to_standard,
+    runs_on_onnxruntime=True,
+    adaptive=False,
+    has_rounds=True,
+    knows_oriented=True,
+)

@@ -1,0 +1,197 @@
+"""Suppression by one TensorRT `EfficientNMS_TRT` plugin node, for TensorRT 8.5 to 11.
+
+The plugin is deprecated upstream since TensorRT 10.12; its name and its contract live in this file.
+Facts from its published source (plugin/efficientNMSPlugin, TensorRT open source), and what follows:
+
+- it sorts by float32 score; equal scores come in any order. A sigmoid in float32 makes different logits
+  equal, and now and then swaps them. So the plugin is given *ranks* as scores: 1 for the best candidate, each
+  next one 1/8192 lower, exact in float32 and never equal. Its output scores then say which candidates it
+  kept: everything else about those, the true score first, is gathered by it;
+- it keeps scores >= score_threshold: the threshold was applied before, what failed it has no rank;
+- it drops boxes with IoU >= iou_threshold: the next float above the threshold is emitted;
+- every class of every box is a candidate: only the chosen class of each has a rank;
+- it looks at the best 5000 (2000 on Jetson TX1 and TX2). At most 3840 get here;
+- below a score_threshold of 0.007 it sorts everything and counts rows that it had filtered out: the threshold on ranks is higher;
+- it swaps the corners of boxes of negative size: there are none, see `decoding`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import parser
+
+from fusenms.artifacts.fused import FusedModel
+from fusenms.config import MAX_CANDIDATES_LIMIT, PostprocessConfig
+from fusenms.errors import UnsupportedByBackendError
+from fusenms.fusion.backends.base import Backend, Kept, by_choosing, one_class_each
+from fusenms.fusion.candidates import Chosen
+from fusenms.graph.builder import INT32, Graph
+
+PLUGIN = "EfficientNMS_TRT"
+DOMAIN = "TRT"
+RANKS = 8192  # ranks are multiples of its reciprocal
+
+
+def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
+    """Emit the plugin node on ranks, which say afterwards what it kept.
+
+    Raises:
+        UnsupportedByBackendError: more candidates than TensorRT's TopK takes.
+    """
+    assert chosen.count is not None
+    if chosen.count > MAX_CANDIDATES_LIMIT:
+        raise UnsupportedByBackendError(
+            f"backend trt: found {chosen.count} candidates; TensorRT's TopK takes at most {MAX_CANDIDATES_LIMIT}: "
+            f"lower --max-candidates to {MAX_CANDIDATES_LIMIT}"
+        )
+    g.import_domain(DOMAIN, 1)
+    decoded, own, alive = chosen.rows(None)
+    classes = g.const(np.arange(chosen.num_classes).reshape(1, 1, -1), np.int32)
+    ranks = g.const(1 - np.arange(chosen.count)[None] / RANKS, np.float32)
+    count, boxes, kept_ranks, labels = g.add(
+        PLUGIN,
+        [decoded, one_class_each(g, ranks, own, alive, classes, 2)],
+        4,
+        domain=DOMAIN,
+        plugin_version="1",
+        plugin_namespace="",
+        background_class=-1,
+        box_coding=0,
+        class_agnostic=int(config.class_agnostic),
+        iou_threshold=_next_above(config.iou_threshold),
+        max_output_boxes=config.max_detections,
+        score_activation=0,
+        score_threshold=0.25,  # of ranks, which are above 0.5; what has none is -1
+    )
+    for tensor, dtype in ((count, np.int32), (boxes, np.float32), (kept_ranks, np.float32), (labels, np.int32)):
+        tensor.dtype = dtype
+    valid = g.op("Less", g.const(np.arange(config.max_detections)[None], np.int32), count)
+    place = g.op("Mul", g.op("Sub", g.floats(1.0), kept_ranks), g.floats(float(RANKS)))
+    return Kept(valid, g.cast(g.where(valid, place, g.floats(0.0)), INT32), boxes, labels)
+
+
+def _next_above(threshold: float) -> float:
+    """The next float32 above; no denormal, which a GPU may take for zero."""
+    return float(max(np.nextafter(np.float32(threshold), np.float32(np.inf)), np.finfo(np.float32).tiny))
+
+
+BODY_OPSET = 12
+# Only operators that read the same in every opset from 12 on: the function runs at the opset of its model.
+_BODY = """
+<domain: "TRT", opset_import: ["" : OPSET]>
+EfficientNMS_TRT
+<score_threshold, iou_threshold, max_output_boxes, background_class, score_activation, box_coding, class_agnostic,
+ plugin_version, plugin_namespace>
+(boxes, scores) => (num_detections, detection_boxes, detection_scores, detection_classes) {
+  # filter: score >= threshold; below 0.007 ("dense" mode) filtered scores stay, as -32768
+  threshold = Constant <value_float : float = @score_threshold> ()
+  dense_below = Constant <value = float {0.007}> ()
+  minus_infinity = Constant <value = float {-inf}> ()
+  dropped = Constant <value = float {-32768.0}> ()
+  is_dense = Less (threshold, dense_below)
+  filtered = Where (is_dense, dropped, minus_infinity)
+  passes = GreaterOrEqual (scores, threshold)
+  eligible = Where (passes, scores, filtered)
+  flat_shape = Constant <value = int64[2] {0, -1}> ()
+  flat = Reshape (eligible, flat_shape)
+  # sort, best 5000
+  sizes = Shape (scores)
+  axis2 = Constant <value = int64[1] {2}> ()
+  axis1 = Constant <value = int64[1] {1}> ()
+  classes = Gather <axis = 0> (sizes, axis2)
+  flat_sizes = Shape (flat)
+  elements = Gather <axis = 0> (flat_sizes, axis1)
+  selected_most = Constant <value = int64[1] {5000}> ()
+  selected = Min (elements, selected_most)
+  top_scores, top_elements = TopK <axis = 1> (flat, selected)
+  anchor = Div (top_elements, classes)
+  class = Mod (top_elements, classes)
+  four = Constant <value = int64[3] {1, 1, 4}> ()
+  column_shape = Constant <value = int64[3] {0, -1, 1}> ()
+  row_shape = Constant <value = int64[3] {0, 1, -1}> ()
+  anchor_column = Reshape (anchor, column_shape)
+  anchor_wide = Expand (anchor_column, four)
+  top_boxes = GatherElements <axis = 1> (boxes, anchor_wide)
+  # greedy suppression, IoU >= threshold: a strict comparison with the next float below
+  kept_threshold = Constant <value_float : float = @iou_threshold> ()
+  just_below_one = Constant <value = float {0.99999994}> ()
+  strict_threshold = Mul (kept_threshold, just_below_one)
+  most = Constant <value_int : int = @max_output_boxes> ()
+  agnostic = Constant <value_int : int = @class_agnostic> ()
+  zero = Constant <value = int64 {0}> ()
+  one = Constant <value = int64 {1}> ()
+  is_aware = Equal (agnostic, zero)
+  group = Where (is_aware, class, zero)
+  class_count = ReduceMin <keepdims = 0> (classes)
+  group_count = Where (is_aware, class_count, one)
+  groups = Range (zero, group_count, one)
+  group_row = Reshape (group, row_shape)
+  group_shape = Constant <value = int64[3] {1, -1, 1}> ()
+  group_column = Reshape (groups, group_shape)
+  in_group = Equal (group_row, group_column)
+  score_row = Reshape (top_scores, row_shape)
+  lowest = Constant <value = float {-40000.0}> ()
+  none = Constant <value = float {-100000.0}> ()
+  group_scores = Where (in_group, score_row, none)
+  picks = NonMaxSuppression (top_boxes, group_scores, elements, strict_threshold, lowest)
+  columns = Constant <value = int64[2] {0, 2}> ()
+  places = Gather <axis = 1> (picks, columns)
+  # best max_output_boxes, in order of score
+  picked_scores = GatherND (top_scores, places)
+  top_shape = Shape (top_scores)
+  blank = ConstantOfShape <value = float[1] {-inf}> (top_shape)
+  kept = ScatterND (blank, places, picked_scores)
+  one_element = Constant <value = int64[1] {1}> ()
+  most_vector = Reshape (most, one_element)
+  room = Constant <value = int64[3] {0, 0, 0}> ()
+  pads = Concat <axis = 0> (room, most_vector)
+  padded = Pad (kept, pads, minus_infinity)
+  best, row = TopK <axis = 1> (padded, most_vector)
+  written = Greater (best, minus_infinity)
+  written_int = Cast <to = 6> (written)
+  running = CumSum (written_int, one)
+  last = Constant <value = int64[1] {-1}> ()
+  num_detections = Gather <axis = 1> (running, last)
+  safe_row = Where (written, row, zero)
+  zero_float = Constant <value = float {0.0}> ()
+  detection_scores = Where (written, best, zero_float)
+  row_classes = GatherElements <axis = 1> (class, safe_row)
+  row_classes_int = Cast <to = 6> (row_classes)
+  zero_int = Cast <to = 6> (zero)
+  detection_classes = Where (written, row_classes_int, zero_int)
+  row_column = Reshape (safe_row, column_shape)
+  row_wide = Expand (row_column, four)
+  row_boxes = GatherElements <axis = 1> (top_boxes, row_wide)
+  written_column = Reshape (written, column_shape)
+  detection_boxes = Where (written_column, row_boxes, zero_float)
+}
+"""
+
+
+def plugin_body(opset: int) -> onnx.FunctionProto:
+    """The plugin as an ONNX function of standard operators, after its published algorithm; for checking only."""
+    lines = [line for line in _BODY.splitlines() if not line.strip().startswith("#")]
+    return parser.parse_function("\n".join(lines).replace("OPSET", str(opset)))
+
+
+def to_standard(model: onnx.ModelProto, _: FusedModel) -> onnx.ModelProto:
+    """The model with a body for the plugin, so that ONNX Runtime can run it."""
+    standard = onnx.ModelProto()
+    standard.CopyFrom(model)
+    entry = next(entry for entry in standard.opset_import if entry.domain in ("", "ai.onnx"))
+    entry.version = opset = max(entry.version, BODY_OPSET)
+    standard.functions.append(plugin_body(opset))
+    standard.ir_version = max(standard.ir_version, 8)
+    return standard
+
+
+TRT = Backend(
+    "trt",
+    ".trt.onnx",
+    PLUGIN,
+    by_choosing(suppress, adaptive=False),
+    to_standard,
+    runs_on_onnxruntime=False,
+    adaptive=False,
+)

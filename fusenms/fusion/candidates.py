@@ -1,0 +1,259 @@
+"""Choose the candidates that enter suppression, in the graph: score all, keep the best above the threshold, decode those.
+
+Where the backend allows (`Backend.adaptive`), the number of candidates carried on is that of the fullest image of
+the batch, so a quiet picture costs next to nothing; else it is `max_candidates`, and what is below the threshold is marked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusenms.artifacts.raw import ImageInput
+from fusenms.config import PostprocessConfig
+from fusenms.fusion.decoding import decode_boxes
+from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
+from fusenms.layout import Activation, Layout, Tap
+
+FARTHEST, FARTHEST_ORIENTED = 1e18, 1e8
+"""Pixels; the area of a box that reaches farther (of an oriented one, its square) is not finite in float32; no box of a picture does."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head in a graph.
+
+    Attributes:
+        layout: what it means.
+        image: the model's input.
+        widths: channels of each head tensor.
+        total: candidates per image, None where that is open.
+    """
+
+    layout: Layout
+    image: ImageInput
+    widths: Mapping[str, int]
+    total: int | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The candidates that enter suppression, best first.
+
+    Attributes:
+        scores: ``[B, k]`` float32 probabilities.
+        passing: ``[B, k]`` bool: above the threshold; those that are not stand last.
+        rows: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4 or 5]`` float32, labels ``[B, n]`` int32
+            and valid ``[B, n]`` bool: passing, and without a class score or a box that never wins.
+        count: k; None where it depends on the data (`Backend.adaptive`).
+        num_classes: how many classes there are.
+        oriented: whether boxes are cx, cy, w, h and an angle, and suppressed by their probabilistic IoU; else they are xyxy.
+        numbers: emit the candidates' own numbers ``[B, n]`` int32 (as `fusenms.layout` counts them) of places ``[B, n]`` int32 among the
+            chosen.
+    """
+
+    scores: Tensor
+    passing: Tensor
+    rows: Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor]]
+    count: int | None
+    num_classes: int
+    oriented: bool
+    numbers: Callable[[Tensor], Tensor]
+
+    @property
+    def box_size(self) -> int:
+        """Numbers of a box."""
+        return 5 if self.oriented else 4
+
+
+def choose(g: Graph, head: Head, config: PostprocessConfig, adaptive: bool) -> Chosen:
+    """Emit the choice; the decoding of what was chosen is emitted where the backend asks for it.
+
+    ``adaptive``: let the number of chosen candidates follow the data.
+    """
+    layout, image, total = head.layout, head.image, head.total
+    multi_label = layout.every_class or (config.multi_label and layout.labels is None)
+    most = config.max_candidates if layout.suppress else config.max_detections
+    pool, origin = _Pool.of_head(g, layout, head.widths), None
+    bounded = layout.objectness is not None and layout.objectness_weight is None
+    if bounded and layout.activation is Activation.SIGMOID and adaptive:
+        origin = _pass_objectness(g, pool, config, total)
+        pool = pool.take(origin)
+    scores, activation = _scores(g, pool, multi_label)
+    threshold = g.const(strict_threshold(config.score_threshold, activation), np.float32)
+    passes = g.op("And", g.op("Greater", scores, threshold), g.op("Less", scores, g.floats(np.inf)))
+    eligible = g.where(passes, scores, g.floats(-np.inf))
+    if adaptive:
+        count = None
+        best, place = g.top_k(eligible, _most_passing(g, passes, most))
+    else:
+        count = most
+        if total is None:  # an open number of candidates: add as many that nobody wants
+            end = g.cast(g.slice(g.op("Shape", eligible), 0, 1, 2), INT32)
+            eligible = g.op("Pad", eligible, g.const([0, 0, 0, count], np.int64), g.floats(-np.inf))
+        else:
+            count = min(count, total * (layout.num_classes if multi_label else 1))
+        best, place = g.top_k(eligible, g.const([count], np.int64))
+        if total is None:
+            place = g.where(g.op("Less", place, end), place, g.ints(0))
+    passing = g.op("Greater", best, g.floats(-np.inf))
+
+    def rows(columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        at, valid = (x if columns is None else g.op("Gather", x, columns, axis=1) for x in (place, passing))
+        if multi_label:
+            classes = g.ints(layout.num_classes)
+            anchor = g.op("Div", at, classes)
+            labels = g.op("Sub", at, g.op("Mul", anchor, classes))
+            chosen = pool.take(
+                anchor, *(tap.tensor for tap in (layout.boxes, layout.angle and layout.angle.value) if tap)
+            )
+        else:
+            anchor, chosen = at, pool.take(at)
+            class_scores = chosen.part(layout.classes)
+            if layout.labels is None:
+                labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
+            else:
+                labels = g.cast(g.reshape(chosen.part(layout.labels), 0, -1), INT32)
+            # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
+            valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
+        angle = None if layout.angle is None else chosen.part(layout.angle.value)
+        boxes = decode_boxes(g, layout, image, chosen.part(layout.boxes), in_head(anchor), angle)
+        farthest = g.floats(FARTHEST if angle is None else FARTHEST_ORIENTED)
+        finite = g.op("Less", g.reduce("ReduceSum", g.op("Abs", boxes), 2), farthest)  # false for NaN
+        return boxes, labels, g.op("And", valid, finite)
+
+    def in_head(anchor: Tensor) -> Tensor:
+        return anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
+
+    def numbers(places: Tensor) -> Tensor:
+        at = g.op("GatherElements", place, places, axis=1)
+        return in_head(g.op("Div", at, g.ints(layout.num_classes)) if multi_label else at)
+
+    probabilities = g.op("Sigmoid", best) if activation is Activation.SIGMOID else best
+    return Chosen(probabilities, passing, rows, count, layout.num_classes, layout.angle is not None, numbers)
+
+
+def strict_threshold(score_threshold: float, activation: Activation) -> np.float32:
+    """The float32 t for which ``x > t`` says of every float32 score that it is above the threshold.
+
+    With a sigmoid, scores are logits and the threshold is its logit: the largest float32 not above it.
+    """
+    value = float(np.float32(score_threshold))
+    if activation is Activation.SIGMOID:
+        if value <= 0 or value >= 1:
+            return np.float32(-np.inf if value <= 0 else np.inf)
+        value = math.log(value) - math.log1p(-value)
+    near = np.float32(value)
+    return near if float(near) <= value else np.nextafter(near, np.float32(-np.inf))
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The head's tensors for some candidates: ``[B, C, n]`` or ``[B, n, C]`` each, with its channel axis."""
+
+    g: Graph
+    tensors: dict[str, tuple[Tensor, int]]
+    widths: Mapping[str, int]
+    layout: Layout
+
+    @classmethod
+    def of_head(cls, g: Graph, layout: Layout, widths: Mapping[str, int]) -> _Pool:
+        tensors: dict[str, tuple[Tensor, int]] = {
+            tap.tensor: (g.tensor(tap.tensor), tap.channel_axis) for tap in layout.box_taps
+        }
+        return cls(g, tensors, widths, layout)
+
+    def part(self, tap: Tap) -> Tensor:
+        """The channels of a tap; no copy where it is the whole tensor."""
+        tensor, axis = self.tensors[tap.tensor]
+        whole = (tap.start, tap.stop) == (0, self.widths[tap.tensor])
+        return tensor if whole else self.g.slice(tensor, axis, tap.start, tap.stop)
+
+    def channel_axis(self, tap: Tap) -> int:
+        return self.tensors[tap.tensor][1]
+
+    def take(self, index: Tensor, *names: str) -> _Pool:
+        """These candidates ``[B, k]`` only, of all tensors or of those named: ``[B, k, C]`` each."""
+        taken: dict[str, tuple[Tensor, int]] = {
+            name: (self.g.take_rows(tensor, index, 3 - axis, self.widths[name]), 2)
+            for name, (tensor, axis) in self.tensors.items()
+            if not names or name in names
+        }
+        return _Pool(self.g, taken, self.widths, self.layout)
+
+
+def _scores(g: Graph, pool: _Pool, multi_label: bool) -> tuple[Tensor, Activation]:
+    """Emit the score of every candidate of the pool and say what it still needs to be a probability.
+
+    ``[B, n]``: the best class of each box; with ``multi_label`` ``[B, n * C]``, classes of a box side by side.
+    """
+    layout, activation = pool.layout, pool.layout.activation
+    classes, axis = pool.part(layout.classes), pool.channel_axis(layout.classes)
+    if activation is Activation.SOFTMAX:
+        classes, axis, activation = _softmax(g, pool), 2, Activation.NONE
+    if multi_label:
+        scores: Tensor = g.op("Transpose", classes, perm=[0, 2, 1]) if axis == 1 else classes
+    else:
+        scores = g.reduce("ReduceMax", classes, axis)
+    if layout.objectness is not None:
+        if activation is Activation.SIGMOID:
+            usable = g.op("Less", scores, g.floats(np.inf))  # false for NaN; the sigmoid would hide an infinity
+            scores = g.where(usable, g.op("Sigmoid", scores), g.floats(0.0))
+        objectness = _objectness(g, pool, layout.objectness)
+        if (weight := layout.objectness_weight) is not None:
+            scores = g.op("Pow", g.op("Relu", scores), g.floats(1 - weight))
+            objectness = g.op("Pow", g.op("Relu", objectness), g.floats(weight))
+        scores = g.op("Mul", scores, g.unsqueeze(objectness, 2) if multi_label else objectness)
+        activation = Activation.NONE
+    return (g.reshape(scores, 0, -1) if multi_label else scores), activation
+
+
+def _softmax(g: Graph, pool: _Pool) -> Tensor:
+    """Class probabilities ``[B, n, C]`` of a softmax over the classes and the background, where there is one."""
+    layout = pool.layout
+    parts = [
+        g.op("Transpose", pool.part(tap), perm=[0, 2, 1]) if pool.channel_axis(tap) == 1 else pool.part(tap)
+        for tap in (layout.classes, layout.background)
+        if tap is not None
+    ]
+    shares = g.op("Softmax", g.concat(parts, 2) if len(parts) > 1 else parts[0], axis=2)
+    return g.slice(shares, 2, 0, layout.classes.channels) if len(parts) > 1 else shares
+
+
+def _objectness(g: Graph, pool: _Pool, tap: Tap) -> Tensor:
+    """Objectness as a probability, ``[B, n]``."""
+    values = g.reduce("ReduceMax", pool.part(tap), pool.channel_axis(tap))  # of one channel: drops the axis
+    return g.op("Sigmoid", values) if pool.layout.activation is Activation.SIGMOID else values
+
+
+def _pass_objectness(g: Graph, pool: _Pool, config: PostprocessConfig, total: int | None) -> Tensor:
+    """Emit the numbers of the candidates whose objectness alone is above the threshold, ascending, ``[B, k]`` int32.
+
+    The score is objectness times a sigmoid, at most 1, so no other candidate can win. An image with fewer of them than the
+    fullest one is filled up with others, which the score sorts out.
+    """
+    assert pool.layout.objectness is not None
+    objectness = _objectness(g, pool, pool.layout.objectness)
+    passes = g.op("Greater", objectness, g.const(strict_threshold(config.score_threshold, Activation.NONE), np.float32))
+    if total is not None:
+        falling: Tensor = g.const(np.arange(total, 0, -1)[None], np.float32)
+    else:
+        falling = g.op("CumSum", g.cast(g.op("Equal", passes, passes), FLOAT), g.const(1, np.int64), reverse=1)
+    _, index = g.top_k(g.where(passes, falling, g.floats(0.0)), _most_passing(g, passes, None))
+    return index
+
+
+def _most_passing(g: Graph, passes: Tensor, most: int | None) -> Tensor:
+    """How many candidates of the fullest image pass: at least 1, ``[1]`` int64."""
+    counts = g.reduce("ReduceSum", g.cast(passes, INT32), 1)
+    fullest = g.cast(g.reduce("ReduceMax", counts, 0, keepdims=True), INT64)
+    one = g.const([1], np.int64)
+    fullest = g.where(g.op("Less", fullest, one), one, fullest)
+    return fullest if most is None else _smaller(g, fullest, g.const([most], np.int64))
+
+
+def _smaller(g: Graph, a: Tensor, b: Tensor) -> Tensor:
+    return g.where(g.op("Less", a, b), a, b)  # Min takes no integers before opset 12

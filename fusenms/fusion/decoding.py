@@ -1,0 +1,272 @@
+"""Terms of chosen candidates to boxes, keypoints and masks, in the graph. What is not chosen is never decoded."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from fusenms.artifacts.raw import ImageInput
+from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
+from fusenms.layout import (
+    AnchorBoxes,
+    BoxFormat,
+    Decoded,
+    Distances,
+    Gridded,
+    GridOffsets,
+    Layout,
+    TanhOffsets,
+    cells_along,
+)
+
+
+def decode_boxes(
+    g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor, angle: Tensor | None = None
+) -> Tensor:
+    """Emit the decoding of chosen candidates.
+
+    Args:
+        terms: the box channels of the candidates, ``[B, k, channels]`` float32.
+        index: their numbers, ``[B, k]`` int32.
+        angle: of oriented boxes, the angle's channel ``[B, k, 1]`` float32.
+
+    Returns:
+        boxes ``[B, k, 4]`` float32, xyxy in pixels of the input, the high corner never below the low one; oriented ones are
+        ``[B, k, 5]``, cx, cy, w, h in pixels and the angle in radians.
+    """
+    decode = layout.decode
+    if angle is not None:
+        return _oriented(g, layout, image, terms, index, angle)
+    if isinstance(decode, Decoded):
+        boxes = _corners(g, terms) if decode.format is BoxFormat.CXCYWH else terms
+        return _ordered(g, g.op("Mul", boxes, _sides(g, image, 4)) if decode.normalized else boxes)
+    cell, stride, slot = _locate(g, decode, image, index)
+    if isinstance(decode, Distances):
+        return _ordered(g, _around(g, cell, _distances(g, decode, terms), stride, decode.point))
+    offset, extent = g.slice(terms, 2, 0, 2), g.slice(terms, 2, 2, 4)
+    if isinstance(decode, GridOffsets):
+        size = g.op("Mul", g.op("Exp", extent), stride)
+    elif isinstance(decode, TanhOffsets):
+        offset = g.op("Tanh", offset)
+        size = g.op("Mul", g.op("Sigmoid", extent), _sides(g, image, 2))
+    else:
+        offset = g.op("Sub", g.op("Mul", g.op("Sigmoid", offset), g.floats(2.0)), g.floats(0.5))
+        factor = g.op("Mul", g.op("Sigmoid", extent), g.floats(2.0))
+        anchors = g.const(np.asarray(decode.anchors).reshape(-1, 2), np.float32)
+        size = g.op("Mul", g.op("Mul", factor, factor), g.op("Gather", anchors, slot, axis=0))
+    center = g.op("Mul", g.op("Add", offset, cell), stride)
+    return _corners(g, g.concat([center, size], 2))
+
+
+def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor) -> Tensor:
+    """Emit the decoding of chosen candidates' keypoints.
+
+    Args:
+        terms: their channels, ``[B, k, P * D]`` float32.
+        index: as for `decode_boxes`.
+
+    Returns:
+        ``[B, k, P, D]`` float32: x, y in pixels of the input, and the visibility from 0 to 1 where D is 3.
+    """
+    points = layout.keypoints
+    assert points is not None
+    values = g.reshape(terms, 0, 0, points.count, points.numbers)
+    if points.factor is None:
+        return values
+    assert isinstance(layout.decode, Distances)
+    cell, stride, _ = _locate(g, layout.decode, image, index)
+    places = g.slice(values, 3, 0, 2)
+    if points.factor != 1:
+        places = g.op("Mul", places, g.floats(points.factor))
+    origin = g.op("Add", cell, g.floats(points.point)) if points.point else cell
+    places = g.op("Mul", g.op("Add", places, g.unsqueeze(origin, 2)), g.unsqueeze(stride, 2))
+    return places if points.numbers == 2 else g.concat([places, g.op("Sigmoid", g.slice(values, 3, 2, 3))], 3)
+
+
+ROWS = 32
+"""Masks that are made at once where their number is fixed."""
+
+
+def assemble_masks(
+    g: Graph, image: ImageInput, coefficients: Tensor, prototypes: Tensor, boxes: Tensor, valid: Tensor, rows: int,
+    sides: tuple[int, ...] | None, adaptive: bool, branches: bool,
+) -> Tensor:  # fmt: skip
+    """Emit the masks of detections, at the size of the prototypes. What they take in memory follows the rows in use.
+
+    A pixel is in the mask where the sum is above 0 (a sigmoid of it above a half) and its low corner in the box; so does Ultralytics.
+
+    Args:
+        coefficients: ``[B, K, M]`` float32; ``prototypes`` ``[B, M, h, w]`` float32.
+        boxes: ``[B, K, 4]`` float32, xyxy in pixels of the input; ``valid`` ``[B, K]`` bool, the valid ones first.
+        rows: K.
+        sides: h and w, None where they are open.
+        adaptive: make as many as the image with the most detections has. Else `ROWS` at once.
+        branches: leave out the rows that are not in use, by `If` nodes; else all are made, and control flow does not follow the data.
+
+    Returns:
+        ``[B, K, h, w]`` bool; past the detections all false.
+    """
+    size = g.op("Shape", prototypes)
+    tall_wide = g.slice(size, 0, 2, 4) if sides is None else g.const(sides, np.int64)
+    flat = g.reshape(prototypes, 0, 0, -1)
+    inside = [_within(g, image, boxes, size, sides, axis) for axis in (0, 1)]
+
+    def made(start: Tensor, stop: Tensor) -> Tensor:
+        """Masks of these rows, ``[B, n, h, w]`` bool."""
+        some, *within, wanted = (g.slice_at(x, 1, start, stop) for x in (coefficients, *inside, valid))
+        sums = g.op("Reshape", g.op("MatMul", some, flat), g.concat([g.const([0, 0], np.int64), tall_wide], 0))
+        within[0] = g.op("And", within[0], g.unsqueeze(g.unsqueeze(wanted, 2), 3))
+        return g.op("And", g.op("Greater", sums, g.floats(0.0)), g.op("And", *within))
+
+    def blank(count: Tensor) -> Tensor:
+        """So many masks that are empty, ``[B, count, h, w]`` bool."""
+        return g.op("Expand", g.const(False, np.bool_), g.concat([g.slice(size, 0, 0, 1), count, tall_wide], 0))
+
+    most = g.reduce("ReduceMax", g.reduce("ReduceSum", g.cast(valid, INT32), 1), 0)
+    if adaptive:
+        used = g.reshape(g.cast(most, INT64), 1)
+        return g.concat([made(g.const([0], np.int64), used), blank(g.op("Sub", g.const([rows], np.int64), used))], 1)
+    parts = []
+    for start in range(0, rows, ROWS):
+        ends = [g.const([end], np.int64) for end in (start, min(start + ROWS, rows))]
+        count = g.const([min(ROWS, rows - start)], np.int64)
+        if not branches:
+            parts.append(made(*ends))
+            continue
+        in_use = g.op("Greater", most, g.ints(start))
+        parts.append(g.either(in_use, partial(made, *ends), partial(blank, count), np.bool_))
+    return g.concat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _within(
+    g: Graph, image: ImageInput, boxes: Tensor, size: Tensor, sides: tuple[int, ...] | None, axis: int
+) -> Tensor:
+    """Whether the rows (``axis`` 0) or columns (1) of the prototypes have their low edge in the boxes: ``[B, K, h, 1]`` or
+    ``[B, K, 1, w]`` bool."""
+    low = 1 - axis  # y stands second
+    shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
+    if sides is None:
+        count = g.op("Gather", size, g.const(2 + axis, np.int64), axis=0)
+        along = g.cast(g.op("Range", g.const(0, np.int64), count, g.const(1, np.int64)), FLOAT)
+        pixel = g.op("Div", g.op("Gather", _sides(g, image, 2), g.ints(low), axis=0), g.cast(count, FLOAT))
+        edges: Tensor = g.reshape(g.op("Mul", along, pixel), *shape)
+    else:
+        pixels = (image.height, image.width)[axis] / sides[axis]
+        edges = g.const((np.arange(sides[axis]) * pixels).reshape(shape), np.float32)
+    start, stop = (g.unsqueeze(g.slice(boxes, 2, i, i + 1), 3) for i in (low, low + 2))  # [B, K, 1, 1]
+    return g.op("And", g.op("Not", g.op("Less", edges, start)), g.op("Less", edges, stop))
+
+
+def _oriented(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor, angle: Tensor) -> Tensor:
+    """Oriented boxes ``[B, k, 5]`` of their terms and the angle's channel. Source of the turned distances: Ultralytics, dist2rbox."""
+    assert layout.angle is not None
+    if layout.angle.sigmoid:
+        angle = g.op("Mul", g.op("Sub", g.op("Sigmoid", angle), g.floats(0.25)), g.floats(np.pi))
+    decode = layout.decode
+    if isinstance(decode, Decoded):
+        return g.concat([terms, angle], 2)
+    assert isinstance(decode, Distances)
+    cell, stride, _ = _locate(g, decode, image, index)
+    distance = _distances(g, decode, terms)
+    low, high = g.slice(distance, 2, 0, 2), g.slice(distance, 2, 2, 4)
+    shift = g.op("Mul", g.op("Sub", high, low), g.floats(0.5))
+    x, y = g.slice(shift, 2, 0, 1), g.slice(shift, 2, 1, 2)
+    sine, cosine = g.op("Sin", angle), g.op("Cos", angle)
+    turned = g.concat(
+        [
+            g.op("Sub", g.op("Mul", x, cosine), g.op("Mul", y, sine)),
+            g.op("Add", g.op("Mul", x, sine), g.op("Mul", y, cosine)),
+        ],
+        2,
+    )
+    center = g.op("Add", turned, g.op("Add", cell, g.floats(decode.point)))
+    return g.concat([g.op("Mul", g.concat([center, g.op("Add", low, high)], 2), stride), angle], 2)
+
+
+def _distances(g: Graph, decode: Distances, terms: Tensor) -> Tensor:
+    """The four distances ``[B, k, 4]``, in units of the stride."""
+    if decode.bins == 1:
+        return terms
+    spread = g.op("Softmax", g.reshape(terms, 0, 0, 4, decode.bins), axis=3)
+    bins = g.const(decode.numbers, np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
+    return g.reduce("ReduceSum", g.op("Mul", spread, bins), 3)
+
+
+def _around(g: Graph, cell: Tensor, distance: Tensor, stride: Tensor, point: float) -> Tensor:
+    """Distances from a point of the cell to corners."""
+    center = g.op("Add", cell, g.floats(point)) if point else cell
+    low = g.op("Sub", center, g.slice(distance, 2, 0, 2))
+    high = g.op("Add", center, g.slice(distance, 2, 2, 4))
+    return g.op("Mul", g.concat([low, high], 2), stride)
+
+
+def _corners(g: Graph, boxes: Tensor) -> Tensor:
+    """Center and size to corners."""
+    center, half = g.slice(boxes, 2, 0, 2), g.op("Mul", g.slice(boxes, 2, 2, 4), g.floats(0.5))
+    return g.concat([g.op("Sub", center, half), g.op("Add", center, half)], 2)
+
+
+def _ordered(g: Graph, boxes: Tensor) -> Tensor:
+    """Make a negative size zero, so that every runtime gives the box IoU 0."""
+    low = g.slice(boxes, 2, 0, 2)
+    return g.concat([low, g.op("Max", low, g.slice(boxes, 2, 2, 4))], 2)
+
+
+def _sides(g: Graph, image: ImageInput, count: int) -> Tensor:
+    """Width, height (and both again) of the input in pixels, ``[count]`` float32."""
+    if not image.dynamic_size:
+        return g.const(np.resize([image.width, image.height], count), np.float32)
+    shape = g.cast(g.op("Shape", g.tensor(image.tensor)), FLOAT)
+    return g.op("Gather", shape, g.const(np.resize([3, 2], count), np.int32), axis=0)
+
+
+def _locate(g: Graph, decode: Gridded, image: ImageInput, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each candidate stands on the grid.
+
+    Candidates are numbered by level, anchor, row, column.
+
+    Returns:
+        cell ``[B, k, 2]`` float32 (column, row); stride ``[B, k, 1]`` float32; slot ``[B, k]`` int32 (level * anchors + anchor).
+    """
+    anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
+    columns, cells = _level_sizes(g, decode.strides, image)
+    level: Tensor | None = None
+    start: Tensor = g.ints(0)
+    starts = [start]
+    for i in range(1, len(decode.strides)):
+        count = g.op("Gather", cells, g.ints(i - 1), axis=0)
+        start = g.op("Add", start, g.op("Mul", count, g.ints(anchors)) if anchors > 1 else count)
+        starts.append(start)
+        reached = g.cast(g.op("Not", g.op("Less", index, start)), INT32)
+        level = reached if level is None else g.op("Add", level, reached)
+    if level is None:
+        level = g.op("Sub", index, index)
+    first = g.op("Gather", g.concat([g.reshape(s, 1) for s in starts], 0), level, axis=0)
+    local = g.op("Sub", index, first)
+    slot = level
+    if anchors > 1:
+        per_anchor = g.op("Gather", cells, level, axis=0)
+        anchor = g.op("Div", local, per_anchor)
+        local = g.op("Sub", local, g.op("Mul", anchor, per_anchor))
+        slot = g.op("Add", g.op("Mul", level, g.ints(anchors)), anchor)
+    width = g.op("Gather", columns, level, axis=0)
+    row = g.op("Div", local, width)
+    column = g.op("Sub", local, g.op("Mul", row, width))
+    cell = g.concat([g.unsqueeze(g.cast(x, FLOAT), 2) for x in (column, row)], 2)
+    stride = g.op("Gather", g.const(decode.strides, np.float32), level, axis=0)
+    return cell, g.unsqueeze(stride, 2), slot
+
+
+def _level_sizes(g: Graph, strides: tuple[int, ...], image: ImageInput) -> tuple[Tensor, Tensor]:
+    """Columns and cells of each level, ``[levels]`` int32: constants, or computed from the picture's open size."""
+    if not image.dynamic_size:
+        columns = [cells_along(image.width, s) for s in strides]
+        return g.const(columns, np.int32), g.const(
+            [cells_along(image.height, s) * c for s, c in zip(strides, columns, strict=True)], np.int32
+        )
+    sides = g.cast(g.op("Shape", g.tensor(image.tensor)), INT32)
+    height, width = g.slice(sides, 0, 2, 3), g.slice(sides, 0, 3, 4)
+    reach = g.const([s - 1 for s in strides], np.int32)
+    columns, rows = (g.op("Div", g.op("Add", side, reach), g.const(strides, np.int32)) for side in (width, height))
+    return columns, g.op("Mul", columns, rows)

@@ -1,0 +1,224 @@
+"""Fuse the post-processing behind a raw head: choose candidates, decode those, suppress, select.
+
+The semantics are those of `reference.py`, which shares no code with this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fusenms import contract
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.preprocessing import Pixels
+from fusenms.artifacts.raw import ImageInput, RawModel
+from fusenms.config import PostprocessConfig
+from fusenms.errors import ConfigError, SourceError
+from fusenms.fusion.backends import get_backend
+from fusenms.fusion.backends.base import Backend, Found, by_choosing, select
+from fusenms.fusion.backends.portable import PORTABLE
+from fusenms.fusion.candidates import Head
+from fusenms.fusion.decoding import assemble_masks, decode_keypoints
+from fusenms.graph.builder import FLOAT, Graph, Tensor
+from fusenms.graph.model import declared_shape, declared_type
+from fusenms.heads import spec_of
+from fusenms.heads.probe import Evidence
+from fusenms.layout import Layout, Tap
+from fusenms.onnx_reading import untrusted
+
+NO_SUPPRESSION = "no suppression"
+
+
+def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend: str) -> FusedModel:
+    """Return the model with the outputs of the contract, for pictures in RGB from 0 to 1. It is not verified yet.
+
+    Raises:
+        ConfigError: no backend of that name, or a setting that it does not have.
+        UnsupportedByBackendError: the backend cannot express the settings.
+        SourceError: a tensor of the layout is not in the model.
+    """
+    emitter = get_backend(backend, config)
+    with untrusted(raw.source, "fusing", trusted=raw.layout is not None):
+        return _fuse(raw, layout, config, backend, emitter)
+
+
+def _fuse(raw: RawModel, layout: Layout, config: PostprocessConfig, backend: str, emitter: Backend) -> FusedModel:
+    if config.rounds is not None and not layout.suppress:
+        raise ConfigError(f"rounds is {config.rounds}, but this head needs no suppression; leave it out")
+    if config.masks == "prototype" and layout.masks is None:
+        raise ConfigError(f"masks is {config.masks!r}, but a model of task {layout.task!r} has none; leave it out")
+    g = Graph(raw.model)
+    _check_taps(raw, layout)
+    shapes = _head_shapes(raw, layout)
+    total = None if raw.image.dynamic_size else shapes[layout.classes.tensor][2 - layout.classes.channel_axis]
+    spec, types = spec_of(layout), [declared_type(raw.model, part) for join in layout.joins for part in join.parts]
+    pixels = spec.pixels if raw.pixels is None else raw.pixels
+    _feed_pixels(g, raw.image, pixels)
+    taps, sides = layout.taps, None
+    if layout.masks is not None and not raw.image.dynamic_size:
+        sides = shapes[layout.masks.prototypes][1:]
+    layout, image = _free_names(g, layout, raw.image, config)
+    image = replace(image, stretch=spec.stretch if raw.stretch is None else raw.stretch)
+    widths = {new.tensor: shapes[old.tensor][old.channel_axis - 1] for old, new in zip(taps, layout.taps, strict=True)}
+    _join(g, layout, types)
+    layout = replace(layout, joins=())
+    suppressor = emitter if layout.angle is None or emitter.knows_oriented else PORTABLE  # no NMS operator knows them
+    find, by = suppressor.find, suppressor.suppresses_by
+    if not layout.suppress:
+        find, by = by_choosing(select, adaptive=False), NO_SUPPRESSION
+    tail = _Tail(g, layout, image, config, widths, sides, emitter.adaptive)
+    outputs = tail.outputs(find(g, Head(layout, image, widths, total), config))
+    g.set_outputs(
+        [
+            (
+                outputs[spec.name],
+                name,
+                spec.dtype,
+                spec.shape_for("batch", config.max_detections, *(sides or ("h", "w"))),
+            )
+            for name, spec in layout.outputs(config)
+        ]
+    )
+    names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
+    notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; inside made into {pixels}")
+    if idle := _idle_settings(layout, config):
+        notes = (*notes, f"{NO_SUPPRESSION}: {' and '.join(idle)} mean{'s' * (len(idle) == 1)} nothing to this head")
+    return FusedModel(
+        g.to_model(),
+        image,
+        names,
+        layout.task,
+        raw.source,
+        layout,
+        config,
+        backend,
+        by,
+        raw.precision,
+        None,
+        notes,
+        raw.limits,
+    )
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """Emits what comes after suppression.
+
+    ``widths`` are the channels of each head tensor, ``sides`` the prototypes' height and width where they are fixed, ``adaptive``
+    whether shapes may follow the data.
+    """
+
+    g: Graph
+    layout: Layout
+    image: ImageInput
+    config: PostprocessConfig
+    widths: Mapping[str, int]
+    sides: tuple[int, ...] | None
+    adaptive: bool
+
+    def outputs(self, found: Found) -> dict[str, Tensor]:
+        """The outputs of the contract, by our names; what else a row has is gathered for it."""
+        g, layout, valid = self.g, self.layout, found.valid
+        made = {
+            contract.NUM_DETECTIONS: found.count,
+            contract.BOXES: found.boxes,
+            contract.SCORES: found.scores,
+            contract.LABELS: found.labels,
+            contract.INDICES: found.indices,
+        }
+        if found.converged is not None:
+            made[contract.CONVERGED] = found.converged
+        numbers = g.where(valid, found.indices, g.ints(0))
+        if layout.masks is not None:
+            coefficients = self._channels(layout.masks.coefficients, numbers, valid)
+            made |= self._masks(coefficients, g.tensor(layout.masks.prototypes), made[contract.BOXES], valid)
+        if layout.keypoints is not None:
+            terms = self._channels(layout.keypoints.values, numbers, valid)
+            points = decode_keypoints(g, layout, self.image, terms, numbers)
+            made[contract.KEYPOINTS] = g.where(g.unsqueeze(g.unsqueeze(valid, 2), 3), points, g.floats(0.0))
+        return made
+
+    def _masks(self, coefficients: Tensor, prototypes: Tensor, boxes: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        g, config = self.g, self.config
+        if config.masks == "coefficients":
+            return {contract.MASK_COEFFICIENTS: coefficients, contract.PROTOTYPES: g.op("Identity", prototypes)}
+        rows, branches = config.max_detections, config.rounds is None
+        masks = assemble_masks(
+            g, self.image, coefficients, prototypes, boxes, valid, rows, self.sides, self.adaptive, branches
+        )
+        return {contract.MASKS: masks}
+
+    def _channels(self, tap: Tap, numbers: Tensor, valid: Tensor) -> Tensor:
+        """The channels of a tap for these candidates ``[B, K]``: ``[B, K, channels]``; zeros where a row is not valid."""
+        g, tensor = self.g, self.g.tensor(tap.tensor)
+        whole = (tap.start, tap.stop) == (0, self.widths[tap.tensor])
+        part = tensor if whole else g.slice(tensor, tap.channel_axis, tap.start, tap.stop)
+        rows = g.take_rows(part, numbers, 3 - tap.channel_axis, tap.channels)
+        return g.where(g.unsqueeze(valid, 2), rows, g.floats(0.0))
+
+
+def _idle_settings(layout: Layout, config: PostprocessConfig) -> list[str]:
+    """Settings that are not the default, and mean nothing to a head that needs no suppression."""
+    names = [] if layout.suppress else ["iou_threshold", "max_candidates", "class_agnostic"]
+    if layout.labels is not None:
+        names.append("multi_label")
+    usual = PostprocessConfig()
+    return [name for name in names if getattr(config, name) != getattr(usual, name)]
+
+
+def _check_taps(raw: RawModel, layout: Layout) -> None:
+    made = {name for node in raw.model.graph.node for name in node.output}
+    if lost := [name for name in layout.sources if name not in made]:
+        outputs = ", ".join(entry.name for entry in raw.model.graph.output)
+        raise SourceError(
+            f"{raw.source}: the layout names {', '.join(lost)}, which is not in the model; its outputs are {outputs}"
+        )
+
+
+def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:
+    """Give tensors that have the names of outputs-to-be other names; layout and input follow."""
+    renamed = {}
+    for name, _ in layout.outputs(config):
+        if name in g.names:
+            new = f"head_{name}"
+            while new in g.names:
+                new = f"{new}_"
+            g.rename(name, new)
+            renamed[name] = new
+    return layout.renamed(renamed), replace(image, tensor=renamed.get(image.tensor, image.tensor))
+
+
+def _feed_pixels(g: Graph, image: ImageInput, pixels: Pixels) -> None:
+    """Emit what makes the network's own pixels of a picture in RGB from 0 to 1; nothing where it takes those."""
+    if pixels == Pixels():
+        return
+    factor, offset = (g.const(values, np.float32) for values in pixels.terms)
+
+    def make(picture: Tensor) -> Tensor:
+        if pixels.channels == "bgr":
+            picture = g.op("Gather", picture, g.const([2, 1, 0], np.int64), axis=1)
+        scaled = g.op("Mul", picture, factor)
+        return g.op("Add", scaled, offset) if any(pixels.mean) else scaled
+
+    g.feed(image.tensor, make)
+
+
+def _join(g: Graph, layout: Layout, types: list[int]) -> None:
+    """Emit the head tensors that the model has in parts. ``types`` are those of the parts, in order, 0 where it declares none."""
+    kinds = iter(types)
+    for join in layout.joins:
+        parts = []
+        for part in join.parts:
+            whole = g.tensor(part) if next(kinds) in (0, FLOAT) else g.cast(g.tensor(part), FLOAT)
+            parts.append(g.reshape(whole, *join.part_shape))
+        g.name(g.concat(parts, 3 - join.channel_axis), join.tensor)
+
+
+def _head_shapes(raw: RawModel, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Shape of each head tensor, without the batch: as declared, or as ONNX Runtime finds it at the default size."""
+    declared = {name: declared_shape(raw.model, name) for name in layout.tensors}
+    if all(declared.values()):
+        return declared
+    return {name: value.shape[1:] for name, value in Evidence(raw).head(layout).items() if name in layout.tensors}

@@ -1,0 +1,264 @@
+"""Editing ONNX graphs: a small builder over onnx-graphsurgeon, which nothing else imports.
+
+onnx-graphsurgeon drops metadata and producer; `Graph.to_model` carries them over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from fusenms.graph.model import MOVES
+
+Tensor: TypeAlias = gs.Tensor
+INT32, INT64, FLOAT, BOOL = (
+    onnx.TensorProto.INT32,
+    onnx.TensorProto.INT64,
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.BOOL,
+)
+TAIL = "fusenms"
+"""Prefix of every node and tensor that fusenms adds."""
+
+
+class Graph:
+    """A model being edited. Each operator method adds one node and returns its output."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        self._graph = gs.import_onnx(model)
+        self._tensors = self._graph.tensors()
+        self._count = _last_number(_names(model.graph))
+
+    @property
+    def opset(self) -> int:
+        return int(self._graph.opset)
+
+    def tensor(self, name: str) -> gs.Variable:
+        """An existing tensor. Raises KeyError where there is none."""
+        return self._tensors[name]
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Rename an existing tensor."""
+        tensor = self._tensors.pop(name)
+        tensor.name = new_name
+        self._tensors[new_name] = tensor
+
+    def name(self, tensor: gs.Variable, name: str) -> None:
+        """Give a tensor made here a name, under which `tensor` finds it."""
+        tensor.name = name
+        self._tensors[name] = tensor
+
+    def feed(self, name: str, make: Callable[[Tensor], Tensor]) -> None:
+        """Give the nodes that read a tensor what ``make`` emits from it instead."""
+        tensor = self._tensors[name]
+        readers = list(tensor.outputs)
+        made = make(tensor)
+        for node in readers:
+            for i, given in enumerate(node.inputs):
+                if given is tensor:
+                    node.inputs[i] = made
+
+    def in_half(self, tensor: Tensor) -> Tensor | None:
+        """The same values in float16, where they were cast from it and only moved since; None where they were not."""
+        node = tensor.inputs[0] if tensor.inputs else None
+        if node is None or node.op not in ("Cast", *MOVES):
+            return None
+        if node.op == "Cast":
+            return node.inputs[0] if node.attrs["to"] == FLOAT and node.inputs[0].name in self._half else None
+        moved = len(node.inputs) if node.op == "Concat" else 1  # what else it is given says where to
+        inputs = [self.in_half(given) for given in node.inputs[:moved]]
+        if any(given is None for given in inputs):
+            return None
+        made = self.add(node.op, [*inputs, *node.inputs[moved:]], len(node.outputs), **node.attrs)
+        return made[[output is tensor for output in node.outputs].index(True)]
+
+    @cached_property
+    def _half(self) -> set[str]:
+        """Tensors in float16 of the model that is being edited."""
+        graph = onnx.shape_inference.infer_shapes(self._model).graph
+        known = (*graph.value_info, *graph.output, *graph.input)
+        return {entry.name for entry in known if entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+
+    def replace(self, op: str, make: Callable[[], Sequence[Tensor]]) -> None:
+        """Put what ``make`` emits, a tensor for each of its outputs, in the place of the one node of that operator."""
+        (node,) = (node for node in self._graph.nodes if node.op == op)
+        before = list(node.outputs)
+        node.outputs.clear()
+        for old, new in zip(before, make(), strict=True):
+            self._graph.nodes.append(gs.Node("Identity", f"{TAIL}/{old.name}", inputs=[new], outputs=[old]))
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def set_outputs(self, outputs: Sequence[tuple[Tensor, str, np.dtype[Any], tuple[str | int, ...]]]) -> None:
+        """Make these the outputs: (tensor, name, dtype, shape)."""
+        self._graph.outputs = []
+        for tensor, name, dtype, shape in outputs:
+            tensor.name, tensor.dtype, tensor.shape = name, dtype, list(shape)
+            self._graph.outputs.append(tensor)
+
+    def to_model(self) -> onnx.ModelProto:
+        """Return the edited model: unused nodes removed, nodes in order, metadata and producer as before."""
+        self._graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        model = gs.export_onnx(self._graph, do_type_check=False)
+        model.ir_version = self._model.ir_version
+        model.producer_name, model.producer_version = self._model.producer_name, self._model.producer_version
+        model.metadata_props.extend(self._model.metadata_props)
+        del model.graph.value_info[
+            :
+        ]  # shapes within, which every runtime finds itself, and tract takes for a frozen symbol
+        return model
+
+    # Operators.
+
+    def add(
+        self, op: str, inputs: Sequence[Tensor], outputs: int = 1, domain: str | None = None, **attrs: Any
+    ) -> list[gs.Variable]:
+        """Add any node and return its outputs. An input of None is an omitted optional one."""
+        self._count += 1
+        name = f"{TAIL}/{op}_{self._count}"
+        made = [gs.Variable(name if outputs == 1 else f"{name}_{i}") for i in range(outputs)]
+        self._graph.nodes.append(
+            gs.Node(op=op, name=name, inputs=list(inputs), outputs=made, attrs=attrs, domain=domain)
+        )
+        return made
+
+    def import_domain(self, domain: str, version: int) -> None:
+        """Declare a custom operator domain."""
+        domains = list(self._graph.import_domains or [])
+        self._graph.import_domains = [*domains, onnx.helper.make_opsetid(domain, version)]
+
+    def const(self, values: Any, dtype: type[np.generic]) -> gs.Constant:
+        self._count += 1
+        return gs.Constant(f"{TAIL}/const_{self._count}", np.asarray(values, dtype, order="C"))
+
+    def floats(self, *values: float) -> gs.Constant:
+        """A float32 scalar (one value) or vector."""
+        return self.const(values[0] if len(values) == 1 else values, np.float32)
+
+    def ints(self, *values: int) -> gs.Constant:
+        """An int32 scalar (one value) or vector."""
+        return self.const(values[0] if len(values) == 1 else values, np.int32)
+
+    def op(self, op: str, *inputs: Tensor, **attrs: Any) -> gs.Variable:
+        return self.add(op, inputs, **attrs)[0]
+
+    def cast(self, x: Tensor, to: int) -> gs.Variable:
+        return self.op("Cast", x, to=to)
+
+    def reshape(self, x: Tensor, *shape: int) -> gs.Variable:
+        """Reshape; 0 copies a dimension, one -1 is what is left."""
+        return self.op("Reshape", x, self.const(shape, np.int64))
+
+    def slice(self, x: Tensor, axis: int, start: int, stop: int) -> gs.Variable:
+        return self.op("Slice", x, *(self.const([value], np.int64) for value in (start, stop, axis)))
+
+    def slice_at(self, x: Tensor, axis: int, start: Tensor, stop: Tensor) -> gs.Variable:
+        """Slice between computed ends, ``[1]`` int64 each."""
+        return self.op("Slice", x, start, stop, self.const([axis], np.int64))
+
+    def split(self, x: Tensor, axis: int, parts: int) -> list[gs.Variable]:
+        """Cut an axis into so many equal parts; the opset decides whether their number has to be said."""
+        said: dict[str, Any] = {"num_outputs": parts} if self.opset >= 18 else {}
+        return self.add("Split", [x], parts, axis=axis, **said)
+
+    def reduce(self, op: str, x: Tensor, axis: int, keepdims: bool = False) -> gs.Variable:
+        """ReduceMax, ReduceMin or ReduceSum over one axis; the opset decides where the axis goes."""
+        since = 13 if op == "ReduceSum" else 18
+        if self.opset >= since:
+            return self.op(op, x, self.const([axis], np.int64), keepdims=int(keepdims))
+        return self.op(op, x, axes=[axis], keepdims=int(keepdims))
+
+    def concat(self, parts: Sequence[Tensor], axis: int) -> gs.Variable:
+        return self.op("Concat", *parts, axis=axis)
+
+    def where(self, condition: Tensor, x: Tensor, y: Tensor) -> gs.Variable:
+        return self.op("Where", condition, x, y)
+
+    def top_k(self, x: Tensor, k: Tensor) -> tuple[gs.Variable, gs.Variable]:
+        """The k largest of the last axis, in descending order, lower index first among equals: values, indices (int32)."""
+        values, indices = self.add("TopK", [x, k], 2, axis=-1, largest=1, sorted=1)
+        return values, self.cast(indices, INT32)
+
+    def take_rows(self, x: Tensor, index: Tensor, axis: int, width: int) -> gs.Variable:
+        """From ``x`` ``[B, width, N]`` (``axis`` 2) or ``[B, N, width]`` (``axis`` 1) take ``index`` ``[B, k]``: ``[B, k, width]``."""
+        if axis == 2:
+            wide = self.op("Expand", self.unsqueeze(index, 1), self.const([1, width, 1], np.int64))
+            return self.op("Transpose", self.op("GatherElements", x, wide, axis=2), perm=[0, 2, 1])
+        wide = self.op("Expand", self.unsqueeze(index, 2), self.const([1, 1, width], np.int64))
+        return self.op("GatherElements", x, wide, axis=1)
+
+    def loop(
+        self,
+        most: int,
+        start: Tensor,
+        state: Tensor,
+        shape: tuple[str | int, ...],
+        step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> gs.Variable:
+        """Repeat ``step`` on a float32 state and return its last value.
+
+        Args:
+            most: rounds at most.
+            start: bool scalar, whether there is a first round.
+            state: the value before it, of ``shape``.
+            step: from the round's number (int64 scalar) and the state to whether there is another round (bool scalar) and the new
+                state. What it emits becomes the body; tensors from outside it may be used there.
+        """
+        self._count += 1
+        name, outer = f"{TAIL}/Loop_{self._count}", self._graph
+        number = gs.Variable(f"{name}_number", np.int64, [])
+        go = gs.Variable(f"{name}_go", np.bool_, [])
+        before = gs.Variable(f"{name}_state", np.float32, list(shape))
+        self._graph = gs.Graph(name=name, inputs=[number, go, before], opset=outer.opset)
+        more, after = step(number, before)
+        more.dtype, more.shape, after.dtype, after.shape = np.bool_, [], np.float32, list(shape)
+        self._graph.outputs = [more, after]
+        body, self._graph = self._graph, outer
+        return self.add("Loop", [self.const(most, np.int64), start, state], body=body)[0]
+
+    def either(
+        self, condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor], dtype: type[np.generic]
+    ) -> gs.Variable:
+        """What ``then`` emits where the condition (bool scalar) holds, else what ``otherwise`` does; only that one is computed.
+
+        Tensors from outside may be used in both. ``dtype`` is that of the result.
+        """
+        self._count += 1
+        outer, branches = self._graph, {}
+        for name, emit in (("then_branch", then), ("else_branch", otherwise)):
+            self._graph = gs.Graph(name=f"{TAIL}/If_{self._count}_{name}", opset=outer.opset)
+            result = emit()
+            result.dtype = dtype
+            self._graph.outputs = [result]
+            branches[name], self._graph = self._graph, outer
+        return self.add("If", [condition], **branches)[0]
+
+    def unsqueeze(self, x: Tensor, axis: int) -> gs.Variable:
+        """Insert an axis; the opset decides where its number goes."""
+        if self.opset >= 13:
+            return self.op("Unsqueeze", x, self.const([axis], np.int64))
+        return self.op("Unsqueeze", x, axes=[axis])
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names of all tensors that are made in a graph, and in the graphs within it."""
+    yield from (item.name for item in graph.initializer)
+    for node in graph.node:
+        yield from node.output
+        for attribute in node.attribute:
+            yield from _names(attribute.g)
+
+
+def _last_number(names: Iterable[str]) -> int:
+    """The highest number among names that were given here before; 0 where none was."""
+    numbers = (re.match(rf"{TAIL}/.*?_(\d+)", name) for name in names)
+    return max((int(found[1]) for found in numbers if found), default=0)

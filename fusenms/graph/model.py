@@ -1,0 +1,98 @@
+"""Models as values: their outputs, the part behind some tensors, what their outputs declare. Each function returns a new model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+MOVES = ("Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that give values as they get them, in other places."""
+
+
+def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """A copy of the model that also gives these inner tensors (float32)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    present = {entry.name for entry in copy.graph.output}
+    copy.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in tensors
+        if name not in present
+    )
+    return copy
+
+
+def with_only_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """A copy whose outputs are these tensors alone, in the model's order."""
+    copy = with_outputs(model, tensors)
+    kept = [entry for entry in copy.graph.output if entry.name in tensors]
+    del copy.graph.output[:]
+    copy.graph.output.extend(kept)
+    return copy
+
+
+def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model without nodes that nothing needs, in order, each with a name of its own. Its metadata stays behind."""
+    graph = gs.import_onnx(model)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    taken: set[str] = set()
+    for i, node in enumerate(graph.nodes):
+        node.name = node.name if node.name and node.name not in taken else f"{node.op}_{i}"
+        taken.add(node.name)
+    ordered = gs.export_onnx(graph, do_type_check=False)
+    ordered.ir_version = model.ir_version
+    return ordered
+
+
+def constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with initializers in place of its `Constant` nodes that hold a tensor."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    nodes = list(copy.graph.node)
+    del copy.graph.node[:]
+    for node in nodes:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            item = copy.graph.initializer.add()
+            item.CopyFrom(node.attribute[0].t)
+            item.name = node.output[0]
+        else:
+            copy.graph.node.append(node)
+    return copy
+
+
+def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
+    """The part of the model behind some of its tensors, which become its inputs.
+
+    Args:
+        tensors: name to shape of one image (without the batch dimension); float32.
+
+    Inputs of the model that this part still needs (for their shape) stay.
+    """
+    graph = gs.import_onnx(model)
+    known = graph.tensors()
+    for name, shape in tensors.items():
+        tensor = known[name]
+        tensor.inputs.clear()
+        tensor.dtype, tensor.shape = np.dtype(np.float32), ["batch", *shape]
+        graph.inputs.append(tensor)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()  # true would take the inputs of loop bodies too
+    graph.inputs = [tensor for tensor in graph.inputs if tensor.outputs]
+    cut = gs.export_onnx(graph, do_type_check=False)
+    cut.ir_version = model.ir_version
+    return cut
+
+
+def declared_shape(model: onnx.ModelProto, tensor: str) -> tuple[int, ...]:
+    """Shape of an output ``[B, …]`` without the batch; empty where the tensor is no output, or a size is open."""
+    entry = next((entry for entry in model.graph.output if entry.name == tensor), None)
+    dims = entry.type.tensor_type.shape.dim[1:] if entry is not None else []
+    return tuple(dim.dim_value for dim in dims) if all(dim.dim_value for dim in dims) else ()
+
+
+def declared_type(model: onnx.ModelProto, tensor: str) -> int:
+    """Element type of an output; 0 where the tensor is no output."""
+    entry = next((entry for entry in model.graph.output if entry.name == tensor), None)
+    return 0 if entry is None else int(entry.type.tensor_type.elem_type)

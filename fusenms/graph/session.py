@@ -1,0 +1,191 @@
+"""Every ONNX Runtime session of the package is opened here: with a time limit on each run, and with our errors.
+
+ONNX Runtime looks at its stop flag before each node, in loops too. One thread watches over all runs that are going on, so that
+a run costs a few microseconds more. What cannot be stopped is a single operator, and the making of a session; `onnx_reading` bounds both
+as far as shapes are known.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusenms.errors import BackendUnavailableError, InputError, RunError, SourceError, first_line
+from fusenms.limits import DEFAULT_LIMITS
+
+if TYPE_CHECKING:
+    import onnx
+
+MISSING = "ONNX Runtime is not installed; install it with: pip install 'fusenms[cpu]' or 'fusenms[gpu]'"
+
+
+class Session:
+    """A model, open in ONNX Runtime. Safe to call from several threads.
+
+    Attributes:
+        inputs: names of its inputs.
+        outputs: names of its outputs.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        *,
+        source: str,
+        max_seconds: float = DEFAULT_LIMITS.max_run_seconds,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+        arena: bool = True,
+    ) -> None:
+        """Open a model.
+
+        Args:
+            source: name of the file, for messages.
+            max_seconds: time limit of one run.
+            providers: execution providers, in order of preference.
+            threads: of one run; default: ONNX Runtime's choice.
+            arena: keep freed memory for the next run, as ONNX Runtime does by default.
+
+        Raises:
+            BackendUnavailableError: ONNX Runtime, or a provider, is not installed.
+            SourceError: ONNX Runtime refuses the model.
+        """
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise BackendUnavailableError(MISSING) from error
+        available = onnxruntime.get_available_providers()
+        if missing := [name for name in providers if name not in available]:
+            raise BackendUnavailableError(f"ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what it has to say comes as an error
+        options.enable_cpu_mem_arena = arena
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._source, self._max_seconds, self._new_options = source, max_seconds, onnxruntime.RunOptions
+        try:
+            self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
+            self.inputs = [entry.name for entry in self._session.get_inputs()]
+            self.outputs = [entry.name for entry in self._session.get_outputs()]
+        except Exception as error:  # ONNX Runtime raises its own kinds, protobuf a ValueError beyond 2 GB
+            raise SourceError(
+                f"{source}: ONNX Runtime refuses the model ({first_line(error)}); it is damaged, or too new for this version"
+            ) from error
+
+    def run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[Any]:
+        """Values of the outputs; all of them, or those named.
+
+        Raises:
+            RunError: ONNX Runtime fails, or does not finish within the time limit.
+            InputError: the session is closed.
+        """
+        session = self.__dict__.get("_session")
+        if session is None:
+            raise InputError(f"{self._source}: is closed; open the file again")
+        options = self._new_options()
+        number = _watch.start(options, self._max_seconds)
+        try:
+            return session.run(list(outputs) if outputs is not None else None, dict(inputs), options)
+        except Exception as error:  # ONNX Runtime raises its own kinds
+            if options.terminate:
+                raise RunError(
+                    f"{self._source}: one run took longer than {self._max_seconds:g} s and was stopped (max_run_seconds); "
+                    "raise that limit only for a file that you trust"
+                ) from error
+            raise RunError(f"{self._source}: does not run in ONNX Runtime ({first_line(error)})") from error
+        finally:
+            _watch.stop(number)
+
+    def close(self) -> None:
+        """Free the model."""
+        self.__dict__.pop("_session", None)
+
+
+class _Watch:
+    """Stops runs that take too long. Its thread exists while runs go on, and for one time limit after the last of them."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew: the thread of a forked process is not there."""
+        self._changed = threading.Condition()
+        self._runs: dict[int, tuple[float, Any]] = {}
+        self._wakes = float("inf")
+        self._thread: threading.Thread | None = None
+
+    def start(self, options: Any, seconds: float) -> int:
+        """Watch over a run; return its number."""
+        number, deadline = next(self._numbers), time.monotonic() + seconds
+        with self._changed:
+            self._runs[number] = (deadline, options)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="fusenms-time-limit", daemon=True)
+                self._thread.start()
+            elif deadline < self._wakes:
+                self._changed.notify()
+        return number
+
+    def stop(self, number: int) -> None:
+        with self._changed:
+            self._runs.pop(number, None)
+
+    def _work(self) -> None:
+        with self._changed:
+            while self._runs:
+                now = time.monotonic()
+                for number, (deadline, options) in list(self._runs.items()):
+                    if deadline <= now:
+                        options.terminate = True
+                        del self._runs[number]
+                self._wakes = min((deadline for deadline, _ in self._runs.values()), default=now)
+                if self._wakes > now:
+                    self._changed.wait(min(self._wakes - now, threading.TIMEOUT_MAX))
+            self._thread, self._wakes = None, float("inf")
+
+
+_watch = _Watch()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_watch._forget)
+
+
+class OnnxRuntimeRunner:
+    """Runs a fused model in ONNX Runtime. Safe to call from several threads."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+        *,
+        arena: bool = True,
+        source: str = "the model",
+        max_seconds: float = DEFAULT_LIMITS.max_run_seconds,
+    ) -> None:
+        """Open the model. Arguments and errors are those of `fusenms.graph.session.Session`."""
+        self._session = Session(
+            model, source=source, max_seconds=max_seconds, providers=providers, threads=threads, arena=arena
+        )
+        self.inputs, self.outputs = self._session.inputs, self._session.outputs
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Inputs by name to outputs by name.
+
+        Raises:
+            RunError: ONNX Runtime fails, or does not finish within the time limit.
+        """
+        return dict(zip(self.outputs, self._session.run(inputs), strict=True))
+
+    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Images ``[B, 3, height, width]`` float32 to outputs by name."""
+        return self.run({self.inputs[0]: images})
+
+    def close(self) -> None:
+        self._session.close()

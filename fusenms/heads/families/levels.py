@@ -1,0 +1,162 @@
+"""Heads whose levels are left apart and undecoded, as exports for NPUs leave them: per level, distances and class scores.
+
+Per level either two outputs, distances ``[B, 4 * bins, rows, columns]`` and classes ``[B, C, rows, columns]``, or one with both,
+distances first; channels may come last, and a level may be flat: ``[B, rows * columns, C]``. Classes are logits or probabilities.
+Further outputs with one channel (sums of scores, for thresholding) are left aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.probe import Evidence, Sample, are_probabilities, as_probabilities
+from fusenms.layout import Activation, Distances, Join, Layout, Tap, cells_along
+
+NAME = "levels"
+DISTANCES, CLASSES = "fusenms/head_distances", "fusenms/head_classes"
+STRIDES = (4, 8, 16, 32, 64, 128)
+NANODET_BINS = 8
+USUAL_BINS = 16
+
+
+@dataclass(frozen=True)
+class Level:
+    """One output of one level: values ``[n, C]``; ``axis`` is that of the channels in a `Join`."""
+
+    tensor: str
+    stride: int
+    axis: int
+    values: np.ndarray
+
+
+def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+    """Recognize levels of distances and classes."""
+    layout = match_levels(evidence, NAME)
+    if isinstance(layout, Layout) and is_nanodet(layout):
+        return Mismatch(f"found {NANODET_BINS} bins and class probabilities, as NanoDet has them")
+    return layout
+
+
+def is_nanodet(layout: Layout) -> bool:
+    """NanoDet is told by its 8 bins and its sigmoid in the file."""
+    assert isinstance(layout.decode, Distances)
+    return layout.decode.bins == NANODET_BINS and layout.activation is Activation.NONE
+
+
+def match_levels(evidence: Evidence, name: str) -> Layout | Mismatch:
+    """Recognize levels of distances and classes, of any family."""
+    shapes = [list(sample.value.shape) for sample in evidence.samples]
+    if evidence.raw.task != "detect":
+        return Mismatch(f"the file says that its task is {evidence.raw.task!r}; expected 'detect'")
+    levels = [level for sample in evidence.samples if (level := _level(evidence, sample)) is not None]
+    wide = [level for level in levels if level.values.shape[1] > 1 or len(levels) <= 6]
+    strides = sorted({level.stride for level in wide})
+    if len(levels) != len(shapes) or len(wide) not in (len(strides), 2 * len(strides)) or len(wide) < 2:
+        return Mismatch(
+            f"found outputs of shape {shapes}; expected for each level distances and class scores, one or two outputs"
+        )
+    by_stride = [[level for level in wide if level.stride == stride] for stride in strides]
+    if any(len(some) != len(by_stride[0]) for some in by_stride):
+        return Mismatch(f"found outputs of shape {shapes}; expected as many of each level")
+    groups = _groups(by_stride)
+    if groups is None:
+        return Mismatch(f"found outputs of shape {shapes}; expected every level with the same channels")
+    if len(groups) == 1:
+        return _match_joined(evidence, name, groups[0])
+    return _match_apart(evidence, name, groups)
+
+
+def _level(evidence: Evidence, sample: Sample) -> Level | None:
+    """An output as a level: ``[1, C, rows, columns]``, ``[1, rows, columns, C]``, ``[1, n, C]`` or ``[1, C, n]``."""
+    shape, image = sample.value.shape, evidence.raw.image
+    for stride in STRIDES:
+        rows, columns = cells_along(image.height, stride), cells_along(image.width, stride)
+        if len(shape) == 4 and shape[2:] == (rows, columns):
+            return Level(sample.tensor, stride, 1, sample.value[0].reshape(shape[1], -1).T)
+        if len(shape) == 4 and shape[1:3] == (rows, columns):
+            return Level(sample.tensor, stride, 2, sample.value[0].reshape(-1, shape[3]))
+        if len(shape) == 3 and rows * columns in shape[1:] and shape[1] != shape[2]:
+            axis = 2 if shape[1] == rows * columns else 1
+            return Level(sample.tensor, stride, axis, sample.value[0] if axis == 2 else sample.value[0].T)
+    return None
+
+
+def _groups(by_stride: Sequence[Sequence[Level]]) -> list[list[Level]] | None:
+    """The outputs of all levels that belong together: those with the same channels and axis; None where they do not fit."""
+    kinds = sorted({(level.values.shape[1], level.axis) for level in by_stride[0]})
+    groups = [[x for level in by_stride for x in level if (x.values.shape[1], x.axis) == kind] for kind in kinds]
+    if all(len(group) == len(by_stride) for group in groups) and sum(map(len, groups)) == sum(map(len, by_stride)):
+        return groups
+    return None
+
+
+def _match_joined(evidence: Evidence, name: str, group: list[Level]) -> Layout | Mismatch:
+    """One output a level: 4 * 16 channels of distances, then the classes."""
+    width, start = group[0].values.shape[1], 4 * USUAL_BINS
+    names = evidence.raw.names
+    if width <= start or (names and len(names) != width - start):
+        expected = (
+            f"{start} of distances and {len(names)} of classes"
+            if names
+            else f"{start} of distances, then those of the classes"
+        )
+        return Mismatch(f"found {width} channels a level; expected {expected}")
+    values = np.concatenate([level.values for level in group])
+    if reason := _not_classes(values[:, start:]) or _not_distances(values[:, :start]):
+        return Mismatch(reason)
+    join = Join(DISTANCES, tuple(level.tensor for level in group), group[0].axis, width)
+    boxes, classes = Tap(join.tensor, join.channel_axis, 0, start), Tap(join.tensor, join.channel_axis, start, width)
+    decode = Distances(tuple(level.stride for level in group), USUAL_BINS)
+    return Layout(name, boxes, classes, None, _activation(values[:, start:]), decode, (join,))
+
+
+def _match_apart(evidence: Evidence, name: str, groups: list[list[Level]]) -> Layout | Mismatch:
+    """Two outputs a level. Which is which is told by their values, and by the number of class names where there are some."""
+    found, reasons = [], []
+    for distances, classes in (groups, groups[::-1]):
+        widths = distances[0].values.shape[1], classes[0].values.shape[1]
+        far, near = (np.concatenate([level.values for level in some]) for some in (distances, classes))
+        names = evidence.raw.names
+        reason = _not_distances(far) or _not_classes(near)
+        if names and len(names) != widths[1]:
+            reason = f"found {widths[1]} classes, but {len(names)} class names in the metadata"
+        reasons.append(reason)
+        if reason is None:
+            joins = tuple(
+                Join(tensor, tuple(level.tensor for level in some), some[0].axis, width)
+                for tensor, some, width in zip((DISTANCES, CLASSES), (distances, classes), widths, strict=True)
+            )
+            decode = Distances(tuple(level.stride for level in distances), widths[0] // 4)
+            boxes, scores = (Tap(join.tensor, join.channel_axis, 0, join.channels) for join in joins)
+            found.append(Layout(name, boxes, scores, None, _activation(near), decode, joins))
+    if len(found) == 1:
+        return found[0]
+    return Mismatch("either outputs may be the class scores" if found else str(next(filter(None, reasons))))
+
+
+def _activation(classes: np.ndarray) -> Activation:
+    return Activation.NONE if are_probabilities(classes) else Activation.SIGMOID
+
+
+def _not_classes(values: np.ndarray) -> str | None:
+    """Why these are no class scores; None where they may be: most say that there is nothing."""
+    probabilities = as_probabilities(values)
+    if np.isfinite(values).all() and probabilities.mean() < 0.1:
+        return None
+    return f"found class scores of {probabilities.mean():.2g} on average, as probabilities; expected most near 0"
+
+
+def _not_distances(values: np.ndarray) -> str | None:
+    """Why these are no distances; None where they may be: four times as many bins, and not all from 0 to 1."""
+    if values.shape[1] % 4:
+        return f"found {values.shape[1]} channels of distances; expected four times the number of bins"
+    if are_probabilities(values):
+        return "found only values from 0 to 1 among the distances"
+    return None
+
+
+LEVELS = HeadSpec(NAME, match)

@@ -1,0 +1,53 @@
+"""NanoDet: distances in 8 bins and class probabilities, levels apart (NanoDet-m), or all in one output (NanoDet-Plus).
+
+NanoDet-Plus gives ``[B, N, C + 32]``, classes first, and measures from the low corner of each cell; the releases before it measure from the
+center. Sources: RangiLyu/nanodet, `get_single_level_center_point` (before) and `get_single_level_center_priors` (Plus).
+"""
+
+from __future__ import annotations
+
+from fusenms.artifacts.preprocessing import PIXELS
+from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.families.levels import NANODET_BINS, is_nanodet, match_levels
+from fusenms.heads.probe import Evidence, are_probabilities, width_of
+from fusenms.layout import Activation, Distances, Layout, Tap
+
+NAME = "nanodet"
+CHANNELS = 4 * NANODET_BINS
+
+
+def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+    """Recognize either form."""
+    if len(evidence.samples) == 1:
+        return _match_plus(evidence, certain)
+    layout = match_levels(evidence, NAME)
+    if isinstance(layout, Layout) and not is_nanodet(layout):
+        return Mismatch(f"found no {NANODET_BINS} bins with class probabilities")
+    return layout
+
+
+def _match_plus(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+    sample = evidence.samples[0]
+    shape = list(sample.value.shape)
+    strides = evidence.strides(1, shape[1]) if len(shape) == 3 else None
+    classes = shape[-1] - CHANNELS
+    if strides is None or classes < 1:
+        return Mismatch(f"found an output of shape {shape}; expected [batch, candidates, classes + {CHANNELS}]")
+    rows, names = sample.value[0], evidence.raw.names
+    if names and len(names) != classes:
+        return Mismatch(
+            f"found {classes} channels before {CHANNELS} of distances, but {len(names)} class names in the metadata"
+        )
+    if not are_probabilities(rows[:, :classes]) or are_probabilities(rows[:, classes:]):
+        return Mismatch(f"expected {classes} class probabilities, then {CHANNELS} logits of distances")
+    widths = [width_of(part, shape[1]) for part in sample.parts if part.ndim > 1]
+    if certain and not names and widths != [classes, CHANNELS]:
+        return Mismatch(
+            f"nothing shows where the classes end (no class names; joined from {widths or 'unknown'} channels); "
+            f"if the last {CHANNELS} channels are distances, say --family {NAME}"
+        )
+    boxes, scores = Tap(sample.tensor, 2, classes, classes + CHANNELS), Tap(sample.tensor, 2, 0, classes)
+    return Layout(NAME, boxes, scores, None, Activation.NONE, Distances(strides, NANODET_BINS, point=0.0))
+
+
+NANODET = HeadSpec(NAME, match, pixels=PIXELS["bgr255-imagenet"])

@@ -1,0 +1,69 @@
+"""RT-DETR, D-FINE, DEIM, Deformable and Conditional DETR before their top-k: sigmoid classes, normalized boxes, no suppression.
+
+Class logits or probabilities ``[B, queries, C]`` and boxes ``[B, queries, 4]``, cx, cy, w, h normalized to the input, in two
+outputs; or both in one ``[B, queries, 4 + C]``, as Ultralytics exports RT-DETR. Every class of a query counts, as in the papers
+(Zhu et al., 2020; Zhao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
+from fusenms.heads.probe import Evidence, Pair, are_probabilities, as_probabilities, not_queries, sum_to_one
+from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
+
+NAME = "rtdetr"
+MOST_OF_A_CLASS = 0.2
+"""Of any class, on average over the queries of the test picture, where most find nothing."""
+
+
+def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+    """Recognize queries with independent classes."""
+    if len(evidence.samples) == 1:
+        return _match_joined(evidence)
+    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair, certain))
+
+
+def _match_pair(evidence: Evidence, pair: Pair, certain: bool) -> Layout | Mismatch:
+    if reason := not_queries(pair.boxes) or _not_sigmoid(evidence, pair.scores, certain):
+        return Mismatch(reason)
+    return _layout(pair.box_tap, pair.classes(0, pair.scores.shape[1]), pair.scores)
+
+
+def _match_joined(evidence: Evidence) -> Layout | Mismatch:
+    sample = evidence.samples[0]
+    shape = list(sample.value.shape)
+    if len(shape) != 3 or shape[2] < 5:
+        return Mismatch(f"found an output of shape {shape}; expected [batch, queries, 4 + classes]")
+    boxes, scores = sample.value[0, :, :4], sample.value[0, :, 4:]
+    if reason := not_queries(boxes) or _not_sigmoid(evidence, scores, True):
+        return Mismatch(reason)
+    if not are_probabilities(scores):
+        return Mismatch("the channels after the box are no probabilities")
+    return _layout(Tap(sample.tensor, 2, 0, 4), Tap(sample.tensor, 2, 4, shape[2]), scores)
+
+
+def _layout(boxes: Tap, classes: Tap, scores: np.ndarray) -> Layout:
+    activation = Activation.NONE if are_probabilities(scores) else Activation.SIGMOID
+    decode = Decoded(BoxFormat.CXCYWH, normalized=True)
+    return Layout(NAME, boxes, classes, None, activation, decode, suppress=False)
+
+
+def _not_sigmoid(evidence: Evidence, scores: np.ndarray, certain: bool) -> str | None:
+    """Why these are no class scores of their own sigmoids; None where they may be."""
+    names = evidence.raw.names
+    if names and len(names) != scores.shape[1]:
+        return f"found {scores.shape[1]} classes, but {len(names)} class names in the metadata"
+    if sum_to_one(scores):
+        return "the class scores of each query sum to 1; expected independent ones"
+    highest = float(as_probabilities(scores).mean(0).max())
+    if certain and not highest < MOST_OF_A_CLASS:
+        return (
+            f"a class has a score of {highest:.2g} on average, as no object would have in a softmax; if these are sigmoids, "
+            f"say --family {NAME}"
+        )
+    return None
+
+
+RTDETR = HeadSpec(NAME, match, stretch=True)

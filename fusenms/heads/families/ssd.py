@@ -1,0 +1,42 @@
+"""SSD and its heirs (UltraFace among them): decoded corners, and a softmax over the classes and the background.
+
+Two outputs: boxes ``[B, N, 4]``, corners, normalized or in pixels of the input, and probabilities ``[B, N, 1 + C]`` or ``[B, 1 + C, N]``
+of which one, the first or the last, says "nothing here".
+"""
+
+from __future__ import annotations
+
+from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
+from fusenms.heads.probe import Evidence, Pair, are_corners, are_normalized, background_of, sum_to_one
+from fusenms.layout import Activation, BoxFormat, Decoded, Layout
+
+NAME = "ssd"
+
+
+def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+    """Recognize corners, and as many rows of a softmax."""
+    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair))
+
+
+def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:
+    if not sum_to_one(pair.scores):
+        return Mismatch(
+            "the class scores of a candidate do not sum to 1; expected a softmax over classes and background"
+        )
+    if not are_corners(pair.boxes):
+        return Mismatch("the boxes are no corners: some high corner is below its low one")
+    place = background_of(pair.scores)
+    if place is None:
+        return Mismatch(
+            "neither the first nor the last class is the best one of most candidates; expected the background there"
+        )
+    classes = pair.scores.shape[1] - 1
+    names = evidence.raw.names
+    if names and len(names) != classes:
+        return Mismatch(f"found {classes} classes beside the background, but {len(names)} class names in the metadata")
+    scores = pair.classes(1, 1 + classes) if place == 0 else pair.classes(0, classes)
+    decode = Decoded(BoxFormat.XYXY, are_normalized(pair.boxes))
+    return Layout(NAME, pair.box_tap, scores, None, Activation.NONE, decode)
+
+
+SSD = HeadSpec(NAME, match)

@@ -1,0 +1,54 @@
+"""YOLOv5 (original releases) and YOLOv7: three anchors per cell, with objectness.
+
+One output ``[B, N, 5 + C]``: cx, cy, w, h in pixels of the input, objectness, then C class probabilities.
+The score is objectness times class probability. With masks, their coefficients follow, beside a second output, the prototypes
+``[B, M, h, w]``.
+"""
+
+from __future__ import annotations
+
+from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.late_decode import earliest_anchors
+from fusenms.heads.probe import Evidence, follows_grid
+from fusenms.heads.task_outputs import further_channels, further_terms
+from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
+
+NAME = "yolov5"
+ANCHORS = 3
+
+
+def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+    """Recognize the decoded output of an export of this family; further outputs (raw levels) are left aside."""
+    _, maps = evidence.split_prototypes()
+    maps = maps if len(maps) == 1 else []  # several are raw levels
+    further = further_channels(evidence, maps)
+    if isinstance(further, Mismatch):
+        return further
+    shapes = [list(sample.value.shape) for sample in evidence.samples]
+    for sample in evidence.samples:
+        shape = sample.value.shape
+        grid = evidence.grid(ANCHORS, shape[1]) if len(shape) == 3 and shape[2] > 5 + further else None
+        if grid is None:
+            continue
+        rows, names = sample.value[0], evidence.raw.names
+        classes = rows.shape[1] - 5 - further
+        if names and len(names) != classes:
+            return Mismatch(
+                f"found {classes} channels after box and objectness, but {len(names)} class names in the metadata"
+            )
+        values = rows[:, 4 : 5 + classes]
+        if not ((values >= 0) & (values <= 1)).all():
+            return Mismatch(f"found scores from {values.min():.3g} to {values.max():.3g}; expected probabilities")
+        if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
+            return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
+        boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 5 + classes)))
+        terms = further_terms(evidence, Tap(sample.tensor, 2, 5 + classes, shape[2]) if further else None, maps)
+        decoded = Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH), **terms)
+        return decoded if further else earliest_anchors(evidence, decoded, ANCHORS)
+    return Mismatch(
+        f"found outputs of shape {shapes}; expected [batch, candidates, 5 + classes] with three candidates "
+        "per cell of levels with strides such as 8, 16, 32"
+    )
+
+
+YOLOV5 = HeadSpec(NAME, match, tasks=("detect", "segment"))

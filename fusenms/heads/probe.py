@@ -1,0 +1,348 @@
+"""What a raw ONNX model shows of its head: shapes, the parts its outputs are joined from, values on a test picture.
+
+Node and tensor names play no part. The model is run once in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from fusenms import contract
+from fusenms.artifacts.raw import RawModel
+from fusenms.errors import SourceError
+from fusenms.graph.model import cut_before
+from fusenms.graph.session import Session
+from fusenms.layout import Join, Layout, Tap, cells_along
+from fusenms.onnx_reading.files import read_metadata
+from fusenms.onnx_reading.metadata import parse_literal
+
+LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
+"""Sets of strides that detectors use, the usual one first."""
+
+MOST_QUERIES = 1000
+"""Of DETR-like heads; they have 100 to 900."""
+
+PASSES_THROUGH = (
+    "Identity",
+    "Cast",
+    "Transpose",
+    "Reshape",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "QuantizeLinear",
+    "DequantizeLinear",
+)
+
+
+COMPUTES = ("Add", "Sub", "Mul", "Div", "Exp", "Sigmoid", "Pow")
+"""Operators that compute each value by itself, of which decodes are made."""
+
+MOVES = (*PASSES_THROUGH, "Slice", "Split", "Concat")
+"""Operators that only move values."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One output of the model on the test picture: values ``[1, …]``, and the values of the parts it is joined from."""
+
+    tensor: str
+    value: np.ndarray
+    parts: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a family may look at to recognize its head."""
+
+    raw: RawModel
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        """Each output with its parts.
+
+        Raises:
+            SourceError: the model does not run.
+        """
+        graph = self.raw.model.graph
+        producers = producers_of(graph)
+        outputs = [entry.name for entry in graph.output]
+        joined = {name: joined_parts(producers, name) for name in outputs}
+        values = self._run(outputs, sorted({part for parts in joined.values() for part in parts} - set(outputs)))
+        return tuple(Sample(name, values[name], tuple(values[part] for part in joined[name])) for name in outputs)
+
+    @property
+    def keypoints(self) -> tuple[int, int] | None:
+        """How many keypoints the file says it has, and numbers of each; None where it says nothing that can be read."""
+        shape = parse_literal(read_metadata(self.raw.model).get(contract.KEY_KEYPOINTS, ""))
+        if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(type(n) is int for n in shape):
+            return None
+        count, numbers = shape
+        return (count, numbers) if count > 0 and numbers in (2, 3) else None
+
+    def split_prototypes(self) -> tuple[list[Sample], list[Sample]]:
+        """The outputs, those apart that may be the prototypes of masks: ``[1, M, height, width]``."""
+        maps = [sample for sample in self.samples if sample.value.ndim == 4]
+        return [sample for sample in self.samples if sample.value.ndim != 4], maps
+
+    @cached_property
+    def joins(self) -> list[list[int]]:
+        """Channels of what is joined on the way to the outputs, for each joint of channels that are a candidate's: sorted.
+
+        The way leads through what moves values or computes each by itself.
+        """
+        producers = producers_of(self.raw.model.graph)
+        todo, seen, joints = [entry.name for entry in self.raw.model.graph.output], set(), []
+        while todo:
+            node = producers.get(todo.pop())
+            if node is None or id(node) in seen or node.op_type not in (*MOVES, *COMPUTES):
+                continue
+            seen.add(id(node))
+            todo += node.input
+            if node.op_type == "Concat":
+                joints.append(tuple(node.input))
+        values = self.values(list(dict.fromkeys(part for parts in joints for part in parts)))
+        return [sorted(_widths([values[part].shape[1:] for part in parts])) for parts in joints]
+
+    def head(self, layout: Layout) -> dict[str, np.ndarray]:
+        """Values ``[1, …]`` of the head's tensors on the test picture, joined where the layout joins them."""
+        values = self.values(layout.sources)
+        return values | {join.tensor: joined(values, join) for join in layout.joins}
+
+    def values(self, tensors: Sequence[str]) -> dict[str, np.ndarray]:
+        """Values ``[1, …]`` of any tensors of the model on the test picture.
+
+        Raises:
+            SourceError: the model does not run.
+        """
+        outputs = [entry.name for entry in self.raw.model.graph.output]
+        found = self._run(outputs, [name for name in tensors if name not in outputs])
+        return {name: found[name] for name in tensors}
+
+    def run_behind(self, taps: dict[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Run what is behind some tensors of the model, given their values ``[1, …]`` float32.
+
+        Raises:
+            SourceError: it does not run.
+        """
+        model = cut_before(self.raw.model, {name: value.shape[1:] for name, value in taps.items()})
+        return self._infer(model, list(outputs), taps)
+
+    def _run(self, outputs: list[str], inner: list[str]) -> dict[str, np.ndarray]:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.raw.model)
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in inner)
+        return self._infer(model, [*outputs, *inner], {})
+
+    def _infer(
+        self, model: onnx.ModelProto, outputs: list[str], inputs: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Run on these values, and on the test picture where the model asks for one."""
+        image, batch = self.raw.image, self.raw.frozen_batch or 1
+        session = Session(model, source=self.raw.source, max_seconds=self.raw.limits.max_run_seconds)
+        given = inputs | {image.tensor: np.repeat(picture(image.height, image.width), batch, 0)}
+        got = session.run({name: value for name, value in given.items() if name in session.inputs}, outputs)
+        for name, value in zip(outputs, got, strict=True):
+            if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or not (value.ndim or batch == 1):
+                raise SourceError(
+                    f"{self.raw.source}: gives {name[:100]!r}, which is no batch of numbers; expected tensors of them"
+                )
+        return {n: v if batch == 1 else v[: len(v) // batch] for n, v in zip(outputs, got, strict=True)}
+
+    def strides(self, anchors: int, count: int) -> tuple[int, ...] | None:
+        """Strides of the levels of a head with so many anchors per cell and so many candidates; None where none fit."""
+        for strides in LEVELS:
+            if anchors * sum(self.cells(strides)) == count:
+                return strides
+        return None
+
+    def cells(self, strides: Sequence[int]) -> list[int]:
+        """Cells of each level."""
+        return [len(self._centers(stride)) for stride in strides]
+
+    @property
+    def sides(self) -> np.ndarray:
+        """Width, height, width, height of the input in pixels."""
+        return np.array([self.raw.image.width, self.raw.image.height] * 2, np.float64)
+
+    def grid(self, anchors: int, count: int) -> np.ndarray | None:
+        """Cell centers ``[count, 2]`` (x, y in pixels) of such a head; None where no set of levels gives ``count``."""
+        strides = self.strides(anchors, count)
+        return None if strides is None else np.concatenate([np.tile(self._centers(s), (anchors, 1)) for s in strides])
+
+    def _centers(self, stride: int) -> np.ndarray:
+        return cell_centers(self.raw.image.height, self.raw.image.width, stride)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two outputs that may be boxes and class scores: values ``[N, 4]`` and ``[N, C]``, and where they stand."""
+
+    box_tap: Tap
+    boxes: np.ndarray
+    score_tensor: str
+    score_axis: int
+    scores: np.ndarray
+
+    def classes(self, start: int, stop: int) -> Tap:
+        return Tap(self.score_tensor, self.score_axis, start, stop)
+
+
+def pairs(evidence: Evidence) -> list[Pair] | str:
+    """The ways to read two outputs as boxes and class scores, or why there is none."""
+    samples = evidence.samples
+    shapes = [list(sample.value.shape) for sample in samples]
+    if len(samples) != 2:
+        return f"found {len(samples)} outputs of shape {shapes}; expected two, boxes [batch, candidates, 4] and class scores"
+    found = []
+    for boxes, scores in (samples, samples[::-1]):
+        if boxes.value.ndim != 3 or scores.value.ndim != 3:
+            continue
+        for box_axis in (1, 2):
+            count = boxes.value.shape[3 - box_axis]
+            axes = [axis for axis in (1, 2) if scores.value.shape[3 - axis] == count]
+            if boxes.value.shape[box_axis] != 4 or not axes:
+                continue
+            if len(axes) > 1:
+                return f"found outputs of shape {shapes}; either axis of {list(scores.value.shape)} may be that of the classes"
+            rows, values = (_rows(s.value, axis) for s, axis in ((boxes, box_axis), (scores, axes[0])))
+            found.append(Pair(Tap(boxes.tensor, box_axis, 0, 4), rows, scores.tensor, axes[0], values))
+    return found or f"found outputs of shape {shapes}; expected boxes [batch, candidates, 4] and as many class scores"
+
+
+def _widths(shapes: list[tuple[int, ...]]) -> list[int]:
+    """Channels of parts of these shapes (without the batch) that are joined by them; none where they differ in more than an axis."""
+    for axis in range(min(map(len, shapes))):
+        rest = {(*shape[:axis], None, *shape[axis + 1 :]) for shape in shapes}
+        if len(rest) == 1 and len(set(shapes)) > 1:
+            return [shape[axis] for shape in shapes]
+    return []
+
+
+def _rows(value: np.ndarray, axis: int) -> np.ndarray:
+    """Values ``[1, C, N]`` or ``[1, N, C]`` as ``[N, C]``."""
+    return value[0].T if axis == 1 else value[0]
+
+
+def are_probabilities(values: np.ndarray) -> bool:
+    """Whether all are finite and from 0 to 1."""
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def as_probabilities(values: np.ndarray) -> np.ndarray:
+    """Scores as probabilities: themselves, or their sigmoids where they are not from 0 to 1."""
+    return values if are_probabilities(values) else 1 / (1 + np.exp(-values.astype(np.float64).clip(-80, 80)))
+
+
+def sum_to_one(values: np.ndarray) -> bool:
+    """Whether rows ``[N, C]`` are what a softmax over C > 1 classes gives."""
+    return values.shape[1] > 1 and are_probabilities(values) and bool((np.abs(values.sum(1) - 1) < 1e-3).all())
+
+
+def are_corners(boxes: np.ndarray) -> bool:
+    """Whether the high corner of boxes ``[N, 4]`` is nowhere below the low one, and not always the same."""
+    return bool((boxes[:, 2:] >= boxes[:, :2]).all() and (boxes[:, 2:] > boxes[:, :2]).any())
+
+
+def are_normalized(boxes: np.ndarray) -> bool:
+    """Whether boxes ``[N, 4]`` are in units of the picture, not in pixels: none reaches far out of 0 to 1."""
+    return bool(np.isfinite(boxes).all() and np.abs(boxes).max() <= 2)
+
+
+def background_of(scores: np.ndarray) -> int | None:
+    """Which class of scores ``[N, C]`` is the background: the first or the last, where it is the best one of most candidates."""
+    share = np.bincount(scores.argmax(1), minlength=scores.shape[1]) / len(scores)
+    place = int(share.argmax())
+    return place if share[place] > 0.5 and place in (0, scores.shape[1] - 1) else None
+
+
+def not_queries(boxes: np.ndarray) -> str | None:
+    """Why boxes ``[N, 4]`` are not those of a DETR's queries (cx, cy, w, h, normalized); None where they may be."""
+    if len(boxes) > MOST_QUERIES:
+        return f"found {len(boxes)} candidates; expected at most {MOST_QUERIES} queries"
+    if not are_probabilities(boxes):
+        return f"found box channels from {boxes.min():.3g} to {boxes.max():.3g}; expected cx, cy, w, h normalized to the input"
+    if are_corners(boxes):
+        return "the boxes are corners; expected cx, cy, w, h"
+    if sum_to_one(boxes) or (boxes.std(0) == 0).any():
+        return "the box channels are the same for every query, or sum to 1; expected cx, cy, w, h"
+    return None
+
+
+def width_of(part: np.ndarray, count: int) -> int:
+    """Channels of a part ``[1, C, N]``, ``[1, N, C]`` or, for one level, ``[1, C, height, width]``."""
+    return int(part.shape[2] if part.ndim == 3 and part.shape[1] == count else part.shape[1])
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """The test picture ``[1, 3, height, width]``: smooth patches of color under noise, always the same."""
+    rng = np.random.default_rng(7)
+    coarse = rng.random((3, 8, 8))
+    patches = np.kron(coarse, np.ones((1, -(-height // 8), -(-width // 8))))[:, :height, :width]
+    return np.clip(patches + rng.normal(0, 0.08, patches.shape), 0, 1).astype(np.float32)[None]
+
+
+def cell_centers(height: int, width: int, stride: int) -> np.ndarray:
+    """Centers ``[cells, 2]`` (x, y in pixels) of one level, row by row."""
+    y, x = np.mgrid[: cells_along(height, stride), : cells_along(width, stride)]
+    return (np.stack((x, y), -1).reshape(-1, 2) + 0.5) * stride
+
+
+def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
+    """Whether positions ``[N, 2]`` in pixels follow the cell centers ``[N, 2]``, as decoded box centers do."""
+    if not np.isfinite(values).all() or (values.std(0) < 1e-6).any():
+        return False
+    close = np.abs(values - grid).mean() < 0.12 * np.ptp(grid)
+    return close and all(np.corrcoef(values[:, i], grid[:, i])[0, 1] > 0.9 for i in (0, 1))
+
+
+def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:
+    """What a join makes of its parts ``[1, …]``."""
+    shape = (1, *join.part_shape[1:])
+    return np.concatenate(
+        [values[part].astype(np.float32).reshape(shape) for part in join.parts], 3 - join.channel_axis
+    )
+
+
+def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """The node that makes each tensor."""
+    return {output: node for node in graph.node for output in node.output}
+
+
+def inputs_of(op: str, tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
+    """What goes into the nodes of this kind that a tensor comes from, with nothing but moves of data between."""
+    found, todo, seen = [], [tensor], set()
+    while todo:
+        node = producers.get(todo.pop())
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.op_type == op:
+            found.append(node.input[0])
+        elif node.op_type in MOVES:
+            todo += node.input
+    return found
+
+
+def joined_parts(producers: dict[str, onnx.NodeProto], name: str) -> tuple[str, ...]:
+    """Follow an output back to the Concat that joins channels: the nearest one whose inputs differ in how they are made.
+
+    Levels are joined too, each made alike; then the first stands for all.
+    """
+    while (node := producers.get(name)) is not None:
+        if node.op_type == "Concat":
+            makers = {producers[part].op_type if part in producers else "" for part in node.input}
+            if len(makers) > 1 or len(node.input) == 2:
+                return tuple(node.input)
+            name = node.input[0]
+        elif node.op_type in PASSES_THROUGH:
+            name = node.input[0]
+        else:
+            break
+    return ()

@@ -1,0 +1,54 @@
+"""Reading `.onnx` files from a path, and refusing those that would run too long."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusenms.errors import SourceError, first_line
+from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.onnx_reading import read_model, untrusted
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def read_onnx(path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
+    """Read an ONNX file of unknown origin, with its external data, and check all of it.
+
+    Raises:
+        SourceError: it is missing, empty, damaged, not ONNX, or exceeds a limit.
+    """
+    if path.is_dir():
+        raise SourceError(f"{path}: is a directory; expected an .onnx file")
+    if path.suffix in (".pt", ".pth"):
+        raise SourceError(f"{path}: is a checkpoint; expected an .onnx file: make one with python -m fusenms {path}")
+    with untrusted(path, "reading"):
+        return read_model(path, limits)
+
+
+def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """Metadata of the file, key to text."""
+    return {item.key: item.value for item in model.metadata_props}
+
+
+def refuse_cost(
+    path: str | os.PathLike[str], model: onnx.ModelProto, sizes: Mapping[str, tuple[int, ...]], limits: Limits
+) -> None:
+    """Refuse a graph whose run would exceed the limits, as far as shapes show it.
+
+    Args:
+        sizes: input name to its shape.
+
+    Raises:
+        SourceError: it would.
+    """
+    from fusenms.onnx_reading.cost import check_cost
+
+    with untrusted(path, "finding the sizes of its tensors"):
+        try:
+            check_cost(model, sizes, limits)
+        except ValueError as error:
+            raise SourceError(f"{path}: {first_line(error)}") from error

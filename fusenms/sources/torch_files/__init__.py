@@ -1,0 +1,1 @@
+"""A checkpoint's zip and pickle, read as plain data."""

@@ -1,0 +1,139 @@
+"""Stand-ins for the heads of the other tasks: instance masks, keypoints, oriented boxes.
+
+Each is a detection head with one more branch; what that gives stands behind the boxes and classes among the taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fusenms.sources.torch_modules import fields
+from fusenms.sources.torch_modules.blocks import Block
+from fusenms.sources.torch_modules.fields import Field
+from fusenms.sources.torch_modules.layers import AnchorDetect, AnchorFreeDetect
+
+
+class Proto(Block):
+    """Prototypes of masks ``[B, M, 2 h, 2 w]`` out of the finest level (YOLACT, 2019)."""
+
+    parts: ClassVar[frozenset[str]] = frozenset({"cv1", "upsample", "cv2", "cv3"})
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        return self.cv3(self.cv2(self.upsample(self.cv1(self._picture(levels)))))
+
+    def _picture(self, levels: list[Tensor]) -> Tensor:
+        return levels[0]
+
+
+class Proto26(Proto):
+    """Prototypes out of all levels, the coarser ones enlarged and added to the finest (YOLO26)."""
+
+    parts = Proto.parts | {"feat_refine", "feat_fuse", "semseg"}
+
+    def _picture(self, levels: list[Tensor]) -> Tensor:
+        finest, *coarser = levels
+        for i, (refine, level) in enumerate(zip(self.feat_refine, coarser, strict=True)):
+            finest = finest + functional.interpolate(refine(level), scale_factor=2 ** (i + 1), mode="nearest")
+        return self.feat_fuse(finest)
+
+
+class RealNVP(Block):
+    """The flow that trains the keypoints of YOLO26; nothing runs it."""
+
+    parts: ClassVar[frozenset[str]] = frozenset({"s", "t"})
+    tensors: ClassVar[frozenset[str]] = frozenset({"loc", "cov", "mask"})
+
+
+class FurtherBranch(AnchorFreeDetect):
+    """A detection head with one more branch, `cv4`: convolutions for each level."""
+
+    parts = AnchorFreeDetect.parts | {"cv4", "one2one_cv4"}
+    cv4: nn.ModuleList
+    one2one_cv4: nn.ModuleList
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return box distances and class logits as `AnchorFreeDetect` does, and the further channels ``[B, channels, N]``."""
+        return (*super().forward(levels), torch.cat([self.further(i, x).flatten(2) for i, x in enumerate(levels)], 2))
+
+    def further(self, level: int, x: Tensor) -> Tensor:
+        """The further channels ``[B, channels, height, width]`` of one level."""
+        return self.branch("cv4")[level](x)
+
+    def branch(self, name: str) -> Any:
+        """The convolutions of that name, of the branch that runs."""
+        return getattr(self, f"one2one_{name}" if self.one_to_one else name)
+
+
+class AnchorFreeSegment(FurtherBranch):
+    """Masks (YOLOv8, YOLOv9, YOLO11, YOLO26): coefficients and, last among the taps, prototypes ``[B, M, h, w]``."""
+
+    parts = FurtherBranch.parts | {"proto"}
+    attributes: ClassVar[Mapping[str, Field]] = {**FurtherBranch.attributes, "nm": fields.channels}
+    nm: int
+    proto: nn.Module
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
+        return (*super().forward(levels), self.proto(levels))
+
+
+class AnchorFreePose(FurtherBranch):
+    """Keypoints (YOLOv8, YOLO11): position = (2 t + cell) * stride."""
+
+    attributes: ClassVar[Mapping[str, Field]] = {**FurtherBranch.attributes, "kpt_shape": fields.several_channels}
+    kpt_shape: list[int]
+    factor, point = 2.0, 0.0
+
+
+class AnchorFreePose26(AnchorFreePose):
+    """Keypoints of YOLO26, from the center of the cell; what spreads them and the flow only train."""
+
+    parts = AnchorFreePose.parts | {
+        *("cv4_kpts", "cv4_sigma", "one2one_cv4_kpts", "one2one_cv4_sigma", "flow_model"),
+    }
+    factor, point = 1.0, 0.5
+
+    def further(self, level: int, x: Tensor) -> Tensor:
+        return self.branch("cv4_kpts")[level](super().further(level, x))
+
+
+class AnchorFreeOriented(FurtherBranch):
+    """The angle of oriented boxes (YOLOv8, YOLO11), before its sigmoid."""
+
+    sigmoid = True
+
+
+class AnchorFreeOriented26(AnchorFreeOriented):
+    """The angle of oriented boxes itself, in radians (YOLO26)."""
+
+    sigmoid = False
+
+
+class AnchorSegment(AnchorDetect):
+    """Masks of YOLOv5: coefficients are the last of each anchor's channels; prototypes ``[B, M, h, w]``."""
+
+    parts = AnchorDetect.parts | {"proto"}
+    attributes: ClassVar[Mapping[str, Field]] = {**AnchorDetect.attributes, "nm": fields.channels}
+    nm: int
+    proto: nn.Module
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return box, objectness and classes as `AnchorDetect` does, coefficients ``[B, M, N]``, prototypes."""
+        (rows,) = super().forward(levels)
+        return *rows.split((rows.shape[1] - self.nm, self.nm), 1), self.proto(levels)
+
+
+HEADS = {
+    "Segment": AnchorFreeSegment,
+    "Segment26": AnchorFreeSegment,
+    "Pose": AnchorFreePose,
+    "Pose26": AnchorFreePose26,
+    "OBB": AnchorFreeOriented,
+    "OBB26": AnchorFreeOriented26,
+}
+"""By their names in checkpoints of Ultralytics."""
+BLOCKS: tuple[type[nn.Module], ...] = (Proto, Proto26, RealNVP)

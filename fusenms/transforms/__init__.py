@@ -1,0 +1,1 @@
+"""A raw model to another: with a dynamic batch, in half precision."""

@@ -1,0 +1,93 @@
+"""What half precision changes: detections of a model beside those of another of the same weights, on the same pictures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fusenms.artifacts.fused import FusedModel
+from fusenms.boxes import pairwise_iou, pairwise_probiou
+from fusenms.fusion.backends import get_backend
+from fusenms.graph.session import OnnxRuntimeRunner
+
+SAME = 0.5
+"""IoU from which on two boxes of one class are the same object."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What changed on some pictures.
+
+    Attributes:
+        pictures: how many there were.
+        before, after: detections of either model.
+        same: pairs of one class with an IoU of at least `SAME`, each detection in one pair at most, the best first.
+        worst_box: largest difference of a coordinate within a pair, in pixels of the model's input.
+        worst_score: largest difference of the scores within a pair.
+    """
+
+    pictures: int
+    before: int
+    after: int
+    same: int
+    worst_box: float
+    worst_score: float
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        pictures = "1 picture" if self.pictures == 1 else f"{self.pictures} pictures"
+        return (
+            f"{pictures} · {self.before} detections in float32, {self.after} now, {self.same} the same · "
+            f"worst box {self.worst_box:.2g} px, worst score {self.worst_score:.2g}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def drift(before: FusedModel, after: FusedModel, images: np.ndarray) -> Drift:
+    """Run both in ONNX Runtime on pictures ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one."""
+    runner = OnnxRuntimeRunner(get_backend(after.backend).to_standard(after.model, after), source=after.source)
+    rows = [runner.infer(image[None]) for image in images]
+    runner.close()
+    return drift_of(before, images, after, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+
+
+def drift_of(before: FusedModel, images: np.ndarray, after: FusedModel, outputs: dict[str, np.ndarray]) -> Drift:
+    """The same, where the outputs of ``after`` on the pictures are known: ``[n, …]`` by name."""
+    runner = OnnxRuntimeRunner(get_backend(before.backend).to_standard(before.model, before), source=before.source)
+    counts, same, worst = [0, 0], 0, [0.0, 0.0]  # of either model; pairs; box and score
+    for n, image in enumerate(images):
+        one = _rows(before, runner.infer(image[None]))
+        two = _rows(after, {name: value[n : n + 1] for name, value in outputs.items()})
+        counts[0], counts[1] = counts[0] + len(one[1]), counts[1] + len(two[1])
+        for i, j in _pairs(one, two):
+            same += 1
+            worst[0] = max(worst[0], float(np.abs(one[0][i, :4] - two[0][j, :4]).max()))
+            worst[1] = max(worst[1], float(abs(one[1][i] - two[1][j])))
+    runner.close()
+    return Drift(len(images), counts[0], counts[1], same, worst[0], worst[1])
+
+
+_Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _rows(model: FusedModel, outputs: dict[str, np.ndarray]) -> _Rows:
+    count, *rows = (outputs[name] for name in model.config.output_names)
+    boxes, scores, labels = (value[0, : int(count[0, 0])] for value in rows)
+    return boxes.astype(np.float64), scores, labels
+
+
+def _pairs(one: _Rows, two: _Rows) -> list[tuple[int, int]]:
+    overlap = (pairwise_iou if one[0].shape[1] == 4 else pairwise_probiou)(one[0], two[0])
+    overlap = np.where(one[2][:, None] == two[2][None], overlap, 0)
+    pairs = []
+    for i in range(len(overlap)):
+        if overlap.shape[1] and overlap[i].max() >= SAME:
+            j = int(overlap[i].argmax())
+            pairs.append((i, j))
+            overlap[:, j] = 0
+    return pairs

@@ -1,0 +1,280 @@
+"""Prove a fused model: run it in ONNX Runtime at several batch sizes and compare every row with the reference.
+
+Two things are run. The *tail*, cut out of the model behind its head, on made-up head tensors
+(`scenes.py`): random, dense, empty, tied, at the thresholds, crowded, unusable. And the *whole* model on pictures,
+with the head's tensors as further outputs, so that the reference works on exactly what the tail saw.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx
+
+from fusenms import contract
+from fusenms.artifacts.fused import FusedModel, load_fused
+from fusenms.artifacts.report import Check, Report
+from fusenms.errors import FusenmsError, InputError, RunError, SourceError, first_line
+from fusenms.fusion.backends import get_backend
+from fusenms.graph.model import cut_before, with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.heads.probe import picture
+from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
+from fusenms.verification.diagnosis import explain
+from fusenms.verification.synthetic_heads import SCENES, Stage, heads
+from fusenms.verification.task_outputs import further_differences
+
+BATCHES = (1, 2, 7)
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much there is."""
+
+
+def verify(
+    model: FusedModel | str | os.PathLike[str],
+    *,
+    images: np.ndarray | None = None,
+    batches: Sequence[int] = BATCHES,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare a fused model with the reference.
+
+    Args:
+        model: a fused model, or the path of its file.
+        images: pictures ``[n, 3, height, width]`` float32 (RGB, 0 to 1, at the model's size); default: a made-up one.
+        batches: batch sizes to run.
+        progress: told of each step.
+
+    Raises:
+        SourceError: the file cannot be read, or lacks the head's tensors.
+        InputError: the images do not fit the model.
+    """
+    fused = model if isinstance(model, FusedModel) else load_fused(model)
+    if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
+        raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
+    sizes = [(fused, pictures_for(fused, images))]
+    if fused.image.dynamic_size:  # another size, where the candidates stand elsewhere
+        image = fused.image
+        other = replace(image, height=image.height + image.stride, width=image.width + 2 * image.stride)
+        sizes.append((replace(fused, image=other), picture(other.height, other.width)))
+    checks: list[Check] = []
+    for sized, pictures in sizes:
+        try:
+            checks += _Verification(sized, progress).run(pictures, tuple(batches))
+        except FusenmsError:
+            raise
+        except Exception as error:  # the graph, or the layout that its file holds, may be anybody's
+            message = f"the layout in the metadata does not fit the head's tensors ({type(error).__name__}: {first_line(error)})"
+            raise SourceError(f"{message}; the file was changed after it was written: fuse the model again") from error
+    return Report(tuple(checks), tuple(batches))
+
+
+def pictures_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
+    """These pictures, checked; a made-up one where there are none.
+
+    Raises:
+        InputError: they do not fit the model.
+    """
+    size = (fused.image.height, fused.image.width)
+    if images is None:
+        return picture(*size)
+    if (
+        not isinstance(images, np.ndarray)
+        or images.ndim != 4
+        or images.shape[1:] != (3, *size)
+        or images.dtype != np.float32
+        or not len(images)
+    ):
+        found = f"{images.dtype}{list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise InputError(f"found images {found}; expected float32 [n, 3, {size[0]}, {size[1]}], n at least 1")
+    return images
+
+
+class _Verification:
+    """One verification: the runners and the checks that pile up."""
+
+    def __init__(self, fused: FusedModel, progress: Progress | None) -> None:
+        self.fused, self.layout, self.config = fused, fused.layout, fused.config
+        self.backend = get_backend(fused.backend)
+        self.model = self.backend.in_float(fused.model)
+        self.progress = progress or (lambda *_: None)
+        self.checks: list[Check] = []
+
+    def run(self, pictures: np.ndarray, batches: tuple[int, ...]) -> list[Check]:
+        produced = {name for node in self.model.graph.node for name in node.output}
+        if lost := [name for name in self.layout.tensors if name not in produced]:
+            raise SourceError(
+                f"the file lacks the head's tensors {', '.join(lost)} that its metadata names; "
+                "it was changed after it was written: fuse the model again"
+            )
+        whole = self._open(with_outputs(self.model, self.layout.tensors))
+        shapes = self._on_pictures(whole, pictures, batches)
+        whole.close()
+        if shapes:
+            self._on_scenes(shapes, batches)
+        unsettled = sum(not check.converged for check in self.checks)
+        if 2 * unsettled > len(self.checks):
+            problem = f"{unsettled} of {len(self.checks)} images did not converge, so too little was compared: take more rounds"
+            self.checks.append(Check(0, 0, "all", 0, 0, 0.0, 0.0, (problem,)))
+        if not any(check.detections or check.problems for check in self.checks) and self.config.score_threshold < 1:
+            self.checks.append(
+                Check(0, 0, "all", 0, 0, 0.0, 0.0, ("no detection in any picture or scene: nothing was proven",))
+            )
+        return self.checks
+
+    def _open(self, model: onnx.ModelProto) -> OnnxRuntimeRunner:
+        limit = self.fused.limits.max_run_seconds
+        return OnnxRuntimeRunner(
+            self.backend.to_standard(model, self.fused), source=self.fused.source, max_seconds=limit
+        )
+
+    def _on_pictures(
+        self, whole: OnnxRuntimeRunner, pictures: np.ndarray, batches: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Run pictures at each batch size, all of them at the largest; return the shapes of the head's tensors."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        starts = [(b, 0) for b in batches] + [
+            (max(batches), i) for i in range(max(batches), len(pictures), max(batches))
+        ]
+        for step, (batch, start) in enumerate(starts):
+            self.progress("pictures", step, len(starts))
+            images = pictures[(start + np.arange(batch)) % len(pictures)]
+            outputs = self._infer(whole, {self.fused.image.tensor: images}, batch, "picture")
+            if outputs is None:
+                continue
+            head = {name: outputs[name] for name in self.layout.tensors}
+            shapes = {name: values.shape[1:] for name, values in head.items()}
+            self._compare(head, outputs, tuple(f"picture {(start + i) % len(pictures)}" for i in range(batch)))
+        return shapes
+
+    def _on_scenes(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> None:
+        """Run the tail on made-up heads: every scene at every batch size, a different one for each image."""
+        tap = self.layout.classes
+        stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][2 - tap.channel_axis])
+        tail = self._open(cut_before(self.model, shapes))
+        names = tuple(SCENES)
+        runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
+        for step, (batch, some) in enumerate(runs):
+            self.progress("scenes", step, len(runs))
+            batch_names = tuple(np.resize(np.array(some), batch).tolist())
+            head = heads(stage, batch_names, shapes, seed=batch)
+            inputs = dict(head)
+            if self.fused.image.tensor in tail.inputs:  # its shape says where the candidates stand
+                inputs[self.fused.image.tensor] = np.zeros(
+                    (batch, 3, self.fused.image.height, self.fused.image.width), np.float32
+                )
+            outputs = self._infer(tail, inputs, batch, ", ".join(some))
+            if outputs is not None:
+                self._compare(head, outputs, batch_names)
+        tail.close()
+
+    def _infer(
+        self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, scene: str
+    ) -> dict[str, np.ndarray] | None:
+        """Run; a failure or a wrong shape is a problem of the whole batch."""
+        try:
+            outputs = runner.run(inputs)
+        except RunError as error:
+            frozen = (
+                " (the batch is frozen)"
+                if batch > 1 and any(c.batch == 1 and not c.problems for c in self.checks)
+                else ""
+            )
+            self.checks.append(
+                Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"does not run at batch {batch}{frozen}: {first_line(error)}",))
+            )
+            return None
+        for name, spec in self.layout.outputs(self.config):
+            expected = spec.shape_for(batch, self.config.max_detections, *self._prototype_sides(outputs, inputs))
+            got = outputs.get(name)
+            if got is None or got.shape != expected or got.dtype != spec.dtype:
+                found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
+                frozen = " (the batch is frozen)" if got is not None and got.shape[:1] != (batch,) else ""
+                self.checks.append(
+                    Check(
+                        batch,
+                        0,
+                        scene,
+                        0,
+                        0,
+                        0.0,
+                        0.0,
+                        (f"output {name}: found {found}, expected {spec.dtype}{list(expected)}{frozen}",),
+                    )
+                )
+                return None
+        return outputs
+
+    def _compare(self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], scenes: tuple[str, ...]) -> None:
+        counts, boxes, scores, labels = (outputs[name] for name in self.config.output_names)
+        size = (self.fused.image.height, self.fused.image.width)
+        first: Rows | None = None
+        converged = outputs.get(contract.CONVERGED) if self.config.rounds is not None else None
+        for i, scene in enumerate(scenes):
+            if converged is not None and converged[i, 0] == 0:
+                self.checks.append(Check(len(scenes), i, scene, 0, 0, 0.0, 0.0, (), converged=False))
+                continue
+            count = int(np.clip(counts[i, 0], 0, len(scores[i])))
+            observed = Rows(
+                boxes[i, :count].astype(np.float64),
+                scores[i, :count].astype(np.float64),
+                labels[i, :count],
+                outputs[contract.INDICES][i, :count] if self.config.indices else None,
+            )
+            found = candidates(head, i, self.layout, size)
+            expected = postprocess(found, self.config, observed)
+            problems = _differences(observed, expected)
+            if counts[i, 0] != count:
+                problems.append(f"num_detections is {counts[i, 0]}, outside of 0 to {len(scores[i])}")
+            if np.any(boxes[i, count:]) or np.any(scores[i, count:]) or np.any(labels[i, count:] != contract.NO_LABEL):
+                problems.append(f"rows past num_detections ({count}) are not blank (zeros, label {contract.NO_LABEL})")
+            close_calls = expected.close_calls
+            if not problems:
+                further, doubtful = further_differences(head, outputs, i, self.layout, self.config, size, expected)
+                problems, close_calls = problems + further, close_calls + doubtful
+            elif cause := self._explain(observed, expected, found, first):
+                problems[0] += cause
+            first = observed if first is None else first
+            matched = min(len(observed), len(expected.rows)) if not problems else 0
+            worst_box = float(np.abs(observed.boxes[:matched] - expected.rows.boxes[:matched]).max(initial=0))
+            worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
+            self.checks.append(
+                Check(len(scenes), i, scene, len(observed), close_calls, worst_box, worst_score, tuple(problems))
+            )
+
+    def _prototype_sides(self, outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> tuple[int, ...]:
+        """Height and width of the head's prototypes; none where it has none."""
+        if self.layout.masks is None:
+            return ()
+        name = self.layout.masks.prototypes
+        return (inputs if name in inputs else outputs)[name].shape[2:]
+
+    def _explain(self, observed: Rows, expected: Expected, found: Candidates, first: Rows | None) -> str:
+        cause = explain(observed, expected.rows, found, self.config, first)
+        return f" [{cause}]" if cause else ""
+
+
+def _differences(observed: Rows, expected: Expected, most: int = 3) -> list[str]:
+    """Each row that differs, as text; the first few in full."""
+    rows, problems = expected.rows, []
+    for row in range(max(len(observed), len(rows))):
+        if row < min(len(observed), len(rows)) and matches(
+            observed, row, rows.boxes[row], rows.scores[row], int(rows.labels[row])
+        ):
+            continue
+        problems.append(f"row {row}: expected {_row_text(rows, row)}, got {_row_text(observed, row)}")
+    if len(problems) > most:
+        problems = [
+            *problems[:most],
+            f"and {len(problems) - most} more rows differ ({len(observed)} detections, expected {len(rows)})",
+        ]
+    return problems
+
+
+def _row_text(rows: Rows, row: int) -> str:
+    if row >= len(rows):
+        return "no row"
+    box = ", ".join(f"{v:.2f}" for v in rows.boxes[row])
+    return f"label {rows.labels[row]} score {rows.scores[row]:.6f} box ({box})"

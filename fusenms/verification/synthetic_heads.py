@@ -1,0 +1,258 @@
+"""Made-up head tensors for verification: random, dense, empty, tied, at the thresholds, crowded, unusable values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from fusenms.artifacts.raw import ImageInput
+from fusenms.config import PostprocessConfig
+from fusenms.fusion.candidates import strict_threshold
+from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, Tap
+
+LOW = -9.0  # logit of "nothing here"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What scenes are made for: a layout, its settings, the picture size, the number of candidates."""
+
+    layout: Layout
+    config: PostprocessConfig
+    image: ImageInput
+    count: int
+
+
+@dataclass
+class Scene:
+    """One image's head: class logits ``[N, C]``, objectness logits ``[N]``, box terms ``[N, channels]``."""
+
+    classes: np.ndarray
+    objectness: np.ndarray
+    boxes: np.ndarray
+
+
+def random(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Objects here and there."""
+    scene = empty(stage, rng)
+    _raise_some(stage, scene, rng, min(stage.count, 250), -3.0, 5.0)
+    return scene
+
+
+def dense(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Clusters of neighboring candidates with much overlap, of few classes."""
+    scene = empty(stage, rng)
+    middle = rng.integers(stage.count, size=24)
+    rows = np.unique((middle[:, None] + np.arange(-20, 20)[None]).clip(0, stage.count - 1))
+    label = (rows // 160) % min(3, stage.layout.classes.channels)
+    scene.classes[rows, label] = rng.uniform(-1, 5, len(rows))
+    scene.objectness[rows] = rng.uniform(0, 4, len(rows))
+    return scene
+
+
+def empty(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Nothing above any usual threshold."""
+    classes = rng.normal(LOW, 0.5, (stage.count, stage.layout.classes.channels))
+    return Scene(classes, rng.normal(LOW, 0.5, stage.count), _random_boxes(stage, rng))
+
+
+def ties(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Many equal scores, within a box's classes too, and equal boxes."""
+    scene = Scene(
+        np.full((stage.count, stage.layout.classes.channels), LOW), np.full(stage.count, 3.0), _even_boxes(stage)
+    )
+    rows = rng.choice(stage.count, min(stage.count, 400), replace=False)
+    scene.classes[rows] = rng.choice([LOW, 1.0, 2.0], (len(rows), stage.layout.classes.channels), p=[0.9, 0.05, 0.05])
+    return scene
+
+
+def thresholds(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Scores at the threshold and one float to either side; pairs of boxes with IoU at the threshold, where it can be hit exactly."""
+    scene = empty(stage, rng)
+    scene.boxes = _even_boxes(stage)
+    at = strict_threshold(stage.config.score_threshold, Activation.SIGMOID)
+    scores = [at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf))]
+    rows = rng.choice(stage.count, min(stage.count, 60), replace=False)
+    scene.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = np.resize(
+        np.clip(scores, -80, 80), len(rows)
+    )
+    scene.objectness[rows] = 40.0
+    _place_pairs(stage, scene)
+    return scene
+
+
+def crowded(stage: Stage, rng: np.random.Generator) -> Scene:
+    """Every candidate above the threshold: more than `max_candidates` where there are that many."""
+    scene = empty(stage, rng)
+    _raise_some(stage, scene, rng, stage.count, 1.0, 6.0)
+    return scene
+
+
+def unusable(stage: Stage, rng: np.random.Generator) -> Scene:
+    """NaN and infinities among the class scores and the boxes; few enough that no place is short (see `reference`)."""
+    scene = empty(stage, rng)
+    _raise_some(stage, scene, rng, min(stage.count, 250, stage.config.max_candidates), -3.0, 5.0)
+    for value in (np.nan, np.inf, -np.inf):
+        rows = rng.choice(stage.count, min(stage.count, 40), replace=False)
+        scene.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = value
+    for value in (np.nan, np.inf):
+        rows = rng.choice(stage.count, min(stage.count, 20), replace=False)
+        scene.boxes[rows, rng.integers(scene.boxes.shape[1], size=len(rows))] = value
+    return scene
+
+
+SCENES: dict[str, Callable[[Stage, np.random.Generator], Scene]] = {
+    scene.__name__: scene for scene in (random, dense, empty, ties, thresholds, crowded, unusable)
+}
+
+
+def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """The head's tensors for a batch with one scene an image.
+
+    Args:
+        shapes: of each head tensor, without the batch dimension.
+
+    Returns:
+        name to float32 ``[len(names), *shape]``.
+    """
+    layout = stage.layout
+    tensors = {name: np.zeros((len(names), *shape), np.float32) for name, shape in shapes.items()}
+    for i, name in enumerate(names):
+        scene = SCENES[name](stage, np.random.default_rng([seed, i, list(SCENES).index(name)]))
+        activate = layout.activation is Activation.NONE
+        parts = [(layout.boxes, scene.boxes), (layout.classes, _squash(scene.classes) if activate else scene.classes)]
+        if layout.objectness is not None:
+            objectness = _squash(scene.objectness) if activate else scene.objectness
+            parts.append((layout.objectness, objectness[:, None]))
+        if layout.background is not None:
+            parts.append((layout.background, np.zeros((stage.count, 1))))
+        parts += _further(stage, np.random.default_rng([seed, i, 1]))
+        if layout.masks is not None:
+            shape = tensors[layout.masks.prototypes].shape[1:]
+            tensors[layout.masks.prototypes][i] = np.random.default_rng([seed, i, 2]).normal(0, 1, shape)
+        if layout.labels is not None:
+            labels = np.random.default_rng([seed, i]).integers(80, size=(stage.count, 1))
+            parts.append((layout.labels, labels))
+        for tap, values in parts:
+            target = tensors[tap.tensor][i]
+            rows = target.T if tap.channel_axis == 1 else target
+            rows[:, tap.start : tap.stop] = values
+    if layout.activation is Activation.NONE and layout.objectness is None:
+        _exact_threshold(stage, names, tensors)
+    return tensors
+
+
+def _further(stage: Stage, rng: np.random.Generator) -> list[tuple[Tap, np.ndarray]]:
+    """What a head gives of a candidate beside its box: random."""
+    layout, parts = stage.layout, []
+    if layout.masks is not None:
+        tap = layout.masks.coefficients
+        parts.append((tap, rng.normal(0, 1, (stage.count, tap.channels))))
+    if layout.keypoints is not None:
+        tap, sides = layout.keypoints.values, np.array([stage.image.width, stage.image.height])
+        values = rng.normal(0, 2, (stage.count, layout.keypoints.count, layout.keypoints.numbers))
+        if layout.keypoints.factor is None:
+            values = rng.random(values.shape)
+            values[..., :2] *= sides
+        parts.append((tap, values.reshape(stage.count, -1)))
+    if layout.angle is not None:
+        parts.append((layout.angle.value, rng.normal(0, 1.5, (stage.count, 1))))
+    return parts
+
+
+def _exact_threshold(stage: Stage, names: tuple[str, ...], tensors: dict[str, np.ndarray]) -> None:
+    """Finished probabilities can be the threshold itself: put the float nearest to it in its place."""
+    tap, threshold = stage.layout.classes, np.float32(stage.config.score_threshold)
+    for i in (i for i, name in enumerate(names) if name == "thresholds"):
+        values = tensors[tap.tensor][i]
+        rows = (values.T if tap.channel_axis == 1 else values)[:, tap.start : tap.stop]
+        rows[np.abs(rows - threshold) <= 1e-7] = threshold
+
+
+def _squash(logits: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.where(logits == np.inf, np.inf, 1 / (1 + np.exp(-logits)))
+
+
+def _raise_some(stage: Stage, scene: Scene, rng: np.random.Generator, count: int, low: float, high: float) -> None:
+    rows = rng.choice(stage.count, count, replace=False)
+    scene.classes[rows, rng.integers(stage.layout.classes.channels, size=count)] = rng.uniform(low, high, count)
+    scene.objectness[rows] = rng.uniform(0, 5, count)
+
+
+def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
+    layout, count = stage.layout, stage.count
+    if isinstance(layout.decode, Distances):
+        bins = layout.decode.bins
+        peak = rng.uniform(0, min(6, bins - 1), (count, 4, 1))
+        return (-((np.arange(bins) - peak) ** 2) + rng.normal(0, 0.3, (count, 4, bins))).reshape(count, -1)
+    if not isinstance(layout.decode, Decoded):
+        return rng.normal(0, 1, (count, 4))
+    sides = np.array([stage.image.width, stage.image.height])
+    center, size = (
+        rng.uniform(0, 1, (count, 2)) * sides,
+        np.exp(rng.uniform(np.log(6), np.log(0.4 * sides.min()), (count, 2))),
+    )
+    size[::97] *= -1  # some of negative size
+    return _as_format(stage, center - size / 2, center + size / 2)
+
+
+def _even_boxes(stage: Stage) -> np.ndarray:
+    """Boxes whose coordinates are exact in float32; for finished boxes many are the same."""
+    layout, count = stage.layout, stage.count
+    if isinstance(layout.decode, Distances):
+        terms = np.zeros((count, 4, layout.decode.bins))
+        terms[:, :, min(2, layout.decode.bins - 1)] = 1000.0  # all the weight on one bin
+        return terms.reshape(count, -1)
+    if not isinstance(layout.decode, Decoded):
+        return np.zeros((count, 4))
+    corner = np.stack((np.arange(count) % 13 * 16.0, np.arange(count) % 7 * 16.0), 1)
+    return _as_format(stage, corner, corner + 32.0)
+
+
+def _as_format(stage: Stage, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    decode = stage.layout.decode
+    assert isinstance(decode, Decoded)
+    if decode.normalized:
+        sides = np.array([stage.image.width, stage.image.height])
+        low, high = low / sides, high / sides
+    if decode.format is BoxFormat.CXCYWH:
+        return np.concatenate(((low + high) / 2, high - low), 1)
+    return np.concatenate((low, high), 1)
+
+
+def _place_pairs(stage: Stage, scene: Scene) -> None:
+    """Put pairs into the first candidates: the second box lies in the first and has `iou_threshold` of its area, exactly.
+
+    The threshold is taken as the fraction that it is meant to be, as 9 / 20; there is none with sides that the head can say for some.
+    """
+    if stage.layout.angle is not None:  # whose IoU is no fraction
+        return
+    decode, most = stage.layout.decode, 28
+    share = Fraction(stage.config.iou_threshold).limit_denominator(most)
+    if float(share) != stage.config.iou_threshold or not 0 < share < 1 or stage.count < 16:
+        return
+    if not isinstance(decode, (Decoded, Distances)) or (isinstance(decode, Distances) and decode.bins < 16):
+        return
+    if isinstance(decode, Decoded) and decode.normalized:
+        return
+    times = most // share.denominator
+    wide, narrow = share.denominator * times, share.numerator * times
+    for big, small in ((0, 1), (8, 9)):
+        if isinstance(decode, Distances):
+            right = min(narrow // 2, wide // 2 - 1)
+            for row, ends in ((big, (wide - wide // 2, 2, wide // 2, 2)), (small, (narrow - right, 2, right, 2))):
+                terms = np.zeros((4, decode.bins))
+                terms[np.arange(4), ends] = 1000.0
+                scene.boxes[row] = terms.ravel()
+        else:
+            low = np.array([[64.0 * big, 0.0]] * 2)
+            scene.boxes[[big, small]] = _as_format(
+                stage, low, low + np.array([[8.0 * wide, 16.0], [8.0 * narrow, 16.0]])
+            )
+        scene.classes[[big, small]] = LOW
+        scene.classes[big, 0], scene.classes[small, 0] = 4.0, 3.0
+        scene.objectness[[big, small]] = 40.0
