@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "masks, every class": {"masks": "prototype", "multi_label": True},
     "agnostic": {"class_agnostic": True, "iou_threshold": 0.6},
     "rounds": {"rounds": 3},
-    "fp16": {"precision": "fp16"},
 }
 LOADING: dict[str, dict[str, Any]] = {"": {}, "dynamic size": {"dynamic_size": True}}
 
@@ -48,17 +48,36 @@ def digests(file: Path) -> dict[str, str]:
             made[f"{loading}"] = type(error).__name__
             continue
         made[f"{loading}, raw"] = digest(raw.model)
-        for backend in BACKENDS:
-            for name, settings in SETTINGS.items():
-                if options and name not in ("default", "all outputs"):
-                    continue
-                try:
-                    fused = fusenms.fuse(raw, backend=backend, unverified=True, **settings)
-                    value = digest(fused.model)
-                except fusenms.FusenmsError as error:
-                    value = type(error).__name__
-                made[f"{loading}, {backend}, {name}"] = value
+        try:
+            layout = fusenms.recognize(raw)
+            raw = open_batch(raw, layout)
+        except fusenms.FusenmsError as error:
+            made[f"{loading}, layout"] = type(error).__name__
+            continue
+        made[f"{loading}, layout"] = hashlib.sha256(json.dumps(layout.to_dict()).encode()).hexdigest()
+        variants = {"": raw}
+        if not options and (half := attempt(lambda raw=raw, layout=layout: to_half(raw, layout))):
+            variants["fp16"] = half
+        for precision, network in variants.items():
+            for backend in BACKENDS:
+                for name, settings in SETTINGS.items():
+                    if (options or precision) and name not in ("default", "all outputs"):
+                        continue
+                    config = PostprocessConfig(**settings)
+                    try:
+                        value = digest(fuse_head(network, layout, config, backend).model)
+                    except fusenms.FusenmsError as error:
+                        value = type(error).__name__
+                    made[f"{loading}, {precision}, {backend}, {name}"] = value
     return made
+
+
+def attempt(make: Callable[[], Any]) -> Any:
+    """What it makes; None where it refuses."""
+    try:
+        return make()
+    except fusenms.FusenmsError:
+        return None
 
 
 def main() -> None:

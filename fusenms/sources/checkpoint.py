@@ -115,7 +115,8 @@ def _stand_ins() -> dict[str, type[nn.Module] | None]:
         f"models.yolo.{name}": modules.DetectionModel for name in ("Model", "DetectionModel", "SegmentationModel")
     }
     ours = (*_BLOCKS, *tasks.HEADS.values(), modules.AnchorFreeDetect, modules.AnchorDetect, modules.DetectionModel)
-    return table | {f"{cls.__module__}.{cls.__name__}": cls for cls in ours}
+    homes = ("torch_modules.layers", "torch_modules.blocks", "torch_modules.tasks", "modules", "blocks", "tasks")
+    return table | {f"fusenms.sources.{home}.{cls.__name__}": cls for home in homes for cls in ours}
 
 
 STAND_INS = _stand_ins()
