@@ -16,7 +16,18 @@ from typing import Any
 import onnx
 
 import fusenms
-from fusenms.fusion.backends import BACKENDS
+from fusenms.config import PostprocessConfig
+
+try:
+    from fusenms.fusion.backends import BACKENDS
+    from fusenms.fusion.tail import fuse_head
+    from fusenms.transforms.dynamic_batch import open_batch
+    from fusenms.transforms.half_precision import to_half
+except ImportError:  # the tree of version 0.1.0
+    from fusenms.backends import BACKENDS
+    from fusenms.batch import open_batch
+    from fusenms.fusion import fuse_head
+    from fusenms.precision import to_half
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
