@@ -24,10 +24,11 @@ try:
     from fusenms.transforms.dynamic_batch import open_batch
     from fusenms.transforms.half_precision import to_half
 except ImportError:  # the tree of version 0.1.0
-    from fusenms.backends import BACKENDS
     from fusenms.batch import open_batch
-    from fusenms.fusion import fuse_head
     from fusenms.precision import to_half
+
+    from fusenms.backends import BACKENDS
+    from fusenms.fusion import fuse_head
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
