@@ -7,29 +7,38 @@ from typing import TYPE_CHECKING, Any
 from fusenms._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fusenms.artifacts.fused import FusedModel
+    from fusenms.artifacts.fused import FusedModel, load_fused
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
     from fusenms.config import PostprocessConfig
+    from fusenms.engines import Engine, EngineSettings, build_engine
     from fusenms.errors import FusenmsError
     from fusenms.heads import recognize
+    from fusenms.inspection import Inspection, inspect
     from fusenms.limits import Limits
     from fusenms.pipeline import fuse
     from fusenms.runtime import Detections, Detector
-    from fusenms.sources import load
+    from fusenms.sources import LoadOptions, load
     from fusenms.verification.checks import verify
 
 _HOMES = {
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
+    "Engine": "fusenms.engines",
+    "EngineSettings": "fusenms.engines",
     "FusedModel": "fusenms.artifacts.fused",
     "FusenmsError": "fusenms.errors",
+    "Inspection": "fusenms.inspection",
     "Limits": "fusenms.limits",
+    "LoadOptions": "fusenms.sources",
     "PostprocessConfig": "fusenms.config",
     "RawModel": "fusenms.artifacts.raw",
     "Report": "fusenms.artifacts.report",
+    "build_engine": "fusenms.engines",
     "fuse": "fusenms.pipeline",
+    "inspect": "fusenms.inspection",
     "load": "fusenms.sources",
+    "load_fused": "fusenms.artifacts.fused",
     "recognize": "fusenms.heads",
     "verify": "fusenms.verification.checks",
 }
@@ -37,14 +46,21 @@ _HOMES = {
 __all__ = [
     "Detections",
     "Detector",
+    "Engine",
+    "EngineSettings",
     "FusedModel",
     "FusenmsError",
+    "Inspection",
     "Limits",
+    "LoadOptions",
     "PostprocessConfig",
     "RawModel",
     "Report",
+    "build_engine",
     "fuse",
+    "inspect",
     "load",
+    "load_fused",
     "recognize",
     "verify",
 ]
@@ -57,3 +73,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

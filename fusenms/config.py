@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypedDict
 
-from fusenms.contract import MASK_KINDS, NAME_PRESETS
+from fusenms.contract import MASK_KINDS, OUTPUT_PRESETS
 from fusenms.errors import ConfigError
 
 MAX_CANDIDATES_LIMIT = 3840
@@ -32,7 +32,7 @@ class PostprocessConfig:
         masks: of a segmentation model: ``coefficients`` gives `mask_coefficients` and `prototypes`, ``prototype`` the masks themselves,
             at the prototypes' size.
         indices: add the output `indices`, the candidate that each row came from.
-        names: preset of output names, a key of `fusenms.contract.NAME_PRESETS`.
+        output_preset: names of the first four outputs, a key of `fusenms.contract.OUTPUT_PRESETS`.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -45,9 +45,9 @@ class PostprocessConfig:
     class_agnostic: bool = False
     multi_label: bool = False
     rounds: int | None = None
-    masks: str = "coefficients"
+    masks: str = field(default="coefficients", metadata={"choices": MASK_KINDS})
     indices: bool = False
-    names: str = "fusenms"
+    output_preset: str = field(default="fusenms", metadata={"choices": tuple(OUTPUT_PRESETS)})
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "iou_threshold"):
@@ -70,20 +70,20 @@ class PostprocessConfig:
                 f"max_candidates is {self.max_candidates}, less than max_detections {self.max_detections}; "
                 "every detection is one of the candidates: raise max_candidates or lower max_detections"
             )
-        for name, choices in (("masks", MASK_KINDS), ("names", NAME_PRESETS)):
+        for name, choices in (("masks", MASK_KINDS), ("output_preset", OUTPUT_PRESETS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
 
     @property
     def output_names(self) -> tuple[str, str, str, str]:
         """Names of the outputs, in the order of the contract."""
-        return NAME_PRESETS[self.names]
+        return OUTPUT_PRESETS[self.output_preset]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PostprocessConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> PostprocessConfig:
         """Build from plain values.
 
         Raises:
@@ -91,10 +91,27 @@ class PostprocessConfig:
         """
         if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
             raise ConfigError(f"settings are {values!r}; expected a mapping from names to values")
+        if "names" in values:  # what `output_preset` was called in 0.1.0
+            values = {"output_preset" if name == "names" else name: value for name, value in values.items()}
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"unknown setting {', '.join(unknown)}; expected {', '.join(known)}")
         return cls(**values)
+
+
+class ConfigFields(TypedDict, total=False):
+    """The fields of `PostprocessConfig` as keywords."""
+
+    score_threshold: float
+    iou_threshold: float
+    max_detections: int
+    max_candidates: int
+    class_agnostic: bool
+    multi_label: bool
+    rounds: int | None
+    masks: str
+    indices: bool
+    output_preset: str
 
 
 def _within(value: Any, kind: Any, low: int, high: int) -> bool:

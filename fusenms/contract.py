@@ -52,7 +52,7 @@ INDICES_OUTPUT: Final = Output(INDICES, np.dtype(np.int32), ("B", "K"))
 MASK_KINDS: Final = ("coefficients", "prototype")
 """What a model gives of masks: what they are made of, or the masks themselves at the size of the prototypes."""
 
-NAME_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
+OUTPUT_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
     "fusenms": (NUM_DETECTIONS, BOXES, SCORES, LABELS),
     "tensorrt": ("num_detections", "detection_boxes", "detection_scores", "detection_classes"),
     "deepstream": ("num_dets", "det_boxes", "det_scores", "det_classes"),
@@ -67,11 +67,11 @@ KEY_LAYOUT: Final = "fusenms.layout"
 KEY_CONFIG: Final = "fusenms.config"
 KEY_IMAGE: Final = "fusenms.image"
 KEY_DECODE: Final = "fusenms.decode"
-KEY_PRECISION: Final = "fusenms.transforms.half_precision"
+KEY_PRECISION: Final = "fusenms.precision"
 KEY_SUPPRESSION: Final = "fusenms.suppression"
 KEY_SOURCE: Final = "fusenms.source"
 KEY_NOTES: Final = "fusenms.notes"
-KEY_VERIFICATION: Final = "fusenms.verification.checks"
+KEY_VERIFICATION: Final = "fusenms.verification"
 # Metadata keys of Ultralytics, kept so that their tools still read the file.
 KEY_NAMES: Final = "names"
 KEY_STRIDE: Final = "stride"

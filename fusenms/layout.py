@@ -48,6 +48,11 @@ def cells_along(side: int, stride: int) -> int:
     return -(-side // stride)
 
 
+def other_axis(axis: int) -> int:
+    """Of a head tensor ``[B, …, …]``: axis 2 for 1, 1 for 2."""
+    return 3 - axis
+
+
 @dataclass(frozen=True)
 class Tap:
     """A run of channels of a head tensor ``[B, C, N]`` (``channel_axis`` 1) or ``[B, N, C]`` (``channel_axis`` 2).
@@ -73,6 +78,11 @@ class Tap:
     @property
     def channels(self) -> int:
         return self.stop - self.start
+
+    @property
+    def candidate_axis(self) -> int:
+        """Where the candidates are: the axis that does not have the channels."""
+        return other_axis(self.channel_axis)
 
 
 @dataclass(frozen=True)
@@ -273,6 +283,11 @@ class Join:
                 f"join of {self.tensor!r}: axis {self.channel_axis!r}, {self.channels!r} channels; expected axis 1 or 2, and 1 to "
                 f"{MOST_CHANNELS} channels"
             )
+
+    @property
+    def candidate_axis(self) -> int:
+        """Where the candidates are, and the parts are joined."""
+        return other_axis(self.channel_axis)
 
     @property
     def part_shape(self) -> tuple[int, int, int]:

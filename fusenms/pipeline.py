@@ -1,66 +1,70 @@
-"""`fuse`: the whole line in one call."""
+"""`fuse`: load, recognize, fuse, verify. The only place where this line is written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusenms.artifacts.fused import FusedModel
-from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw import RawModel
-from fusenms.config import PostprocessConfig
+from fusenms.artifacts.raw_head import RawHead
+from fusenms.artifacts.report import Report
+from fusenms.config import ConfigFields, PostprocessConfig
 from fusenms.errors import ConfigError, VerificationError
+from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
 from fusenms.fusion.backends import get_backend
 from fusenms.fusion.tail import fuse_head
-from fusenms.heads import recognize
+from fusenms.heads import raw_head, recognize
 from fusenms.layout import Layout
-from fusenms.limits import DEFAULT_LIMITS, Limits
-from fusenms.sources import load
+from fusenms.runtime.pictures import list_pictures, load_tensor
+from fusenms.sources import LoadFields, LoadOptions, load, options_from
 from fusenms.transforms.dynamic_batch import open_batch
 from fusenms.transforms.half_precision import PRECISIONS, to_half
-from fusenms.verification.agreement import drift
+from fusenms.verification.agreement import agreement
 from fusenms.verification.checks import pictures_for, verify
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+log = logging.getLogger("fusenms")
+
+
+class FuseFields(LoadFields, ConfigFields, total=False):
+    """The fields of `LoadOptions` and of `PostprocessConfig` as keywords."""
 
 
 def fuse(
     weights: Any,
     *,
     backend: str = "ort",
-    size: int | tuple[int, int] | None = None,
-    dynamic_size: bool = False,
-    opset: int | None = None,
-    make_dynamic: bool = False,
-    one_to_many: bool = False,
-    pixels: str | Pixels | None = None,
-    stretch: bool | None = None,
-    example: Any = None,
-    layout: Layout | None = None,
-    class_names: Sequence[str] = (),
     family: str | None = None,
-    images: np.ndarray | None = None,
-    unverified: bool = False,
     precision: str = "fp32",
-    limits: Limits = DEFAULT_LIMITS,
-    isolate: bool = False,
-    **config: Any,
+    images: np.ndarray | str | os.PathLike[str] | None = None,
+    unverified: bool = False,
+    config: PostprocessConfig | None = None,
+    options: LoadOptions | None = None,
+    on_event: OnEvent | None = None,
+    **fields: Unpack[FuseFields],
 ) -> FusedModel:
     """Load weights, recognize the head, fuse the post-processing and prove the result.
 
     Args:
         weights: a checkpoint (`.pt`), a raw `.onnx`, a directory of a Hugging Face detector, an `nn.Module`, or a loaded `RawModel`.
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``.
-        size, dynamic_size, opset, make_dynamic, one_to_many, pixels, stretch, example, layout: as `fusenms.load` takes them.
-        isolate: the same.
-        class_names: of an `nn.Module`, its classes.
         family: name of the detector family, where the file leaves more than one open.
-        images: pictures to verify on, ``[n, 3, height, width]`` float32 (RGB, 0 to 1).
+        precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says what that changes on the images.
+        images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images.
         unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
-        precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says what that changes on the pictures.
-        limits: bounds of files of unknown origin, and of each run of their graphs; a loaded `RawModel` has its own.
-        **config: fields of `PostprocessConfig`.
+        config: settings of the post-processing.
+        options: how the weights are loaded.
+        on_event: called after each step with what was done, an event of `fusenms.events`.
+        **fields: fields of `PostprocessConfig` instead of ``config``, and of `LoadOptions` instead of ``options``. Of a `RawModel`,
+            ``layout`` is what `fusenms.recognize` returned, and the other fields of `LoadOptions` are refused.
 
     Returns:
         the fused model with its report.
@@ -68,48 +72,88 @@ def fuse(
     Raises:
         FusenmsError: as each stage says; VerificationError where the result differs from the reference.
     """
-    settings = PostprocessConfig.from_dict(config)
-    get_backend(backend, settings)
-    loading = {
-        "size": size, "dynamic_size": dynamic_size, "opset": opset, "make_dynamic": make_dynamic, "one_to_many": one_to_many,
-        "pixels": pixels, "stretch": stretch, "example": example, "layout": layout, "names": class_names,
-    }  # fmt: skip
-    if isinstance(weights, RawModel):
-        if given := [
-            name for name, value in loading.items() if value is not None and value is not False and value != ()
-        ]:
-            raise ConfigError(
-                f"{', '.join(given)}: for loading, but these weights are loaded already: give them to fusenms.load"
-            )
-        raw = weights
-    else:
-        raw = load(weights, limits=limits, isolate=isolate, **loading)
-    found = recognize(raw, family)
-    raw = open_batch(raw, found)
-    fused = fuse_head(raw, found, settings, backend)
-    if precision != "fp32":
-        full, fused = fused, fuse_head(in_precision(raw, found, precision), found, settings, backend)
-        fused = replace(fused, notes=(*fused.notes, drift(full, fused, pictures_for(fused, images)).summary))
-    return fused if unverified else prove(fused, verify(fused, images=images))
-
-
-def in_precision(raw: RawModel, layout: Layout, precision: str) -> RawModel:
-    """The network in that precision.
-
-    Raises:
-        ConfigError: there is none of that name, or the network cannot be had in it.
-    """
+    tell = _Teller(on_event)
+    loading = {name: value for name, value in fields.items() if name in LoadFields.__annotations__}
+    settings = _settings(config, {name: value for name, value in fields.items() if name not in loading})
+    get_backend(backend, settings)  # fails early
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    return raw if precision == raw.precision else to_half(raw, layout)
+    if unverified and images is not None:
+        raise ConfigError("images are for verifying, and unverified leaves that out; leave one of them out")
+    if isinstance(images, (str, os.PathLike)):
+        list_pictures(Path(images))  # fails early
+    raw, layout = _load(weights, options, loading)
+    layout = layout or recognize(raw, family)
+    raw = open_batch(raw, layout)
+    tell(Recognized(raw=raw, layout=layout))
+    head = raw_head(raw, layout)
+    fused, full = _fuse(raw, head, settings, backend, precision)
+    tell(Fused(raw=raw, model=fused))
+    arrays = _arrays(fused, images, raw)
+    if full is not None:
+        found = agreement(full, fused, pictures_for(fused, arrays))
+        fused = replace(fused, notes=(*fused.notes, found.summary))
+        tell(Compared(agreement=found, own_images=images is not None))
+    if unverified:
+        return fused
+    report = verify(fused, images=arrays, progress=tell.progress)
+    tell(Verified(report=report))
+    return _proven(fused, report)
 
 
-def prove(fused: FusedModel, report: Any) -> FusedModel:
-    """The model with its report.
+def _settings(config: PostprocessConfig | None, fields: dict[str, Any]) -> PostprocessConfig:
+    if config is None:
+        return PostprocessConfig.from_dict(fields)
+    if fields:
+        raise ConfigError(f"found config and {', '.join(fields)}; expected either a PostprocessConfig or its fields")
+    return config
 
-    Raises:
-        VerificationError: the report has a difference.
-    """
+
+def _load(weights: Any, options: LoadOptions | None, fields: Any) -> tuple[RawModel, Layout | None]:
+    """The raw model, and its layout where that was given with a `RawModel`."""
+    if not isinstance(weights, RawModel):
+        return load(weights, options, **fields), None
+    given = options_from(options, fields)
+    if others := [name for name in given.given if name != "layout"]:
+        raise ConfigError(
+            f"{', '.join(others)}: for loading, but these weights are loaded already: give them to fusenms.load"
+        )
+    return weights, given.layout
+
+
+def _fuse(
+    raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str, precision: str
+) -> tuple[FusedModel, FusedModel | None]:
+    """The fused model; in half precision, the one in float32 too."""
+    fused = fuse_head(raw, head, config, backend)
+    if precision in (raw.precision, "fp32"):
+        return fused, None
+    return fuse_head(to_half(raw, head.layout), head, config, backend), fused
+
+
+def _arrays(fused: FusedModel, images: np.ndarray | str | os.PathLike[str] | None, raw: RawModel) -> np.ndarray | None:
+    if images is None or isinstance(images, np.ndarray):
+        return images
+    size = fused.image
+    return load_tensor(Path(images), size.height, size.width, size.stretch, raw.limits)
+
+
+def _proven(fused: FusedModel, report: Report) -> FusedModel:
     if not report:
         raise VerificationError(f"the fused model could not be proven equal to the reference\n{report}", report)
     return fused.proven(report)
+
+
+class _Teller:
+    """Logs each step, and tells the caller of it."""
+
+    def __init__(self, on_event: OnEvent | None) -> None:
+        self._on_event = on_event or (lambda _: None)
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, Progress):
+            log.info("%s", event.summary)
+        self._on_event(event)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self(Progress(what=what, done=done, total=total))

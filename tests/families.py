@@ -56,25 +56,17 @@ def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     """Try one file; ``work`` is a folder for what it writes."""
     from fusenms import fuse, load, recognize
     from fusenms.fusion.backends import BACKENDS
-    from fusenms.transforms.dynamic_batch import open_batch
 
     path = folder / file
     small = {"size": 256} if path.suffix == ".pt" else {"make_dynamic": True}
     raw = load(path, **small)
     layout = recognize(raw)
-    raw = open_batch(raw, layout)
     settings = {"score_threshold": 0.1, "indices": True}
-    fused = {backend: fuse(_with(raw, layout), backend=backend, **settings) for backend in BACKENDS}
+    fused = {backend: fuse(raw, layout=layout, backend=backend, **settings) for backend in BACKENDS}
     equal = tuple("equal" if model.report else "DIFFERS" for model in fused.values())
     engine = _engine(fused["portable"].save(work / "m.portable.onnx")) if engines else ""
     batch = "dynamic" if fused["ort"].image.independent else "mixed"
     return Row(file, layout.task, layout.family, layout.decode_stage, _parity(folder, file), equal, batch, engine)
-
-
-def _with(raw, layout):
-    from dataclasses import replace
-
-    return replace(raw, layout=layout)
 
 
 def _engine(path: Path) -> str:

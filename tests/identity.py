@@ -21,11 +21,15 @@ from fusenms.config import PostprocessConfig
 try:
     from fusenms.fusion.backends import BACKENDS
     from fusenms.fusion.tail import fuse_head
+    from fusenms.heads import raw_head
     from fusenms.transforms.dynamic_batch import open_batch
     from fusenms.transforms.half_precision import to_half
 except ImportError:  # the tree of version 0.1.0
     from fusenms.batch import open_batch
     from fusenms.precision import to_half
+
+    def raw_head(raw, layout):  # type: ignore[misc]
+        return layout
 
     from fusenms.backends import BACKENDS
     from fusenms.fusion import fuse_head
@@ -55,7 +59,7 @@ def digests(file: Path) -> dict[str, str]:
         if options and file.suffix != ".pt":
             continue
         try:
-            raw = fusenms.load(file, **options)
+            raw = fusenms.load(file, make_dynamic=file.suffix == ".onnx", **options)
         except fusenms.FusenmsError as error:
             made[f"{loading}"] = type(error).__name__
             continue
@@ -77,7 +81,7 @@ def digests(file: Path) -> dict[str, str]:
                         continue
                     config = PostprocessConfig(**settings)
                     try:
-                        value = digest(fuse_head(network, layout, config, backend).model)
+                        value = digest(fuse_head(network, raw_head(network, layout), config, backend).model)
                     except fusenms.FusenmsError as error:
                         value = type(error).__name__
                     made[f"{loading}, {precision}, {backend}, {name}"] = value

@@ -17,7 +17,6 @@ from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw import ImageInput
 from fusenms.fusion.backends import get_backend
-from fusenms.fusion.tail import fuse_head
 from fusenms.graph.model import cut_before
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import (
@@ -34,6 +33,7 @@ from fusenms.layout import (
     TanhOffsets,
     Tap,
 )
+from fusenms.pipeline import fuse
 
 SIZE = 64
 STRIDES = (8, 16, 32)
@@ -258,11 +258,25 @@ def raw_model(layout: Layout, opset: int = 17) -> RawModel:
     graph = helper.make_graph(nodes, "raw", [images], outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     onnx.checker.check_model(model)
-    return RawModel(model, ImageInput("images", SIZE, SIZE, 32), (), "detect", "tiny.onnx", layout, pixels=Pixels())
+    return RawModel(
+        model=model,
+        image=ImageInput("images", SIZE, SIZE, 32),
+        class_names=(),
+        task="detect",
+        source="tiny.onnx",
+        layout=layout,
+        pixels=Pixels(),
+    )
 
 
 def fused_model(layout: Layout, backend: str = "ort", opset: int = 17, **config: object) -> FusedModel:
-    return fuse_head(raw_model(layout, opset), layout, PostprocessConfig.from_dict(dict(config)), backend)
+    return fuse(
+        raw_model(layout, opset),
+        layout=layout,
+        config=PostprocessConfig.from_dict(dict(config)),
+        backend=backend,
+        unverified=True,
+    )
 
 
 def tail_of(fused: FusedModel) -> OnnxRuntimeRunner:

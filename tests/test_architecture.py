@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 import fusenms
+from fusenms import contract
 
 PACKAGE = Path(fusenms.__file__).parent
 ORDER = [
     "_version", "artifacts.report", "errors", "limits", "graph", "safety", "onnx_reading", "catalog", "contract", "config", "boxes",
-    "layout", "reference", "artifacts", "sources", "heads", "transforms", "fusion", "verification", "benchmark", "engines", "pipeline",
-    "runtime", "cli",
+    "layout", "reference", "artifacts", "sources", "heads", "transforms", "fusion", "verification", "benchmark", "engines", "runtime",
+    "events", "pipeline", "inspection", "cli",
 ]  # fmt: skip
 """Folders and modules of the package: each imports from those before it and from itself. The report is a value without imports."""
 HEAVY = {"torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "cv2", "rich", "tensorrt", "tensorrt_rtx", "PIL"}
@@ -96,3 +97,22 @@ def test_import_loads_nothing_heavy():
     code = f"import sys, fusenms; print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_metadata_keys_are_those_of_files_that_exist():
+    """They stand in every fused file, so they stay whatever the modules are called."""
+    keys = {getattr(contract, name) for name in vars(contract) if name.startswith("KEY_")}
+    own = (
+        "version",
+        "backend",
+        "layout",
+        "config",
+        "image",
+        "decode",
+        "precision",
+        "suppression",
+        "source",
+        "notes",
+        "verification",
+    )
+    assert keys == {f"fusenms.{name}" for name in own} | {"names", "stride", "task", "imgsz", "kpt_shape"}

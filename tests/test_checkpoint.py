@@ -95,10 +95,10 @@ def test_equals_the_yolov5_export_on_a_photo(zoo):
 
 def test_names_strides_and_size_are_kept(zoo):
     waste = load_checkpoint(zoo / "yolov5n_waste2.pt")
-    assert waste.names == ("Biodegradable", "Non-biodegradable")
+    assert waste.class_names == ("Biodegradable", "Non-biodegradable")
     assert waste.strides == (8, 16, 32)
     shapes = load_checkpoint(zoo / "shapes" / "yolov8-p.pt")
-    assert (shapes.size, shapes.task, shapes.names) == (256, "detect", ("circle", "square", "triangle"))
+    assert (shapes.size, shapes.task, shapes.class_names) == (256, "detect", ("circle", "square", "triangle"))
 
 
 def test_no_package_of_the_checkpoint_is_imported():
@@ -146,7 +146,7 @@ def test_flat_class_paths_of_the_first_release_load(zoo, tmp_path):
     data = (zoo / "pickles" / "yolov8n.data.pkl").read_bytes()
     assert b"ultralytics.nn.modules\nC2f" in data
     checkpoint = load_checkpoint(archive(data, storages_of(data), tmp_path / "old.pt"))
-    assert len(checkpoint.names) == 80
+    assert len(checkpoint.class_names) == 80
     assert decoded(checkpoint, np.zeros((1, 3, 64, 64), np.float32)).shape == (1, 84, 84)
 
 
@@ -154,7 +154,7 @@ def test_flat_class_paths_of_the_first_release_load(zoo, tmp_path):
 def test_trees_of_real_checkpoints_load(zoo, tmp_path, name):
     data = (zoo / "pickles" / f"{name}.data.pkl").read_bytes()
     checkpoint = load_checkpoint(archive(data, storages_of(data), tmp_path / "new.pt"))
-    assert checkpoint.names[:3] == ("person", "bicycle", "car")
+    assert checkpoint.class_names[:3] == ("person", "bicycle", "car")
     assert decoded(checkpoint, np.zeros((1, 3, 64, 64), np.float32)).shape == (1, 84, 84)
 
 
@@ -248,7 +248,7 @@ def tiny(**changes) -> dict[str, object]:
 def test_ema_is_preferred_over_model(tmp_path):
     content = tiny() | {"ema": tiny(names={0: "x", 1: "y"})["model"]}
     torch.save(content, tmp_path / "c.pt")
-    assert load_checkpoint(tmp_path / "c.pt").names == ("x", "y")
+    assert load_checkpoint(tmp_path / "c.pt").class_names == ("x", "y")
 
 
 def test_error_when_a_weight_is_nan(tmp_path):
@@ -390,7 +390,7 @@ def broken(kind: str, content: dict) -> dict:
 )  # fmt: skip
 def test_error_when_checkpoint_is_inconsistent(tmp_path, kind):
     torch.save(tiny(), tmp_path / "sound.pt")
-    assert load_checkpoint(tmp_path / "sound.pt").names == ("a", "b")
+    assert load_checkpoint(tmp_path / "sound.pt").class_names == ("a", "b")
     torch.save(broken(kind, tiny()), tmp_path / "c.pt")
     with pytest.raises(SourceError, match=r"c\.pt: "):
         load_checkpoint(tmp_path / "c.pt")

@@ -42,9 +42,13 @@ def small_file(tmp_path_factory) -> Path:
 def test_main_job_says_each_step_and_writes(tmp_path, capsys):
     assert main([WEIGHTS, "--size", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["load", "export", "fuse", "verify", "wrote"]
+    assert [line.split()[0] for line in lines] == [
+        *("load", "export", "fuse", "settings", "verify", "wrote"),
+        *("next", "next"),
+    ]
     assert "no code executed" in lines[0]
-    assert "0 mismatches" in lines[3]
+    assert "IoU > 0.45 suppressed" in lines[3]
+    assert "0 mismatches" in lines[4]
     assert [path.name for path in tmp_path.iterdir()] == ["shapes.ort.onnx"]
     onnx.checker.check_model(onnx.load("shapes.ort.onnx"))
 
@@ -60,7 +64,7 @@ def test_metadata_explains_the_file():
         "shapes.pt",
     )
     assert json.loads(stored["fusenms.config"])["score_threshold"] == 0.3
-    assert "0 mismatches" in stored["fusenms.verification.checks"]
+    assert "0 mismatches" in stored["fusenms.verification"]
 
 
 def test_json_is_one_object(capsys):
@@ -73,17 +77,20 @@ def test_json_is_one_object(capsys):
 def test_every_setting_reaches_the_file(capsys):
     flags = "--score-threshold 0.1 --iou-threshold 0.6 --max-detections 50 --max-candidates 500 --class-agnostic --multi-label"
     flags += " --backend portable --rounds 9 --indices"
-    assert main([WEIGHTS, "--size", "96x64", *flags.split(), "--names", "yolov7", "--opset", "18", "-o", "x.onnx"]) == 0
+    assert (
+        main([WEIGHTS, "--size", "96x64", *flags.split(), "--output-preset", "yolov7", "--opset", "18", "-o", "x.onnx"])
+        == 0
+    )
     capsys.readouterr()
     assert main(["inspect", "x.onnx", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["config"] == {
         "score_threshold": 0.1, "iou_threshold": 0.6, "max_detections": 50, "max_candidates": 500,
-        "class_agnostic": True, "multi_label": True, "rounds": 9, "masks": "coefficients", "indices": True, "names": "yolov7",
+        "class_agnostic": True, "multi_label": True, "rounds": 9, "masks": "coefficients", "indices": True, "output_preset": "yolov7",
     }  # fmt: skip
-    assert values["inputs"] == ["images[batch, 3, 96, 64]"]
-    assert values["outputs"][0] == "num_dets[batch, 1]"
-    assert values["outputs"][4:] == ["converged[batch, 1]", "indices[batch, 50]"]
+    assert values["inputs"] == ["images float32[batch, 3, 96, 64]"]
+    assert values["outputs"][0] == "num_dets int32[batch, 1]"
+    assert values["outputs"][4:] == ["converged int32[batch, 1]", "indices int32[batch, 50]"]
 
 
 def test_images_are_verified_on(capsys):
@@ -292,7 +299,7 @@ METADATA = {
     "height": ("fusenms.image", lambda v: v.replace('"height": 64', '"height": 128')),
     "text height": ("fusenms.image", lambda v: v.replace('"height": 64', '"height": "x"')),
     "negative height": ("fusenms.image", lambda v: v.replace('"height": 64', '"height": -64')),
-    "names": ("fusenms.config", lambda v: v.replace('"names": "fusenms"', '"names": "deepstream"')),
+    "preset": ("fusenms.config", lambda v: v.replace('"output_preset": "fusenms"', '"output_preset": "deepstream"')),
     "rows": ("fusenms.config", lambda v: v.replace('"max_detections": 300', '"max_detections": 301')),
     "classes": ("fusenms.layout", lambda v: v.replace('"stop": 3', '"stop": 900')),
     "axis": ("fusenms.layout", lambda v: v.replace('"channel_axis": 1', '"channel_axis": 2')),
@@ -368,7 +375,7 @@ def test_inspect_says_which_decode_stays_and_leaves_constants_out(tmp_path, caps
     onnx.save(model, tmp_path / "m.onnx")
     assert main(["inspect", "m.onnx", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["inputs"] == ["images[batch, 3, 64, 64]"]
+    assert values["inputs"] == ["images float32[batch, 3, 64, 64]"]
     assert values["decode"] == "late"
 
 

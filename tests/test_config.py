@@ -21,7 +21,7 @@ def test_defaults_when_nothing_is_given():
         ("max_detections", 1.5),
         ("max_candidates", True),
         ("class_agnostic", 1),
-        ("names", "nobody"),
+        ("output_preset", "nobody"),
     ],
 )
 def test_error_names_setting_and_value_when_out_of_range(name, value):
@@ -48,5 +48,10 @@ def test_numpy_numbers_are_taken():
 
 
 def test_dict_round_trip():
-    config = PostprocessConfig(score_threshold=0.1, class_agnostic=True, names="yolov7")
+    config = PostprocessConfig(score_threshold=0.1, class_agnostic=True, output_preset="yolov7")
     assert PostprocessConfig.from_dict(config.to_dict()) == config
+
+
+def test_preset_is_read_under_its_first_name():
+    """Files of 0.1.0 call it ``names``."""
+    assert PostprocessConfig.from_dict({"names": "yolov7"}).output_preset == "yolov7"

@@ -103,7 +103,7 @@ def test_threads_get_their_own_results(detect):
 
 
 def test_names_preset_is_read_from_the_file(tmp_path):
-    file = fuse(SHAPES / "shapes.pt", names="tensorrt").save(tmp_path / "f.onnx")
+    file = fuse(SHAPES / "shapes.pt", output_preset="tensorrt").save(tmp_path / "f.onnx")
     with Detector(file) as detect:
         assert len(detect(PICTURE)[0]) > 5
 

@@ -31,7 +31,7 @@ from fusenms.errors import (
 )
 from fusenms.fusion.backends.trt import PLUGIN
 from fusenms.runtime.pictures import letterbox, read_picture, stretched, to_tensor
-from fusenms.verification.agreement import Drift
+from fusenms.verification.agreement import Agreement
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
 DTYPES = {"float32": "float", "int32": "int32", "bool": "bool"}
@@ -429,7 +429,7 @@ def test_engine_gets_its_pictures_as_the_detector_fits_them(tmp_path, monkeypatc
     given = []
     monkeypatch.setattr(
         "fusenms.cli.verify.compare_engine",
-        lambda path, images: given.append(images) or [(1, Drift(1, 3, 3, 3, 0.0, 0.0))],
+        lambda path, images: given.append(images) or [(1, Agreement(1, 3, 3, 3, 0.0, 0.0))],
     )
     assert main(["verify", str(tmp_path / "m.rtx"), "--images", str(tmp_path / "pictures")]) == 0
     fit = stretched if stretch else letterbox
@@ -438,16 +438,16 @@ def test_engine_gets_its_pictures_as_the_detector_fits_them(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("drift", "status"),
+    ("agreement", "status"),
     [
-        (Drift(1, 3, 3, 3, 0.5, 0.001), 0),
-        (Drift(1, 3, 2, 2, 0.5, 0.001), 1),
-        (Drift(1, 3, 4, 3, 0.5, 0.001), 1),
-        (Drift(1, 3, 3, 3, 9.0, 0.001), 1),
-        (Drift(1, 3, 3, 3, 0.5, 0.1), 1),
-        (Drift(1, 0, 0, 0, 0.0, 0.0), 1),  # nothing was compared
+        (Agreement(1, 3, 3, 3, 0.5, 0.001), 0),
+        (Agreement(1, 3, 2, 2, 0.5, 0.001), 1),
+        (Agreement(1, 3, 4, 3, 0.5, 0.001), 1),
+        (Agreement(1, 3, 3, 3, 9.0, 0.001), 1),
+        (Agreement(1, 3, 3, 3, 0.5, 0.1), 1),
+        (Agreement(1, 0, 0, 0, 0.0, 0.0), 1),  # nothing was compared
     ],
 )
-def test_engine_that_finds_something_else_does_not_pass(engine, monkeypatch, drift, status):
-    monkeypatch.setattr("fusenms.cli.verify.compare_engine", lambda path, images: [(1, drift)])
+def test_engine_that_finds_something_else_does_not_pass(engine, monkeypatch, agreement, status):
+    monkeypatch.setattr("fusenms.cli.verify.compare_engine", lambda path, images: [(1, agreement)])
     assert main(["verify", str(engine)]) == status

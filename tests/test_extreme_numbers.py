@@ -17,10 +17,10 @@ from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw import ImageInput
 from fusenms.errors import ConfigError, SourceError
 from fusenms.fusion.backends import BACKENDS, get_backend
-from fusenms.fusion.tail import fuse_head
 from fusenms.graph.model import cut_before
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import AnchorBoxes, Distances, GridOffsets, Join, Layout, TanhOffsets, Tap
+from fusenms.pipeline import fuse
 from fusenms.reference import Rows, candidates, matches, postprocess
 from fusenms.transforms.half_precision import to_half
 from fusenms.verification.checks import verify
@@ -45,14 +45,22 @@ def stub(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> RawModel:
     graph = helper.make_graph(nodes, "stub", [images], outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
-    return RawModel(model, ImageInput("images", SIZE, SIZE, 32), (), "detect", "stub.onnx", layout, pixels=Pixels())
+    return RawModel(
+        model=model,
+        image=ImageInput("images", SIZE, SIZE, 32),
+        class_names=(),
+        task="detect",
+        source="stub.onnx",
+        layout=layout,
+        pixels=Pixels(),
+    )
 
 
 def rows_of(layout: Layout, backend: str, head: Tensors, **settings: object) -> list[Rows]:
     """What the backend finds in head tensors ``[B, …]``; the test fails where the reference finds anything else."""
     config = PostprocessConfig.from_dict(dict(settings))
     shapes = {name: value.shape[1:] for name, value in head.items()}
-    fused = fuse_head(stub(layout, shapes), layout, config, backend)
+    fused = fuse(stub(layout, shapes), layout=layout, config=config, backend=backend, unverified=True)
     names = dict(zip(layout.tensors, fused.layout.tensors, strict=True))
     head = {names[name]: value for name, value in head.items()}
     tail = cut_before(fused.model, {name: value.shape[1:] for name, value in head.items()})
@@ -301,8 +309,16 @@ def test_overflow_of_a_half_precision_network_is_no_detection(backend):
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])
     graph = helper.make_graph(nodes, "raw", [images], outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    raw = RawModel(model, ImageInput("images", SIZE, SIZE, 32), (), "detect", "half.onnx", layout, pixels=Pixels())
-    fused = fuse_head(to_half(raw, layout), layout, PostprocessConfig(), backend)
+    raw = RawModel(
+        model=model,
+        image=ImageInput("images", SIZE, SIZE, 32),
+        class_names=(),
+        task="detect",
+        source="half.onnx",
+        layout=layout,
+        pixels=Pixels(),
+    )
+    fused = fuse(to_half(raw, layout), layout=layout, config=PostprocessConfig(), backend=backend, unverified=True)
     pictures = np.full((1, 3, SIZE, SIZE), -9, np.float32)
     pictures[0, 0, 0, :2] = [65000.0, 70000.0]
     runner = OnnxRuntimeRunner(get_backend(backend).to_standard(get_backend(backend).in_float(fused.model), fused))

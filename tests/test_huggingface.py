@@ -111,7 +111,7 @@ def raw(folder):
 def test_equals_reference(raw, kind, backend):
     fused = fuse(raw(kind), backend=backend, score_threshold=0.05, max_detections=40)
     assert fused.report, fused.report
-    assert fused.names == tuple(LABELS.values())
+    assert fused.class_names == tuple(LABELS.values())
     assert (fused.image.height, fused.image.width, fused.image.stretch) == (*SIZE, True)
 
 

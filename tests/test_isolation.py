@@ -24,7 +24,12 @@ def program(folder, monkeypatch, text):
 def test_a_checkpoint_is_the_same():
     here, there = (fusenms.load(SHAPES / "shapes.pt", size=64, isolate=isolate) for isolate in (False, True))
     assert there.model.SerializeToString() == here.model.SerializeToString()
-    assert (there.layout, there.image, there.names, there.notes) == (here.layout, here.image, here.names, here.notes)
+    assert (there.layout, there.image, there.class_names, there.notes) == (
+        here.layout,
+        here.image,
+        here.class_names,
+        here.notes,
+    )
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "text.pt"])

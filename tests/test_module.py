@@ -37,7 +37,7 @@ class Named(YoloNas):
 def test_equals_reference(module, backend):
     fused = fuse(module(), example=EXAMPLE, layout=layout(), class_names=NAMES, backend=backend, score_threshold=0.01)
     assert fused.report, fused.report
-    assert (fused.names, fused.layout.family, fused.source) == (NAMES, "in-house", module.__name__)
+    assert (fused.class_names, fused.layout.family, fused.source) == (NAMES, "in-house", module.__name__)
 
 
 def test_gives_what_the_module_means():
@@ -133,9 +133,9 @@ class Broken(nn.Module):
         (YoloNas(), {"layout": "x"}, ConfigError, "layout is a str; expected"),
         (YoloNas(), {"layout": layout(9)}, ConfigError, r"scores is \[2, 84, 3\]; expected 3 dimensions, 9 channels or more"),
         (Named(), {"layout": layout(boxes="corners")}, ConfigError, "returns features, scores, boxes; the layout also names corners"),
-        (YoloNas(), {"names": ["a"]}, ConfigError, "names are 1, but the layout has 3 classes"),
-        (YoloNas(), {"names": "cat"}, ConfigError, "names is the text 'cat'; expected a list"),
-        (YoloNas(), {"names": ["cat", "a\nb"]}, ConfigError, "with control characters"),
+        (YoloNas(), {"class_names": ["a"]}, ConfigError, "class_names are 1, but the layout has 3 classes"),
+        (YoloNas(), {"class_names": "cat"}, ConfigError, "class_names is the text 'cat'; expected a list"),
+        (YoloNas(), {"class_names": ["cat", "a\nb"]}, ConfigError, "with control characters"),
         (Logits(), {}, ConfigError, "class scores go from .* with Activation.NONE they are probabilities"),
         (YoloNas(), {"size": 64}, ConfigError, "size, make_dynamic and one_to_many are for files"),
         (nn.Conv2d(3, 3, 1), {}, ConfigError, "the module returns 1 tensors; the layout names 2: boxes, scores"),
@@ -149,7 +149,7 @@ def test_error_says_what_is_wrong(module, settings, error, message):
 
 
 def test_error_when_a_file_is_given_a_layout(tmp_path):
-    with pytest.raises(ConfigError, match="example, layout and names are for an"):
+    with pytest.raises(ConfigError, match="example, layout and class_names are for an"):
         load("yolov8n.pt", layout=layout())
 
 

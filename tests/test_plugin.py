@@ -25,7 +25,6 @@ from fusenms.errors import EngineBuildError, SourceError, UnsupportedByBackendEr
 from fusenms.fusion.backends import BACKENDS
 from fusenms.fusion.backends.plugin import INPUTS, OUTPUTS, PLUGGED, PLUGIN, Settings, settings_of
 from fusenms.fusion.candidates import Head
-from fusenms.fusion.tail import fuse_head
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
 from fusenms.reference import Rows, candidates, postprocess
@@ -145,7 +144,7 @@ def test_tensor_that_is_not_what_the_plugin_reads_is_refused():
 def test_every_layout_is_read_in_half_precision(name):
     layout, half = LAYOUTS[name](), name != "oriented"  # a convolution into one channel, the angle's, stays float32
     config = PostprocessConfig(score_threshold=0.3, indices=True)
-    fused = fuse_head(to_half(raw_model(layout), layout), layout, config, "plugin")
+    fused = fuse(to_half(raw_model(layout), layout), layout=layout, config=config, backend="plugin", unverified=True)
     assert {name.endswith("/float16") for name in node_of(fused.model).input} == {half}
     report = verification.verify(fused)
     assert report, str(report)

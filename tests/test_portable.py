@@ -15,7 +15,6 @@ from onnx import parser
 from fusenms import Detector, PostprocessConfig, RawModel, fuse
 from fusenms.artifacts.raw import ImageInput
 from fusenms.fusion.backends import BACKENDS, get_backend, portable
-from fusenms.fusion.tail import fuse_head
 from fusenms.graph.model import cut_before
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
@@ -50,8 +49,15 @@ class Tail:
             boxes = Expand (flat, box_shape)
             scores = Expand (flat, score_shape)
           }}""")
-        raw = RawModel(model, ImageInput("images", 32, 32, 32), (), "detect", "any.onnx", self.layout)
-        self.fused = fuse_head(raw, self.layout, self.config, backend)
+        raw = RawModel(
+            model=model,
+            image=ImageInput("images", 32, 32, 32),
+            class_names=(),
+            task="detect",
+            source="any.onnx",
+            layout=self.layout,
+        )
+        self.fused = fuse(raw, layout=self.layout, config=self.config, backend=backend, unverified=True)
         standard = get_backend(backend).to_standard(self.fused.model, self.fused)
         tail = cut_before(standard, {"head_boxes": (count, 4), "head_scores": (count, classes)})
         self.runner = OnnxRuntimeRunner(tail)

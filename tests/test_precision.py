@@ -15,10 +15,9 @@ from fusenms.cli import main
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError
 from fusenms.fusion.backends import BACKENDS
-from fusenms.fusion.tail import fuse_head
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
 from fusenms.transforms.half_precision import nodes_after_weights, to_half
-from fusenms.verification.agreement import drift
+from fusenms.verification.agreement import agreement
 from fusenms.verification.checks import verify
 
 HALF = onnx.TensorProto.FLOAT16
@@ -33,9 +32,9 @@ def pictures() -> np.ndarray:
 def test_half_precision_equals_reference_and_finds_the_same(backend, pictures):
     fused = fuse(SHAPES / "shapes.pt", size=128, backend=backend, precision="fp16", images=pictures)
     assert fused.report, fused.report
-    assert fused.metadata["fusenms.transforms.half_precision"] == "fp16"
+    assert fused.metadata["fusenms.precision"] == "fp16"
     full = fuse(SHAPES / "shapes.pt", size=128, backend=backend, unverified=True)
-    changed = drift(full, fused, pictures)
+    changed = agreement(full, fused, pictures)
     assert changed.before == changed.after == changed.same > 3
     assert 0 < changed.worst_box < 0.5
     assert changed.summary in fused.notes
@@ -75,7 +74,7 @@ def test_decode_of_a_file_that_keeps_it_stays_float32(tmp_path):
         assert HALF not in {types.get(name) for name in node.input}, node.name
         todo += node.input
     assert "Softmax" in {made[name].op_type for name in made if made[name].name in seen}
-    fused = fuse_head(half, layout, PostprocessConfig(score_threshold=0.01), "ort")
+    fused = fuse(half, layout=layout, config=PostprocessConfig(score_threshold=0.01), backend="ort", unverified=True)
     assert verify(fused)
 
 
@@ -83,7 +82,13 @@ def test_decode_of_a_file_that_keeps_it_stays_float32(tmp_path):
 def test_any_head_in_half_precision_equals_reference(layout):
     layout = LAYOUTS[layout]()
     report = verify(
-        fuse_head(to_half(raw_model(layout), layout), layout, PostprocessConfig(score_threshold=0.1), "ort")
+        fuse(
+            to_half(raw_model(layout), layout),
+            layout=layout,
+            config=PostprocessConfig(score_threshold=0.1),
+            backend="ort",
+            unverified=True,
+        )
     )
     assert report, report
 
@@ -91,7 +96,15 @@ def test_any_head_in_half_precision_equals_reference(layout):
 def test_one_class_head_stays_float32_as_a_mean_would():
     layout = LAYOUTS["distances"](1)
     assert nodes_after_weights(raw_model(layout).model)  # a convolution into one channel counts for none
-    assert verify(fuse_head(to_half(raw_model(layout), layout), layout, PostprocessConfig(), "ort"))
+    assert verify(
+        fuse(
+            to_half(raw_model(layout), layout),
+            layout=layout,
+            config=PostprocessConfig(),
+            backend="ort",
+            unverified=True,
+        )
+    )
 
 
 def test_error_when_quantized_or_half_already(zoo):

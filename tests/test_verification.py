@@ -257,11 +257,11 @@ def test_unverified_is_refused_or_stamped(tmp_path):
         fused.save(tmp_path / "f.onnx")
     fused.save(tmp_path / "f.onnx", unverified=True)
     stored = {item.key: item.value for item in onnx.load(tmp_path / "f.onnx").metadata_props}
-    assert stored["fusenms.verification.checks"] == "unverified"
+    assert stored["fusenms.verification"] == "unverified"
 
 
 def test_written_file_verifies_again(tmp_path, shapes_raw):
-    path = fuse(shapes_raw, backend="trt", names="deepstream").save(tmp_path / "f.onnx")
+    path = fuse(shapes_raw, backend="trt", output_preset="deepstream").save(tmp_path / "f.onnx")
     report = verify(path)
     assert report
     assert report.detections > 100

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from fusenms.artifacts.report import Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FusedModel:
     """A model with the outputs of the contract. ``suppressed_by`` is the operator, for people; ``report`` the proof, once verified."""
 
     model: onnx.ModelProto
     image: ImageInput
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
     task: str
     source: str
     layout: Layout
@@ -64,7 +64,7 @@ class FusedModel:
             contract.KEY_PRECISION: self.precision,
             contract.KEY_NOTES: json.dumps(list(self.notes)),
             contract.KEY_VERIFICATION: self.report.summary if self.report else contract.UNVERIFIED,
-            contract.KEY_NAMES: str(dict(enumerate(self.names))),
+            contract.KEY_NAMES: str(dict(enumerate(self.class_names))),
             contract.KEY_TASK: self.task,
             contract.KEY_STRIDE: str(self.image.stride),
             contract.KEY_IMGSZ: str([self.image.height, self.image.width]),
@@ -139,12 +139,12 @@ def _from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Lim
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise ValueError("its notes are no list of texts")
     config = PostprocessConfig.from_dict(read_json(metadata[contract.KEY_CONFIG], limits))
-    if not isinstance(config.names, str) or not isinstance(config.masks, str):
+    if not isinstance(config.output_preset, str) or not isinstance(config.masks, str):
         raise ValueError("its settings are of other types")
     return FusedModel(
         model=model,
         image=image,
-        names=parse_names(metadata[contract.KEY_NAMES], limits),
+        class_names=parse_names(metadata[contract.KEY_NAMES], limits),
         task=metadata[contract.KEY_TASK],
         source=metadata[contract.KEY_SOURCE],
         layout=Layout.from_dict(read_json(metadata[contract.KEY_LAYOUT], limits)),

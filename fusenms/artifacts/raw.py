@@ -45,7 +45,7 @@ class ImageInput:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RawModel:
     """A detector as ONNX, up to its raw head, with dynamic batch; or with a ``frozen_batch``, which
     `fusenms.transforms.dynamic_batch` opens.
@@ -58,7 +58,7 @@ class RawModel:
 
     model: onnx.ModelProto
     image: ImageInput
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
     task: str
     source: str
     layout: Layout | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One image of one run: where it was, what was compared, what differed (empty: nothing).
 
@@ -15,10 +15,10 @@ class Check:
     batch: int
     image: int
     scene: str
-    detections: int
-    close_calls: int
-    worst_box: float
-    worst_score: float
+    detections: int = 0
+    close_calls: int = 0
+    worst_box: float = 0.0
+    worst_score: float = 0.0
     problems: tuple[str, ...] = ()
     converged: bool = True
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fusenms.benchmark import TAIL, Timing, contestants, default_shape, measure
-from fusenms.cli.printing import Steps, progress_bar
+from fusenms.cli.printing import ProgressBar, Steps
 from fusenms.errors import BackendUnavailableError, InputError
 from fusenms.heads.probe import picture
 from fusenms.safety.files import check_writable, write_atomically
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
         images = to_tensor([letterbox(read_picture(args.image, args.limits), *shape)[0]])
     entries = contestants(args.files, args.threads)
-    with progress_bar("bench") as progress:
+    with ProgressBar("bench") as bar:
         timings = measure(
-            entries, images, batches=args.batch, runs=args.runs, memory=not args.no_memory, progress=progress
+            entries, images, batches=args.batch, runs=args.runs, memory=not args.no_memory, progress=bar.update
         )
     if all(timing.note for timing in timings):
         raise InputError(f"none of the files runs at batch {', '.join(map(str, args.batch))}: {timings[0].note}")

@@ -6,14 +6,12 @@ import argparse
 from pathlib import Path
 
 from fusenms.cli.detect import detect_and_draw
-from fusenms.cli.fuse import make
-from fusenms.cli.printing import Steps, megabytes, progress_bar
-from fusenms.config import PostprocessConfig
+from fusenms.cli.fuse import printer
+from fusenms.cli.printing import ProgressBar, Steps, megabytes
 from fusenms.errors import SourceError
-from fusenms.pipeline import prove
+from fusenms.pipeline import fuse
 from fusenms.runtime import Detector
 from fusenms.safety.files import check_writable, make_folder
-from fusenms.verification.checks import verify
 
 NAME = "demo"
 HELP = "run the whole line on the embedded demo detector: fuse, verify, detect, draw"
@@ -36,15 +34,12 @@ def run(args: argparse.Namespace) -> int:
     make_folder(args.output)
     target = args.output / "shapes.ort.onnx"
     check_writable(target)
-    fused, _ = make(source / "shapes.pt", "ort", PostprocessConfig(), steps)
-    with progress_bar("verify") as progress:
-        report = verify(fused, progress=progress)
-    prove(fused, report).save(target)
-    steps.line("verify", report.summary)
+    with ProgressBar("verify") as bar:
+        fuse(source / "shapes.pt", on_event=printer(steps, bar)).save(target)
     steps.line("wrote", f"{target} ({megabytes(target.stat().st_size)})")
     with Detector(target) as detect:
         images = detect_and_draw(detect, [source / name for name in PICTURES], args.output, args.json)
-    steps.finish(output=str(target), verification=report.to_dict(), images=images)
+    steps.finish(output=str(target), images=images)
     return 0
 
 

@@ -6,17 +6,15 @@ import argparse
 import time
 from pathlib import Path
 
-from fusenms.cli.printing import Steps, megabytes, progress_bar
+from fusenms.cli.printing import ProgressBar, Steps, megabytes
 from fusenms.contract import KEY_BACKEND
-from fusenms.engines import BUILDERS, EngineSettings, get_builder
+from fusenms.engines import BUILDERS, TENSORRT, EngineSettings, build_engine
 from fusenms.engines.base import check_places
 from fusenms.engines.trt_check import check_trt_graph
 from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.safety.files import check_writable
 
 NAME = "engine"
-TENSORRT = ("trt", "plugin")
-"""Backends whose files only TensorRT itself takes."""
 SUFFIXES = {"rtx": ".rtx", "trt": ".engine"}
 HELP = "build an engine of a fused file (or of any .onnx), with a sidecar that says what it is"
 
@@ -121,8 +119,8 @@ def engine_path(file: Path, builder: str) -> Path:
 
 def build(file: Path, builder_name: str, settings: EngineSettings, output: Path, steps: Steps) -> list[Path]:
     """Build an engine and write it with its sidecar, with a line for each step; return what was written."""
-    with progress_bar("engine") as progress:
-        engine = get_builder(builder_name)(str(file), settings, progress)
+    with ProgressBar("engine") as bar:
+        engine = build_engine(file, builder=builder_name, settings=settings, progress=bar.update)
     builder, inputs = engine.info["builder"], engine.info["inputs"]
     targets = builder["compute_capabilities"]
     targets = targets if isinstance(targets, str) else ", ".join(targets)

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
 
-from fusenms import contract
-from fusenms.artifacts.fused import load_fused
-from fusenms.artifacts.raw import RawModel
+from fusenms.artifacts.fused import FusedModel
 from fusenms.cli.printing import Steps
-from fusenms.errors import HeadError, SourceError
-from fusenms.heads import recognize
+from fusenms.inspection import Inspection, inspect
 from fusenms.layout import Layout
-from fusenms.limits import Limits
-from fusenms.onnx_reading.files import read_metadata, read_onnx
-from fusenms.sources import load
-from fusenms.transforms.dynamic_batch import open_batch
 
 NAME = "inspect"
 HELP = "say what a file is: its kind, its head (or why none fits), its metadata"
-
-
+KINDS = {"checkpoint": "checkpoint, read as plain data", "onnx": "raw ONNX"}
 DECODES = {
-    "late": "late: only the chosen candidates are decoded",
+    "late": "late: only the candidates that enter suppression are decoded",
     "full": "full: the file's own decode stays, since no tensor before it was shown to give the same",
 }
 
@@ -34,124 +24,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    steps, path = Steps(args.json), Path(args.file)
-    if path.suffix.lower() == ".onnx" and path.is_file():
-        model = read_onnx(path, args.limits)
-        metadata = read_metadata(model)
-        if contract.KEY_BACKEND in metadata:
-            _fused(path, steps, args.limits)
-        else:
-            _raw_onnx(path, steps, model, args.limits)
-        _metadata(metadata, steps)
-    else:
-        _checkpoint(path, steps, args.limits)
-    steps.finish(file=str(path))
+    steps, found = Steps(args.json), inspect(args.file, limits=args.limits)
+    steps.values["kind"] = found.kind
+    for kind, tensors in (("input", found.inputs), ("output", found.outputs)):
+        if tensors:
+            steps.line(kind, ", ".join(map(str, tensors)))
+            steps.values[f"{kind}s"] = [str(tensor) for tensor in tensors]
+    steps.line("kind", _fused_text(found.fused) if found.fused else KINDS[found.kind])
+    if found.fused is None:
+        for note in found.notes[found.kind == "onnx" :]:  # the first repeats an ONNX file's input
+            steps.line("read", note)
+    _head(found, steps)
+    if found.fused is not None:
+        config = found.fused.config.to_dict()
+        steps.line("settings", " · ".join(f"{key} {value}" for key, value in config.items()))
+        steps.line("verified", found.verification)
+        steps.values |= {"backend": found.fused.backend, "config": config, "verification": found.verification}
+    elif found.class_names:
+        names = found.class_names
+        steps.line("classes", f"{len(names)}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}")
+    steps.values["classes"] = list(found.class_names)
+    if found.frozen_batch is not None and found.layout is not None:
+        steps.line("batch", f"frozen at {found.frozen_batch}; --make-dynamic may open it")
+        steps.lines("opened", found.opened)
+    for key, value in found.metadata.items():
+        steps.line("metadata", f"{key} = {value if len(value) <= 160 else value[:157] + '…'}")
+    if found.kind != "checkpoint":
+        steps.values["metadata"] = found.metadata
+    steps.finish(file=str(args.file))
     return 0
 
 
-def _fused(path: Path, steps: Steps, limits: Limits) -> None:
-    fused = load_fused(path, limits=limits)
-    _tensors(fused.model, steps)
-    by = f", suppression by {fused.suppressed_by}" if fused.suppressed_by else ""
-    steps.line("kind", f"fused model · backend {fused.backend}{by} · {fused.precision} · from {fused.source}")
-    steps.line("head", _layout_text(fused.layout.to_dict()))
-    steps.line("decode", DECODES[fused.layout.decode_stage])
-    config = fused.config.to_dict()
-    steps.line("settings", " · ".join(f"{key} {value}" for key, value in config.items()))
-    proof = read_metadata(fused.model).get(contract.KEY_VERIFICATION, contract.UNVERIFIED)
-    steps.line("verified", proof)
-    steps.values |= {
-        "kind": "fused",
-        "backend": fused.backend,
-        "layout": fused.layout.to_dict(),
-        "config": config,
-        "verification": proof,
-    }
-
-
-def _raw_onnx(path: Path, steps: Steps, model: Any, limits: Limits) -> None:
-    steps.line("kind", "raw ONNX")
-    steps.values["kind"] = "onnx"
-    _tensors(model, steps)
-    try:
-        raw = load(path, make_dynamic=True, limits=limits)
-    except (SourceError, HeadError) as error:
-        _no_head(error, steps)
+def _head(found: Inspection, steps: Steps) -> None:
+    if found.layout is None:
+        steps.lines("head", f"none: {found.reason}")
+        steps.values |= {"layout": None, "reason": found.reason}
         return
-    for note in raw.notes[1:]:
-        steps.line("read", note)
-    layout = _head(raw, steps)
-    if raw.frozen_batch is not None and layout is not None:
-        steps.line("batch", f"frozen at {raw.frozen_batch}; --make-dynamic may open it")
-        try:
-            steps.line("opened", open_batch(raw, layout).notes[-1])
-        except SourceError as error:
-            steps.lines("opened", f"no: {error}")
+    steps.line("head", layout_text(found.layout))
+    steps.line("decode", DECODES[found.layout.decode_stage])
+    steps.values |= {"layout": found.layout.to_dict(), "decode": found.layout.decode_stage}
 
 
-def _checkpoint(path: Path, steps: Steps, limits: Limits) -> None:
-    raw = load(path, limits=limits)
-    steps.line("kind", "checkpoint, read as plain data")
-    steps.values["kind"] = "checkpoint"
-    steps.line("input", raw.notes[0])
-    _head(raw, steps)
-    steps.line("classes", f"{len(raw.names)}: {', '.join(raw.names[:8])}{', …' if len(raw.names) > 8 else ''}")
-    steps.values["classes"] = list(raw.names)
+def _fused_text(fused: FusedModel) -> str:
+    by = f", suppression by {fused.suppressed_by}" if fused.suppressed_by else ""
+    return f"fused model · backend {fused.backend}{by} · {fused.precision} · from {fused.source}"
 
 
-def _head(raw: RawModel, steps: Steps) -> Layout | None:
-    try:
-        layout = recognize(raw)
-    except (HeadError, SourceError) as error:
-        _no_head(error, steps)
-        return None
-    steps.line("head", _layout_text(layout.to_dict()))
-    steps.line("decode", DECODES[layout.decode_stage])
-    steps.values |= {"layout": layout.to_dict(), "decode": layout.decode_stage}
-    return layout
-
-
-def _no_head(error: Exception, steps: Steps) -> None:
-    steps.lines("head", f"none: {error}")
-    steps.values |= {"layout": None, "reason": str(error)}
-
-
-def _layout_text(layout: dict[str, Any]) -> str:
-    classes = layout["classes"]["stop"] - layout["classes"]["start"]
-    decode = {key: value for key, value in layout["decode"].items() if key != "kind" and value not in ((), [])}
+def layout_text(layout: Layout) -> str:
+    """A layout on one line."""
+    said = layout.to_dict()["decode"]
+    decode = {key: value for key, value in said.items() if key != "kind" and value not in ((), [])}
     details = ", ".join(f"{key} {json.dumps(value)}" for key, value in decode.items())
-    objectness = " · objectness" if layout["objectness"] else ""
-    boxes = f"{layout['decode']['kind']} ({details})" + _further_text(layout)
-    if layout["labels"]:
-        return f"{layout['family']} · finished rows · boxes: {boxes}"
-    nms = "" if layout["suppress"] else " · end-to-end"
-    return f"{layout['family']} · {classes} classes{objectness}{nms} · scores: {layout['activation']} · boxes: {boxes}"
+    boxes = f"boxes: {layout.decode.kind} ({details}){_task_outputs_text(layout)}"
+    if layout.labels is not None:
+        return f"{layout.family} · finished rows · {boxes}"
+    objectness = " · objectness" if layout.objectness else ""
+    end_to_end = "" if layout.suppress else " · end-to-end"
+    scores = f"scores: {layout.activation.value}"
+    return f"{layout.family} · {layout.num_classes} classes{objectness}{end_to_end} · {scores} · {boxes}"
 
 
-def _further_text(layout: dict[str, Any]) -> str:
-    """What the head gives beside upright boxes."""
-    masks, points, found = layout["masks"], layout["keypoints"], ""
-    if masks:
-        found += f" · masks: {masks['coefficients']['stop'] - masks['coefficients']['start']} coefficients"
-    if points:
-        count = (points["values"]["stop"] - points["values"]["start"]) // points["numbers"]
-        found += f" · keypoints: {count} of {points['numbers']} numbers"
-    return f"{found} · turned by an angle" if layout["angle"] else found
-
-
-def _tensors(model: Any, steps: Steps) -> None:
-    constants = {item.name for item in model.graph.initializer}  # old files list those among their inputs
-    inputs = [entry for entry in model.graph.input if entry.name not in constants]
-    for kind, entries in (("input", inputs), ("output", model.graph.output)):
-        texts = []
-        for entry in entries:
-            dims = ", ".join(str(d.dim_value or d.dim_param or "?") for d in entry.type.tensor_type.shape.dim)
-            texts.append(f"{entry.name}[{dims}]")
-        steps.line(kind, ", ".join(texts))
-        steps.values[f"{kind}s"] = texts
-
-
-def _metadata(metadata: dict[str, str], steps: Steps) -> None:
-    for key, value in metadata.items():
-        steps.line("metadata", f"{key} = {value if len(value) <= 160 else value[:157] + '…'}")
-    steps.values["metadata"] = metadata
+def _task_outputs_text(layout: Layout) -> str:
+    masks, points, text = layout.masks, layout.keypoints, ""
+    if masks is not None:
+        text += f" · masks: {masks.coefficients.channels} coefficients"
+    if points is not None:
+        text += f" · keypoints: {points.count} of {points.numbers} numbers"
+    return f"{text} · turned by an angle" if layout.angle is not None else text

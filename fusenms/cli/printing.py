@@ -6,12 +6,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from fusenms.safety.text import printable, printable_lines
-from fusenms.verification.checks import Progress
 
 
 class Steps:
@@ -47,22 +44,40 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@contextmanager
-def progress_bar(title: str) -> Iterator[Progress | None]:
-    """A progress bar on standard error while it is a terminal; else nothing."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress as Bar
+class ProgressBar:
+    """A progress bar on standard error while that is a terminal; else nothing. It appears with the first `update`."""
 
-    def update(what: str, done: int, total: int) -> None:
-        bar.update(task, description=escape(f"{title}: {printable(what)}"), completed=done, total=total)
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: Any = None
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title)
-        yield update
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Show what is being done, how much of it is done, and how much there is."""
+        if not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import Progress
+
+        if self._bar is None:
+            console = Console(stderr=True)
+            self._bar = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._task = self._bar.add_task(self._title)
+            self._bar.start()
+        text = escape(f"{self._title}: {printable(what)}")
+        self._bar.update(self._task, description=text, completed=done, total=total)
+
+    def close(self) -> None:
+        """Remove the bar, so that lines can be printed."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def size_argument(text: str) -> int | tuple[int, int]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from fusenms.artifacts.fused import load_fused
-from fusenms.cli.printing import Steps, progress_bar
+from fusenms.cli.printing import ProgressBar, Steps
 from fusenms.contract import KEY_IMAGE
 from fusenms.engines.base import load_engine
 from fusenms.engines.plugin import load_plugin_library
@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         from fusenms.runtime.pictures import load_tensor
 
         images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch, args.limits)
-    with progress_bar("verify") as progress:
-        report = verify(fused, images=images, batches=args.batch, progress=progress)
+    with ProgressBar("verify") as bar:
+        report = verify(fused, images=images, batches=args.batch, progress=bar.update)
     steps.lines("verify" if report else "DIFFERS", str(report))
     steps.finish(file=args.file, verification=report.to_dict())
     return 0 if report else 1
@@ -76,18 +76,18 @@ def _engine(args: argparse.Namespace) -> int:
         found = compare_engine(path, images=images)
     except BackendUnavailableError as error:
         raise BackendUnavailableError(f"{path}: the engine was not run: {error}") from error
-    if not any(drift.before for _, drift in found):
+    if not any(agreement.before for _, agreement in found):
         raise InputError(
             f"{path}: nothing is found in these pictures, so nothing was compared; give others with --images DIR"
         )
     wrong = 0
-    for batch, drift in found:
+    for batch, agreement in found:
         equal = (
-            drift.before == drift.after == drift.same
-            and drift.worst_box <= WORST_BOX
-            and drift.worst_score <= WORST_SCORE
+            agreement.before == agreement.after == agreement.same
+            and agreement.worst_box <= WORST_BOX
+            and agreement.worst_score <= WORST_SCORE
         )
         wrong += not equal
-        steps.line("verify" if equal else "DIFFERS", f"batch {batch} · {drift.summary}")
-    steps.finish(file=args.file, batches={batch: drift.to_dict() for batch, drift in found}, equal=not wrong)
+        steps.line("verify" if equal else "DIFFERS", f"batch {batch} · {agreement.summary}")
+    steps.finish(file=args.file, batches={batch: agreement.to_dict() for batch, agreement in found}, equal=not wrong)
     return 1 if wrong else 0

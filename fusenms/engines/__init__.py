@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
+from fusenms.contract import KEY_BACKEND
 from fusenms.engines.base import Engine, EngineSettings
 from fusenms.engines.rtx import build_rtx
 from fusenms.engines.tensorrt import build_tensorrt
 from fusenms.errors import ConfigError
-from fusenms.verification.checks import Progress
+from fusenms.onnx_reading.files import read_metadata, read_onnx
+from fusenms.verification.checks import OnProgress
 
-Build = Callable[[str, EngineSettings, "Progress | None"], Engine]
+Build = Callable[[str, EngineSettings, "OnProgress | None"], Engine]
 
+TENSORRT: Final = ("trt", "plugin")
+"""Backends whose files only TensorRT itself takes."""
 BUILDERS: Final[dict[str, Build]] = {"rtx": build_rtx, "trt": build_tensorrt}
 
-__all__ = ["BUILDERS", "Engine", "EngineSettings", "get_builder"]
+__all__ = ["BUILDERS", "TENSORRT", "Engine", "EngineSettings", "build_engine", "builder_for", "get_builder"]
+
+
+def build_engine(
+    file: str | os.PathLike[str],
+    *,
+    builder: str | None = None,
+    settings: EngineSettings | None = None,
+    progress: OnProgress | None = None,
+) -> Engine:
+    """Build an engine of an `.onnx` file; `Engine.save` writes it with its sidecar.
+
+    Args:
+        builder: ``rtx`` for TensorRT-RTX (needs no GPU to build), ``trt`` for TensorRT; None: `builder_for` the file.
+        settings: batch sizes and the like; default: those of `EngineSettings`.
+        progress: told of each step.
+
+    Raises:
+        BackendUnavailableError: the builder is not installed, or finds no GPU that it needs.
+        UnsupportedByBackendError: the builder does not take the file.
+        EngineBuildError: the build fails.
+    """
+    path = Path(file)
+    return get_builder(builder or builder_for(path))(str(path), settings or EngineSettings(), progress)
+
+
+def builder_for(path: Path) -> str:
+    """The builder that takes a file: ``trt`` where it was fused for a plugin of TensorRT, else ``rtx``."""
+    backend = read_metadata(read_onnx(path)).get(KEY_BACKEND)
+    return "trt" if backend in TENSORRT else "rtx"
 
 
 def get_builder(name: str) -> Build:

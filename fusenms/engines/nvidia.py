@@ -23,7 +23,7 @@ from fusenms.fusion.backends.plugin import PLUGIN
 from fusenms.limits import DEFAULT_LIMITS
 from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.safety.files import read_regular, write_atomically
-from fusenms.verification.checks import Progress
+from fusenms.verification.checks import OnProgress
 
 HALF = onnx.TensorProto.FLOAT16
 
@@ -77,7 +77,7 @@ class Library:
         return {creator.name for creator in creators}
 
 
-def build(library: Library, path: str, settings: EngineSettings, progress: Progress | None = None) -> Engine:
+def build(library: Library, path: str, settings: EngineSettings, progress: OnProgress | None = None) -> Engine:
     """Build an engine of an ONNX file.
 
     Raises:
@@ -161,7 +161,7 @@ def _check_plugins(library: Library, path: str, model: onnx.ModelProto) -> None:
 
 
 def configure(
-    library: Library, config: Any, settings: EngineSettings, model: onnx.ModelProto, progress: Progress | None
+    library: Library, config: Any, settings: EngineSettings, model: onnx.ModelProto, progress: OnProgress | None
 ) -> None:
     """Set a builder's config.
 
@@ -301,7 +301,7 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, progress: Progress) -> Any:
+def _monitor(trt: Any, progress: OnProgress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Passes the builder's phases on."""
 

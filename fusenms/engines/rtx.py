@@ -14,7 +14,7 @@ from fusenms.engines.base import Engine, EngineSettings
 from fusenms.engines.nvidia import Library, build
 from fusenms.errors import BackendUnavailableError, UnsupportedByBackendError
 from fusenms.onnx_reading.files import read_onnx
-from fusenms.verification.checks import Progress
+from fusenms.verification.checks import OnProgress
 
 CURES = {
     "NonMaxSuppression": "fuse the weights again with --backend portable",
@@ -27,7 +27,7 @@ CURES = {
 """What to do about an operator that the parser refuses."""
 
 
-def build_rtx(path: str, settings: EngineSettings, progress: Progress | None = None) -> Engine:
+def build_rtx(path: str, settings: EngineSettings, progress: OnProgress | None = None) -> Engine:
     """Build an engine of an ONNX file.
 
     Raises:

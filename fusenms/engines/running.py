@@ -15,7 +15,7 @@ from fusenms.engines.rtx import load_rtx
 from fusenms.engines.tensorrt import load_tensorrt
 from fusenms.errors import BackendUnavailableError, SourceError
 from fusenms.heads.probe import picture
-from fusenms.verification.agreement import Drift, drift_of
+from fusenms.verification.agreement import Agreement, agreement_of
 
 ENGINES = (".engine", ".plan", ".rtx", ".trt")
 LIBRARIES = {"TensorRT": load_tensorrt, "TensorRT-RTX": load_rtx}
@@ -104,7 +104,9 @@ def _cuda() -> Any:
     return runtime
 
 
-def compare_engine(path: Path, source: Path | None = None, images: np.ndarray | None = None) -> list[tuple[int, Drift]]:
+def compare_engine(
+    path: Path, source: Path | None = None, images: np.ndarray | None = None
+) -> list[tuple[int, Agreement]]:
     """Run an engine at its least, usual, most and an odd batch, beside its ONNX file in ONNX Runtime: batch size and what differs.
 
     Args:
@@ -134,6 +136,6 @@ def compare_engine(path: Path, source: Path | None = None, images: np.ndarray | 
     found = []
     for batch in dict.fromkeys((least, usual, odd, most)):
         filled = pictures[np.arange(batch) % len(pictures)]
-        found.append((batch, drift_of(fused, filled, fused, runner.infer(filled))))
+        found.append((batch, agreement_of(fused, filled, fused, runner.infer(filled))))
     runner.close()
     return found

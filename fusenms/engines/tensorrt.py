@@ -5,7 +5,7 @@ from __future__ import annotations
 from fusenms.engines.base import Engine, EngineSettings
 from fusenms.engines.nvidia import Library, build
 from fusenms.errors import BackendUnavailableError
-from fusenms.verification.checks import Progress
+from fusenms.verification.checks import OnProgress
 
 CURES = {
     "DynamicQuantizeLinear": "dynamic int8 files are for CPUs: take the float file that this one was made from",
@@ -16,7 +16,7 @@ CURES = {
 """What to do about an operator that the parser refuses."""
 
 
-def build_tensorrt(path: str, settings: EngineSettings, progress: Progress | None = None) -> Engine:
+def build_tensorrt(path: str, settings: EngineSettings, progress: OnProgress | None = None) -> Engine:
     """Build an engine of an ONNX file, for the GPU of this machine.
 
     Raises:

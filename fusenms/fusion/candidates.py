@@ -16,7 +16,7 @@ from fusenms.artifacts.raw import ImageInput
 from fusenms.config import PostprocessConfig
 from fusenms.fusion.decoding import decode_boxes
 from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
-from fusenms.layout import Activation, Layout, Tap
+from fusenms.layout import Activation, Layout, Tap, other_axis
 
 FARTHEST, FARTHEST_ORIENTED = 1e18, 1e8
 """Pixels; the area of a box that reaches farther (of an oriented one, its square) is not finite in float32; no box of a picture does."""
@@ -178,7 +178,7 @@ class _Pool:
     def take(self, index: Tensor, *names: str) -> _Pool:
         """These candidates ``[B, k]`` only, of all tensors or of those named: ``[B, k, C]`` each."""
         taken: dict[str, tuple[Tensor, int]] = {
-            name: (self.g.take_rows(tensor, index, 3 - axis, self.widths[name]), 2)
+            name: (self.g.take_rows(tensor, index, other_axis(axis), self.widths[name]), 2)
             for name, (tensor, axis) in self.tensors.items()
             if not names or name in names
         }

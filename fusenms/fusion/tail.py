@@ -14,54 +14,50 @@ from fusenms import contract
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw import ImageInput, RawModel
+from fusenms.artifacts.raw_head import RawHead
 from fusenms.config import PostprocessConfig
-from fusenms.errors import ConfigError, SourceError
+from fusenms.errors import ConfigError
 from fusenms.fusion.backends import get_backend
 from fusenms.fusion.backends.base import Backend, Found, by_choosing, select
 from fusenms.fusion.backends.portable import PORTABLE
 from fusenms.fusion.candidates import Head
 from fusenms.fusion.decoding import assemble_masks, decode_keypoints
 from fusenms.graph.builder import FLOAT, Graph, Tensor
-from fusenms.graph.model import declared_shape, declared_type
-from fusenms.heads import spec_of
-from fusenms.heads.probe import Evidence
+from fusenms.graph.model import declared_type
 from fusenms.layout import Layout, Tap
 from fusenms.onnx_reading import untrusted
 
 NO_SUPPRESSION = "no suppression"
 
 
-def fuse_head(raw: RawModel, layout: Layout, config: PostprocessConfig, backend: str) -> FusedModel:
-    """Return the model with the outputs of the contract, for pictures in RGB from 0 to 1. It is not verified yet.
+def fuse_head(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str) -> FusedModel:
+    """Return the model with the outputs of the contract, for images in RGB from 0 to 1. It is not verified yet.
 
     Raises:
         ConfigError: no backend of that name, or a setting that it does not have.
         UnsupportedByBackendError: the backend cannot express the settings.
-        SourceError: a tensor of the layout is not in the model.
     """
     emitter = get_backend(backend, config)
     with untrusted(raw.source, "fusing", trusted=raw.layout is not None):
-        return _fuse(raw, layout, config, backend, emitter)
+        return _fuse(raw, head, config, backend, emitter)
 
 
-def _fuse(raw: RawModel, layout: Layout, config: PostprocessConfig, backend: str, emitter: Backend) -> FusedModel:
+def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str, emitter: Backend) -> FusedModel:
+    layout, pixels = head.layout, head.pixels
     if config.rounds is not None and not layout.suppress:
         raise ConfigError(f"rounds is {config.rounds}, but this head needs no suppression; leave it out")
     if config.masks == "prototype" and layout.masks is None:
         raise ConfigError(f"masks is {config.masks!r}, but a model of task {layout.task!r} has none; leave it out")
     g = Graph(raw.model)
-    _check_taps(raw, layout)
-    shapes = _head_shapes(raw, layout)
-    total = None if raw.image.dynamic_size else shapes[layout.classes.tensor][2 - layout.classes.channel_axis]
-    spec, types = spec_of(layout), [declared_type(raw.model, part) for join in layout.joins for part in join.parts]
-    pixels = spec.pixels if raw.pixels is None else raw.pixels
+    total = None if raw.image.dynamic_size else head.candidates(layout.classes)
+    types = [declared_type(raw.model, part) for join in layout.joins for part in join.parts]
     _feed_pixels(g, raw.image, pixels)
     taps, sides = layout.taps, None
     if layout.masks is not None and not raw.image.dynamic_size:
-        sides = shapes[layout.masks.prototypes][1:]
+        sides = head.shapes[layout.masks.prototypes][1:]
     layout, image = _free_names(g, layout, raw.image, config)
-    image = replace(image, stretch=spec.stretch if raw.stretch is None else raw.stretch)
-    widths = {new.tensor: shapes[old.tensor][old.channel_axis - 1] for old, new in zip(taps, layout.taps, strict=True)}
+    image = replace(image, stretch=head.stretch)
+    widths = {new.tensor: head.channels(old) for old, new in zip(taps, layout.taps, strict=True)}
     _join(g, layout, types)
     layout = replace(layout, joins=())
     suppressor = emitter if layout.angle is None or emitter.knows_oriented else PORTABLE  # no NMS operator knows them
@@ -81,24 +77,23 @@ def _fuse(raw: RawModel, layout: Layout, config: PostprocessConfig, backend: str
             for name, spec in layout.outputs(config)
         ]
     )
-    names = raw.names or tuple(f"class{i}" for i in range(layout.num_classes))
+    names = raw.class_names or tuple(f"class{i}" for i in range(layout.num_classes))
     notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; inside made into {pixels}")
     if idle := _idle_settings(layout, config):
         notes = (*notes, f"{NO_SUPPRESSION}: {' and '.join(idle)} mean{'s' * (len(idle) == 1)} nothing to this head")
     return FusedModel(
-        g.to_model(),
-        image,
-        names,
-        layout.task,
-        raw.source,
-        layout,
-        config,
-        backend,
-        by,
-        raw.precision,
-        None,
-        notes,
-        raw.limits,
+        model=g.to_model(),
+        image=image,
+        class_names=names,
+        task=layout.task,
+        source=raw.source,
+        layout=layout,
+        config=config,
+        backend=backend,
+        suppressed_by=by,
+        precision=raw.precision,
+        notes=notes,
+        limits=raw.limits,
     )
 
 
@@ -155,7 +150,7 @@ class _Tail:
         g, tensor = self.g, self.g.tensor(tap.tensor)
         whole = (tap.start, tap.stop) == (0, self.widths[tap.tensor])
         part = tensor if whole else g.slice(tensor, tap.channel_axis, tap.start, tap.stop)
-        rows = g.take_rows(part, numbers, 3 - tap.channel_axis, tap.channels)
+        rows = g.take_rows(part, numbers, tap.candidate_axis, tap.channels)
         return g.where(g.unsqueeze(valid, 2), rows, g.floats(0.0))
 
 
@@ -166,15 +161,6 @@ def _idle_settings(layout: Layout, config: PostprocessConfig) -> list[str]:
         names.append("multi_label")
     usual = PostprocessConfig()
     return [name for name in names if getattr(config, name) != getattr(usual, name)]
-
-
-def _check_taps(raw: RawModel, layout: Layout) -> None:
-    made = {name for node in raw.model.graph.node for name in node.output}
-    if lost := [name for name in layout.sources if name not in made]:
-        outputs = ", ".join(entry.name for entry in raw.model.graph.output)
-        raise SourceError(
-            f"{raw.source}: the layout names {', '.join(lost)}, which is not in the model; its outputs are {outputs}"
-        )
 
 
 def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:
@@ -213,12 +199,4 @@ def _join(g: Graph, layout: Layout, types: list[int]) -> None:
         for part in join.parts:
             whole = g.tensor(part) if next(kinds) in (0, FLOAT) else g.cast(g.tensor(part), FLOAT)
             parts.append(g.reshape(whole, *join.part_shape))
-        g.name(g.concat(parts, 3 - join.channel_axis), join.tensor)
-
-
-def _head_shapes(raw: RawModel, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Shape of each head tensor, without the batch: as declared, or as ONNX Runtime finds it at the default size."""
-    declared = {name: declared_shape(raw.model, name) for name in layout.tensors}
-    if all(declared.values()):
-        return declared
-    return {name: value.shape[1:] for name, value in Evidence(raw).head(layout).items() if name in layout.tensors}
+        g.name(g.concat(parts, join.candidate_axis), join.tensor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fusenms.artifacts.raw import RawModel
-from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError
+from fusenms.artifacts.raw_head import RawHead
+from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError, SourceError
+from fusenms.graph.model import declared_shape
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.families.corners import CORNERS
 from fusenms.heads.families.detr import DETR
@@ -25,7 +27,7 @@ HEADS: tuple[HeadSpec, ...] = (
     YOLOV8, YOLOV5, YOLOV4, YOLOX, CORNERS, SSD, DETR, RTDETR, ROWS, LEVELS, NANODET, FASTESTDET,
 )  # fmt: skip
 
-__all__ = ["HEADS", "HeadSpec", "Mismatch", "recognize", "spec_of"]
+__all__ = ["HEADS", "HeadSpec", "Mismatch", "raw_head", "recognize"]
 
 
 def recognize(raw: RawModel, family: str | None = None) -> Layout:
@@ -69,7 +71,30 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
     raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits:{reasons}")
 
 
-def spec_of(layout: Layout) -> HeadSpec:
-    """The family of a layout, as far as there is one: layouts written by hand may name any."""
-    unknown = HeadSpec(layout.family, lambda *_: Mismatch("written by hand"))
-    return next((head for head in HEADS if head.name == layout.family), unknown)
+def raw_head(raw: RawModel, layout: Layout) -> RawHead:
+    """All that fusing needs to know of a head: its layout, what is usual in its family where the model does not say, its shapes.
+
+    Shapes are as the model declares them, or as ONNX Runtime finds them at the default image size.
+
+    Raises:
+        SourceError: a tensor of the layout is not in the model, or the model does not run.
+    """
+    made = {name for node in raw.model.graph.node for name in node.output}
+    if lost := [name for name in layout.sources if name not in made]:
+        outputs = ", ".join(entry.name for entry in raw.model.graph.output)
+        raise SourceError(
+            f"{raw.source}: the layout names {', '.join(lost)}, which is not in the model; its outputs are {outputs}"
+        )
+    unknown = HeadSpec(layout.family, lambda *_: Mismatch("written by hand"))  # a layout written by hand may name any
+    spec = next((head for head in HEADS if head.name == layout.family), unknown)
+    shapes = {name: declared_shape(raw.model, name) for name in layout.tensors}
+    if not all(shapes.values()):
+        with untrusted(raw.source, "finding the shapes of its head", trusted=raw.layout is not None):
+            values = Evidence(raw).head(layout)
+        shapes = {name: values[name].shape[1:] for name in layout.tensors}
+    return RawHead(
+        layout=layout,
+        pixels=spec.pixels if raw.pixels is None else raw.pixels,
+        stretch=spec.stretch if raw.stretch is None else raw.stretch,
+        shapes=shapes,
+    )

@@ -17,7 +17,18 @@ import onnx
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError
 from fusenms.heads.probe import COMPUTES, MOVES, Evidence, inputs_of, joined, joined_parts, producers_of
-from fusenms.layout import LARGEST, Activation, AnchorBoxes, AngleTerm, Distances, Join, KeypointTerms, Layout, Tap
+from fusenms.layout import (
+    LARGEST,
+    Activation,
+    AnchorBoxes,
+    AngleTerm,
+    Distances,
+    Join,
+    KeypointTerms,
+    Layout,
+    Tap,
+    other_axis,
+)
 from fusenms.reference import candidates, keypoints, mask_coefficients, postprocess
 
 PIXELS = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
@@ -165,7 +176,7 @@ def earliest_rows(evidence: Evidence, layout: Layout) -> Layout:
     boxes = list(dict.fromkeys(name for start in starts for name in _behind(start, producers)))
     values = evidence.values([*scores, *boxes])
     for class_tap in (tap for name in scores for tap in _any_taps(values, name)):
-        count = values[class_tap.tensor].shape[3 - class_tap.channel_axis]
+        count = values[class_tap.tensor].shape[class_tap.candidate_axis]
         for box_tap in _taps(values, boxes, count, 4):
             early = replace(layout, boxes=box_tap, classes=class_tap, labels=None, joins=())
             if _same_rows(evidence, layout, early):
@@ -177,7 +188,7 @@ def _any_taps(values: dict[str, np.ndarray], name: str) -> Iterator[Tap]:
     shape = values[name].shape
     if len(shape) == 3:
         longer = 1 if shape[1] > shape[2] else 2
-        for axis in (3 - longer, longer):  # candidates are more than classes, as a rule
+        for axis in (other_axis(longer), longer):  # candidates are more than classes, as a rule
             yield Tap(name, axis, 0, shape[axis])
 
 
@@ -207,7 +218,7 @@ def _same_rows(evidence: Evidence, rows: Layout, early: Layout) -> bool:
         return False
     sides = evidence.sides[:2]
     shape = values[early.boxes.tensor].shape
-    count = shape[3 - early.boxes.channel_axis]
+    count = shape[early.boxes.candidate_axis]
     corner = rng.random((1, count, 2)) * sides * 0.5
     boxes = np.concatenate((corner, corner + rng.random((1, count, 2)) * sides * 0.5), 2).astype(np.float32)
     taps = {
@@ -233,7 +244,7 @@ def _same_rows(evidence: Evidence, rows: Layout, early: Layout) -> bool:
 
 def _count(evidence: Evidence, layout: Layout) -> int:
     sample = next(s for s in evidence.samples if s.tensor == layout.classes.tensor)
-    return int(sample.value.shape[3 - layout.classes.channel_axis])
+    return int(sample.value.shape[layout.classes.candidate_axis])
 
 
 def _behind(tensor: str, producers: dict[str, onnx.NodeProto], more: tuple[str, ...] = ()) -> Iterator[str]:
@@ -251,7 +262,7 @@ def _taps(values: dict[str, np.ndarray], names: Sequence[str], count: int, chann
     for name in names:
         shape = values[name].shape
         for axis in (1, 2):
-            if len(shape) == 3 and shape[3 - axis] == count and channels in (None, shape[axis]):
+            if len(shape) == 3 and shape[other_axis(axis)] == count and channels in (None, shape[axis]):
                 yield Tap(name, axis, 0, shape[axis])
 
 

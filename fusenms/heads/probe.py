@@ -18,7 +18,7 @@ from fusenms.artifacts.raw import RawModel
 from fusenms.errors import SourceError
 from fusenms.graph.model import cut_before
 from fusenms.graph.session import Session
-from fusenms.layout import Join, Layout, Tap, cells_along
+from fusenms.layout import Join, Layout, Tap, cells_along, other_axis
 from fusenms.onnx_reading.files import read_metadata
 from fusenms.onnx_reading.metadata import parse_literal
 
@@ -205,8 +205,8 @@ def pairs(evidence: Evidence) -> list[Pair] | str:
         if boxes.value.ndim != 3 or scores.value.ndim != 3:
             continue
         for box_axis in (1, 2):
-            count = boxes.value.shape[3 - box_axis]
-            axes = [axis for axis in (1, 2) if scores.value.shape[3 - axis] == count]
+            count = boxes.value.shape[other_axis(box_axis)]
+            axes = [axis for axis in (1, 2) if scores.value.shape[other_axis(axis)] == count]
             if boxes.value.shape[box_axis] != 4 or not axes:
                 continue
             if len(axes) > 1:
@@ -305,9 +305,7 @@ def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
 def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:
     """What a join makes of its parts ``[1, …]``."""
     shape = (1, *join.part_shape[1:])
-    return np.concatenate(
-        [values[part].astype(np.float32).reshape(shape) for part in join.parts], 3 - join.channel_axis
-    )
+    return np.concatenate([values[part].astype(np.float32).reshape(shape) for part in join.parts], join.candidate_axis)
 
 
 def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

@@ -12,7 +12,7 @@ from fusenms.boxes import oriented_to_corners
 from fusenms.runtime.masks import Masks
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Detections:
     """What was found in one picture, best first; never optional, empty arrays where nothing was.
 

@@ -76,7 +76,7 @@ class Detector:
                 f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; "
                 "fuse the weights again with --backend ort, or build a TensorRT engine of this file (trtexec --onnx=FILE)"
             )
-        self.class_names = fused.names
+        self.class_names = fused.class_names
         self._image, self._names = fused.image, fused.config.output_names
         self._outputs, self._rows = fused.layout.outputs(fused.config), fused.config.max_detections
         self._batch_size = batch_size if fused.image.independent else 1
@@ -238,16 +238,16 @@ class Detector:
             oriented = np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, sides, np.zeros_like(boxes[:, :1])), 1)
         points = outputs.get(contract.KEYPOINTS, np.zeros((count, 0, 2), np.float32))[:count]
         return Detections(
-            boxes,
-            scores.copy(),
-            labels.copy(),
-            self.class_names,
-            oriented,
-            place.points_to_picture(points),
-            Masks(self._mask_logits(outputs, count), boxes, place, (self._image.height, self._image.width)),
-            outputs.get(contract.INDICES, np.full(count, -1, np.int32))[:count].copy(),
-            turned,
-            converged,
+            boxes=boxes,
+            scores=scores.copy(),
+            labels=labels.copy(),
+            class_names=self.class_names,
+            oriented_boxes=oriented,
+            keypoints=place.points_to_picture(points),
+            masks=Masks(self._mask_logits(outputs, count), boxes, place, (self._image.height, self._image.width)),
+            indices=outputs.get(contract.INDICES, np.full(count, -1, np.int32))[:count].copy(),
+            oriented=turned,
+            converged=converged,
         )
 
     def _mask_logits(self, outputs: dict[str, np.ndarray], count: int) -> np.ndarray:

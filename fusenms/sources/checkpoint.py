@@ -146,14 +146,14 @@ class Checkpoint:
 
     Attributes:
         module: takes images ``[B, 3, height, width]`` float32 (RGB, 0 to 1), returns the head's taps.
-        names: class names by index.
+        class_names: by index.
         strides: stride of each level, in pixels.
         size: side of the square picture it was trained on, in pixels, where the checkpoint says so.
         task: ``detect``, ``segment``, ``pose`` or ``obb``.
     """
 
     module: modules.DetectionModel
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
     strides: tuple[int, ...]
     size: int | None
     task: str

@@ -59,7 +59,7 @@ class Network:
         module: in evaluation mode, float32, on the CPU; takes ``[B, 3, height, width]``, returns the tensors that ``layout.sources`` names,
             in that order.
         layout: what they mean.
-        names, task, source: for the records.
+        class_names, task, source: for the records.
         size: (height, width) in pixels that it works at by default.
         stride: what height and width must be multiples of.
         open_size: whether it works at sizes other than the one that it was traced at.
@@ -68,7 +68,7 @@ class Network:
 
     module: nn.Module
     layout: Layout
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
     task: str
     source: str
     size: tuple[int, int]
@@ -84,7 +84,14 @@ def network_of(checkpoint: Checkpoint, source: str) -> Network:
     size = (checkpoint.size or DEFAULT_SIZE,) * 2
     stride, queries = max(checkpoint.strides), isinstance(checkpoint.head, RTDETRDecoder)
     return Network(
-        checkpoint.module, _layout(checkpoint), checkpoint.names, checkpoint.task, source, size, stride, not queries
+        checkpoint.module,
+        _layout(checkpoint),
+        checkpoint.class_names,
+        checkpoint.task,
+        source,
+        size,
+        stride,
+        not queries,
     )
 
 
@@ -128,15 +135,15 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
     note = f"{IMAGE}[batch,3,{side}] · opset {written} · equal to PyTorch at batch 1, 2, 3 (max |Δ| {worst:.0e})"
     image = ImageInput(IMAGE, height, width, stride, dynamic_size)
     return RawModel(
-        model,
-        image,
-        network.names,
-        network.task,
-        source,
-        layout,
-        (note, *network.notes),
-        network.pixels,
-        network.stretch,
+        model=model,
+        image=image,
+        class_names=network.class_names,
+        task=network.task,
+        source=source,
+        layout=layout,
+        notes=(note, *network.notes),
+        pixels=network.pixels,
+        stretch=network.stretch,
     )
 
 
@@ -147,7 +154,7 @@ _EXPORT_ERRORS = (
 
 
 def _layout(checkpoint: Checkpoint) -> Layout:
-    head, count = checkpoint.head, len(checkpoint.names)
+    head, count = checkpoint.head, len(checkpoint.class_names)
     if isinstance(head, RTDETRDecoder):
         return queries_layout(count, softmax=False)
     if isinstance(head, AnchorFreeDetect):

@@ -16,22 +16,27 @@ from fusenms.layout import Layout
 from fusenms.limits import Limits
 from fusenms.onnx_reading.files import read_onnx
 from fusenms.safety.isolation import run_isolated
+from fusenms.sources.options import LoadOptions
 
 _CHILD = "fusenms.sources.isolated_child"
 _MODEL, _REST, ERROR = "raw.onnx", "raw.json", "error.json"
-_PLAIN = ("names", "task", "source", "notes", "stretch", "frozen_batch", "precision")
+_PLAIN = ("class_names", "task", "source", "notes", "stretch", "frozen_batch", "precision")
 
 
-def load_isolated(path: Path, limits: Limits, **options: Any) -> RawModel:
-    """`fusenms.load` of a file in a child process; ``options`` are its keywords, as far as JSON has them.
+_OPTIONS = ("dynamic_size", "opset", "make_dynamic", "one_to_many")
+
+
+def load_isolated(path: Path, options: LoadOptions) -> RawModel:
+    """`fusenms.load` of a file in a child process.
 
     Raises:
         FusenmsError: as `fusenms.load` does.
         SourceError: the child process took too much memory or time, or failed in another way.
     """
     with tempfile.TemporaryDirectory(prefix="fusenms-") as name:
-        folder = Path(name)
-        task = json.dumps({"path": str(path.resolve()), "options": options, "limits": asdict(limits)})
+        folder, limits = Path(name), options.limits
+        said = {name: getattr(options, name) for name in _OPTIONS} | {"size": options.sides}
+        task = json.dumps({"path": str(path.resolve()), "options": said, "limits": asdict(limits)})
         status = run_isolated(_CHILD, [name], limits, what=str(path), given=task.encode())
         if (folder / ERROR).exists():
             error = json.loads((folder / ERROR).read_text())

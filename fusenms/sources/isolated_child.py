@@ -14,13 +14,14 @@ from fusenms.errors import FusenmsError
 from fusenms.limits import Limits
 from fusenms.sources import load
 from fusenms.sources.isolated import ERROR, write_raw
+from fusenms.sources.options import LoadOptions
 
 
 def _main() -> None:
     folder, task = Path(sys.argv[1]), json.load(sys.stdin)
     path = Path(task["path"])
     try:
-        raw = load(path, limits=Limits(**task["limits"]), **task["options"])
+        raw = load(path, LoadOptions(limits=Limits(**task["limits"]), **task["options"]))
         write_raw(replace(raw, source=path.name), folder)
     except FusenmsError as error:
         (folder / ERROR).write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))

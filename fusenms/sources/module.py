@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusenms.artifacts.preprocessing import Pixels
 from fusenms.errors import ConfigError, SourceError
 from fusenms.layout import Activation, Layout
 from fusenms.safety.text import has_controls
 from fusenms.sources.export import Network
+from fusenms.sources.options import LoadOptions
 
 
 class _Head(nn.Module):
@@ -27,21 +27,18 @@ class _Head(nn.Module):
         return outputs_of(self.module(images), self.tensors)
 
 
-def load_module(
-    module: nn.Module, example: Tensor, layout: Layout, names: Sequence[str], pixels: Pixels | None, stretch: bool | None
-) -> Network:  # fmt: skip
+def load_module(module: nn.Module, options: LoadOptions) -> Network:
     """A copy of the module, ready for export: in evaluation mode, float32, on the CPU.
 
     Args:
-        module: takes pictures ``[B, 3, height, width]``; returns the tensors that ``layout.sources`` names: in that order, or by name.
-        example: a batch of pictures; its size is the one that the model works at.
-        names: of the classes; empty: class0, class1, …
+        module: takes images ``[B, 3, height, width]``; returns the tensors that ``layout.sources`` names: in that order, or by name.
+        options: with an example, whose size is the one that the model works at, and a layout.
 
     Raises:
         ConfigError: the layout does not fit what the module returns.
         SourceError: the module does not run on the example.
     """
-    title = type(module).__name__
+    title, example, layout, class_names = type(module).__name__, options.example, options.layout, options.class_names
     if not isinstance(example, Tensor) or example.ndim != 4 or example.shape[1] != 3:
         found = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ConfigError(f"example is {found}; expected a tensor [batch, 3, height, width]")
@@ -49,12 +46,12 @@ def load_module(
         raise ConfigError(
             f"layout is a {type(layout).__name__}; expected a fusenms.layout.Layout that says what {title} returns"
         )
-    if isinstance(names, str):
-        raise ConfigError(f"names is the text {names!r}; expected a list of class names")
-    if bad := [name for name in map(str, names) if has_controls(name)]:
-        raise ConfigError(f"names has {bad[0]!a}, with control characters; expected text of one line")
-    if names and layout.num_classes and len(names) != layout.num_classes:
-        raise ConfigError(f"names are {len(names)}, but the layout has {layout.num_classes} classes")
+    if isinstance(class_names, str):
+        raise ConfigError(f"class_names is the text {class_names!r}; expected a list of class names")
+    if bad := [name for name in map(str, class_names) if has_controls(name)]:
+        raise ConfigError(f"class_names has {bad[0]!a}, with control characters; expected text of one line")
+    if class_names and layout.num_classes and len(class_names) != layout.num_classes:
+        raise ConfigError(f"class_names are {len(class_names)}, but the layout has {layout.num_classes} classes")
     head = _Head(copy.deepcopy(module), layout.sources).cpu().float().eval().requires_grad_(False)
     height, width = (int(side) for side in example.shape[2:])
     try:
@@ -68,8 +65,18 @@ def load_module(
         ) from error
     _check_shapes(title, layout, tensors)
     _check_scores(title, head, layout, (height, width))
-    every = tuple(map(str, names)) or tuple(f"class{i}" for i in range(layout.num_classes))
-    return Network(head, layout, every, layout.task, title, (height, width), 1, True, pixels, stretch)
+    every = tuple(map(str, class_names)) or tuple(f"class{i}" for i in range(layout.num_classes))
+    return Network(
+        module=head,
+        layout=layout,
+        class_names=every,
+        task=layout.task,
+        source=title,
+        size=(height, width),
+        stride=1,
+        pixels=options.preprocessing,
+        stretch=options.stretch,
+    )
 
 
 def outputs_of(found: Any, tensors: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -120,7 +127,7 @@ def _check_shapes(title: str, layout: Layout, tensors: tuple[Tensor, ...]) -> No
             raise ConfigError(
                 f"{title}: {tap.tensor} is {list(shape)}; expected 3 dimensions, {tap.stop} channels or more at axis {tap.channel_axis}"
             )
-        counts.add(shape[3 - tap.channel_axis])
+        counts.add(shape[tap.candidate_axis])
     if layout.masks is not None:
         shape, wanted = shapes[layout.masks.prototypes], layout.masks.coefficients.channels
         if len(shape) != 4 or shape[1] != wanted:

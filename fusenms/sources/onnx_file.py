@@ -12,12 +12,13 @@ from onnx import numpy_helper
 from fusenms import contract
 from fusenms.artifacts.raw import ImageInput, RawModel
 from fusenms.errors import AlreadyFusedError, ConfigError, SourceError
-from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.limits import Limits
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.files import read_metadata, read_onnx, refuse_cost
 from fusenms.onnx_reading.metadata import check_names, parse_literal, parse_names
 from fusenms.onnx_reading.structure import type_name
 from fusenms.sources.extra_inputs import fill_extra_inputs
+from fusenms.sources.options import LoadOptions
 
 NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "TRTBatchedNMS")
 DEFAULT_SIZE = 640
@@ -25,35 +26,23 @@ DEFAULT_STRIDE = 32
 MIN_OPSET = 11
 
 
-def load_onnx(
-    path: Path, *, size: tuple[int, int] | None, dynamic_size: bool, make_dynamic: bool, limits: Limits = DEFAULT_LIMITS
-) -> RawModel:
+def load_onnx(path: Path, options: LoadOptions) -> RawModel:
     """Read a raw detector from an ONNX file of unknown origin.
 
-    Args:
-        size: (height, width) in pixels, for a file that leaves them open.
-        dynamic_size: keep the file's open height and width open.
-        make_dynamic: take a file with a frozen batch too, for `fusenms.transforms.dynamic_batch` to open it.
-        limits: bounds of what is read, and of each run.
+    A file with a frozen batch is taken with ``make_dynamic``; `fusenms.transforms.dynamic_batch` then opens it.
 
     Raises:
         AlreadyFusedError: the graph already holds a non-maximum suppression.
-        SourceError: the file is unreadable, exceeds a limit, takes something else than one batch of pictures, or its batch is frozen.
+        SourceError: the file is unreadable, exceeds a limit, takes something else than one batch of images, or its batch is frozen.
         ConfigError: the size contradicts the file.
     """
-    model = read_onnx(path, limits)
+    model = read_onnx(path, options.limits)
     with untrusted(path, "reading"):
-        return _load(path, model, size, dynamic_size, make_dynamic, limits)
+        return _load(path, model, options)
 
 
-def _load(
-    path: Path,
-    model: onnx.ModelProto,
-    size: tuple[int, int] | None,
-    dynamic_size: bool,
-    make_dynamic: bool,
-    limits: Limits,
-) -> RawModel:
+def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
+    limits, dynamic_size = options.limits, options.dynamic_size
     metadata = read_metadata(model)
     _refuse_fused(path, model, metadata)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
@@ -66,12 +55,12 @@ def _load(
     entry = _picture_input(path, model)
     dims = entry.type.tensor_type.shape.dim
     frozen = [dim.dim_value or None for dim in dims]
-    if frozen[0] is not None and not make_dynamic:
+    if frozen[0] is not None and not options.make_dynamic:
         raise SourceError(
             f"{path}: the batch size is frozen at {frozen[0]}; expected a dynamic batch. "
             "Export again with a dynamic batch, or add --make-dynamic (make_dynamic=True) to open it here and have that proven"
         )
-    image = _image(path, entry.name, (frozen[2], frozen[3]), metadata, size, dynamic_size, limits)
+    image = _image(path, entry.name, (frozen[2], frozen[3]), metadata, options.sides, dynamic_size, limits)
     shape = (frozen[0] or 1, 3, image.height, image.width)
     if math.prod(shape) > limits.max_tensor_elements:
         raise SourceError(
@@ -98,7 +87,17 @@ def _load(
     stretch = (
         True if asks_for_size else None
     )  # who gives boxes in the picture's own size has had it stretched to the input's
-    return RawModel(model, image, names, task, path.name, None, tuple(notes), None, stretch, frozen[0], limits=limits)
+    return RawModel(
+        model=model,
+        image=image,
+        class_names=names,
+        task=task,
+        source=path.name,
+        notes=tuple(notes),
+        stretch=stretch,
+        frozen_batch=frozen[0],
+        limits=limits,
+    )
 
 
 def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) -> None:

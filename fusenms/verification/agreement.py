@@ -1,4 +1,4 @@
-"""What half precision changes: detections of a model beside those of another of the same weights, on the same pictures."""
+"""`Agreement`: detections of a model beside those of another of the same weights, on the same images."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from typing import Any
 import numpy as np
 
 from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.report import counted
 from fusenms.boxes import pairwise_iou, pairwise_probiou
 from fusenms.fusion.backends import get_backend
 from fusenms.graph.session import OnnxRuntimeRunner
 
-SAME = 0.5
-"""IoU from which on two boxes of one class are the same object."""
+SAME_OBJECT_IOU = 0.5
+"""From here on two boxes of one class are the same object."""
 
 
 @dataclass(frozen=True)
-class Drift:
-    """What changed on some pictures.
+class Agreement:
+    """How far two models agree on some images.
 
     Attributes:
-        pictures: how many there were.
+        images: how many there were.
         before, after: detections of either model.
-        same: pairs of one class with an IoU of at least `SAME`, each detection in one pair at most, the best first.
+        same: pairs of one class with an IoU of at least `SAME_OBJECT_IOU`, each detection in one pair at most, the best first.
         worst_box: largest difference of a coordinate within a pair, in pixels of the model's input.
         worst_score: largest difference of the scores within a pair.
     """
 
-    pictures: int
+    images: int
     before: int
     after: int
     same: int
@@ -38,9 +39,8 @@ class Drift:
     @property
     def summary(self) -> str:
         """One line."""
-        pictures = "1 picture" if self.pictures == 1 else f"{self.pictures} pictures"
         return (
-            f"{pictures} · {self.before} detections in float32, {self.after} now, {self.same} the same · "
+            f"{counted(self.images, 'image')} · {self.before} detections in float32, {self.after} now, {self.same} the same · "
             f"worst box {self.worst_box:.2g} px, worst score {self.worst_score:.2g}"
         )
 
@@ -48,16 +48,18 @@ class Drift:
         return asdict(self)
 
 
-def drift(before: FusedModel, after: FusedModel, images: np.ndarray) -> Drift:
-    """Run both in ONNX Runtime on pictures ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one."""
+def agreement(before: FusedModel, after: FusedModel, images: np.ndarray) -> Agreement:
+    """Run both in ONNX Runtime on images ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one."""
     runner = OnnxRuntimeRunner(get_backend(after.backend).to_standard(after.model, after), source=after.source)
     rows = [runner.infer(image[None]) for image in images]
     runner.close()
-    return drift_of(before, images, after, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+    return agreement_of(before, images, after, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
 
 
-def drift_of(before: FusedModel, images: np.ndarray, after: FusedModel, outputs: dict[str, np.ndarray]) -> Drift:
-    """The same, where the outputs of ``after`` on the pictures are known: ``[n, …]`` by name."""
+def agreement_of(
+    before: FusedModel, images: np.ndarray, after: FusedModel, outputs: dict[str, np.ndarray]
+) -> Agreement:
+    """The same, where the outputs of ``after`` on the images are known: ``[n, …]`` by name."""
     runner = OnnxRuntimeRunner(get_backend(before.backend).to_standard(before.model, before), source=before.source)
     counts, same, worst = [0, 0], 0, [0.0, 0.0]  # of either model; pairs; box and score
     for n, image in enumerate(images):
@@ -69,7 +71,7 @@ def drift_of(before: FusedModel, images: np.ndarray, after: FusedModel, outputs:
             worst[0] = max(worst[0], float(np.abs(one[0][i, :4] - two[0][j, :4]).max()))
             worst[1] = max(worst[1], float(abs(one[1][i] - two[1][j])))
     runner.close()
-    return Drift(len(images), counts[0], counts[1], same, worst[0], worst[1])
+    return Agreement(len(images), counts[0], counts[1], same, worst[0], worst[1])
 
 
 _Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -82,12 +84,12 @@ def _rows(model: FusedModel, outputs: dict[str, np.ndarray]) -> _Rows:
 
 
 def _pairs(one: _Rows, two: _Rows) -> list[tuple[int, int]]:
-    overlap = (pairwise_iou if one[0].shape[1] == 4 else pairwise_probiou)(one[0], two[0])
-    overlap = np.where(one[2][:, None] == two[2][None], overlap, 0)
+    iou = (pairwise_iou if one[0].shape[1] == 4 else pairwise_probiou)(one[0], two[0])
+    iou = np.where(one[2][:, None] == two[2][None], iou, 0)
     pairs = []
-    for i in range(len(overlap)):
-        if overlap.shape[1] and overlap[i].max() >= SAME:
-            j = int(overlap[i].argmax())
+    for i in range(len(iou)):
+        if iou.shape[1] and iou[i].max() >= SAME_OBJECT_IOU:
+            j = int(iou[i].argmax())
             pairs.append((i, j))
-            overlap[:, j] = 0
+            iou[:, j] = 0
     return pairs

@@ -28,7 +28,7 @@ from fusenms.verification.synthetic_heads import SCENES, Stage, heads
 from fusenms.verification.task_outputs import further_differences
 
 BATCHES = (1, 2, 7)
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
 
 
@@ -37,7 +37,7 @@ def verify(
     *,
     images: np.ndarray | None = None,
     batches: Sequence[int] = BATCHES,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Report:
     """Compare a fused model with the reference.
 
@@ -95,7 +95,7 @@ def pictures_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
 class _Verification:
     """One verification: the runners and the checks that pile up."""
 
-    def __init__(self, fused: FusedModel, progress: Progress | None) -> None:
+    def __init__(self, fused: FusedModel, progress: OnProgress | None) -> None:
         self.fused, self.layout, self.config = fused, fused.layout, fused.config
         self.backend = get_backend(fused.backend)
         self.model = self.backend.in_float(fused.model)
@@ -117,11 +117,10 @@ class _Verification:
         unsettled = sum(not check.converged for check in self.checks)
         if 2 * unsettled > len(self.checks):
             problem = f"{unsettled} of {len(self.checks)} images did not converge, so too little was compared: take more rounds"
-            self.checks.append(Check(0, 0, "all", 0, 0, 0.0, 0.0, (problem,)))
+            self.checks.append(Check(batch=0, image=0, scene="all", problems=(problem,)))
         if not any(check.detections or check.problems for check in self.checks) and self.config.score_threshold < 1:
-            self.checks.append(
-                Check(0, 0, "all", 0, 0, 0.0, 0.0, ("no detection in any picture or scene: nothing was proven",))
-            )
+            problem = "no detection in any picture or scene: nothing was proven"
+            self.checks.append(Check(batch=0, image=0, scene="all", problems=(problem,)))
         return self.checks
 
     def _open(self, model: onnx.ModelProto) -> OnnxRuntimeRunner:
@@ -152,7 +151,7 @@ class _Verification:
     def _on_scenes(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> None:
         """Run the tail on made-up heads: every scene at every batch size, a different one for each image."""
         tap = self.layout.classes
-        stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][2 - tap.channel_axis])
+        stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][tap.candidate_axis - 1])
         tail = self._open(cut_before(self.model, shapes))
         names = tuple(SCENES)
         runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
@@ -182,9 +181,8 @@ class _Verification:
                 if batch > 1 and any(c.batch == 1 and not c.problems for c in self.checks)
                 else ""
             )
-            self.checks.append(
-                Check(batch, 0, scene, 0, 0, 0.0, 0.0, (f"does not run at batch {batch}{frozen}: {first_line(error)}",))
-            )
+            problem = f"does not run at batch {batch}{frozen}: {first_line(error)}"
+            self.checks.append(Check(batch=batch, image=0, scene=scene, problems=(problem,)))
             return None
         for name, spec in self.layout.outputs(self.config):
             expected = spec.shape_for(batch, self.config.max_detections, *self._prototype_sides(outputs, inputs))
@@ -192,18 +190,8 @@ class _Verification:
             if got is None or got.shape != expected or got.dtype != spec.dtype:
                 found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
                 frozen = " (the batch is frozen)" if got is not None and got.shape[:1] != (batch,) else ""
-                self.checks.append(
-                    Check(
-                        batch,
-                        0,
-                        scene,
-                        0,
-                        0,
-                        0.0,
-                        0.0,
-                        (f"output {name}: found {found}, expected {spec.dtype}{list(expected)}{frozen}",),
-                    )
-                )
+                problem = f"output {name}: found {found}, expected {spec.dtype}{list(expected)}{frozen}"
+                self.checks.append(Check(batch=batch, image=0, scene=scene, problems=(problem,)))
                 return None
         return outputs
 
@@ -214,7 +202,7 @@ class _Verification:
         converged = outputs.get(contract.CONVERGED) if self.config.rounds is not None else None
         for i, scene in enumerate(scenes):
             if converged is not None and converged[i, 0] == 0:
-                self.checks.append(Check(len(scenes), i, scene, 0, 0, 0.0, 0.0, (), converged=False))
+                self.checks.append(Check(batch=len(scenes), image=i, scene=scene, converged=False))
                 continue
             count = int(np.clip(counts[i, 0], 0, len(scores[i])))
             observed = Rows(
@@ -241,7 +229,16 @@ class _Verification:
             worst_box = float(np.abs(observed.boxes[:matched] - expected.rows.boxes[:matched]).max(initial=0))
             worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
             self.checks.append(
-                Check(len(scenes), i, scene, len(observed), close_calls, worst_box, worst_score, tuple(problems))
+                Check(
+                    batch=len(scenes),
+                    image=i,
+                    scene=scene,
+                    detections=len(observed),
+                    close_calls=close_calls,
+                    worst_box=worst_box,
+                    worst_score=worst_score,
+                    problems=tuple(problems),
+                )
             )
 
     def _prototype_sides(self, outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> tuple[int, ...]:

@@ -364,7 +364,7 @@ ATTACKS: tuple[Attack, ...] = (
 
 def test_the_checkpoint_loads_without_an_attack(tmp_path):
     edited(lambda *_: None)(tmp_path / "a.pt")
-    assert fusenms.load(tmp_path / "a.pt", size=64).names == ("a", "b")
+    assert fusenms.load(tmp_path / "a.pt", size=64).class_names == ("a", "b")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -337,4 +337,4 @@ def test_directory_ends_in_one_of_our_errors_when_it_is(attack, sound, tmp_path,
 
 
 def test_sound_directory_loads(sound):
-    assert load_directory(sound).names == ("cat", "dog")
+    assert load_directory(sound).class_names == ("cat", "dog")

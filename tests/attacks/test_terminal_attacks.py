@@ -20,7 +20,7 @@ import fusenms
 from fusenms import fuse
 from fusenms.cli import main
 from fusenms.cli.bench import print_table
-from fusenms.cli.printing import Steps, progress_bar
+from fusenms.cli.printing import ProgressBar, Steps
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.drawing import draw
 from fusenms.safety.text import has_controls
@@ -63,10 +63,10 @@ def test_class_names_and_paths_are_escaped(model, tmp_path, capsys, attack):
     """`detect` and `inspect` of a file whose class names, and whose own name, are hostile. Names with control characters are refused."""
     text = attack.make()
     surrogate = "surrogate" in attack.name  # no file of protobuf holds one
-    names = model.names if surrogate else (text,) * 3
+    names = model.class_names if surrogate else (text,) * 3
     folder = tmp_path / text.replace("/", "").replace("\0", "").replace("\ud800", "\udcff")
     folder.mkdir()
-    path = replace(model, names=names).save(folder / "f.onnx", unverified=True)
+    path = replace(model, class_names=names).save(folder / "f.onnx", unverified=True)
     (folder / "a.jpg").write_bytes(IMAGE.read_bytes())
     for words in (["detect", str(path), str(folder), "-o", str(folder / "out")], ["inspect", str(path)]):
         refused = has_controls("".join(names))
@@ -117,8 +117,8 @@ def test_steps_titles_and_tables_are_escaped(capsys, monkeypatch, attack):
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stream)
-    with progress_bar("bench") as progress:
-        progress(text, 1, 2)
+    with ProgressBar("bench") as bar:
+        bar.update(text, 1, 2)
     assert text not in stream.getvalue() or attack.kind == "markup"
 
 
@@ -151,16 +151,7 @@ def made(fields: dict) -> Detections:
     masks = Masks(np.zeros((0, 1, 1), np.float32), box, Placement(50, 50, 0, 0, 50, 50), (50, 50))
     indices = np.zeros(1, np.int32)
     return Detections(
-        box,
-        fields["scores"],
-        fields["labels"],
-        fields["class_names"],
-        oriented,
-        fields["keypoints"],
-        masks,
-        indices,
-        False,
-        True,
+        **fields | {"oriented_boxes": oriented, "masks": masks, "indices": indices},
     )
 
 

@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
             except (ImportError, RuntimeError) as error:
                 notes.append(f"{name}: cannot be run here ({first_line(error)})")
         recipes = {
-            name: peers.recipe(name, len(checkpoint.names), taps[fused.layout.classes.tensor].shape[2])
+            name: peers.recipe(name, len(checkpoint.class_names), taps[fused.layout.classes.tensor].shape[2])
             for name in peers.recipes()
         }
         exported = ultralytics_models(args, work, notes)

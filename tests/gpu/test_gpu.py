@@ -25,7 +25,7 @@ from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
 from fusenms.verification import checks as verification
-from fusenms.verification.agreement import drift_of
+from fusenms.verification.agreement import agreement_of
 from fusenms.verification.synthetic_heads import Stage, heads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +45,10 @@ def pictures(size: int) -> np.ndarray:
 def test_rtx_engine_finds_what_its_file_finds(tmp_path, name, precision):
     fused = fuse(ZOO / "shapes" / f"{name}.pt", size=256, backend="portable", precision=precision, unverified=True)
     build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH).save(tmp_path / "m.rtx")
-    for batch, drift in compare_engine(tmp_path / "m.rtx", images=pictures(256)):
-        assert drift.before > 5 * batch, drift.summary
-        assert drift.same >= 0.98 * drift.before, f"batch {batch}: {drift.summary}"
-        assert drift.worst_box < 2, f"batch {batch}: {drift.summary}"
+    for batch, found in compare_engine(tmp_path / "m.rtx", images=pictures(256)):
+        assert found.before > 5 * batch, found.summary
+        assert found.same >= 0.98 * found.before, f"batch {batch}: {found.summary}"
+        assert found.worst_box < 2, f"batch {batch}: {found.summary}"
 
 
 def test_engine_with_rounds_needs_no_control_flow_and_finds_the_same(tmp_path):
@@ -56,8 +56,8 @@ def test_engine_with_rounds_needs_no_control_flow_and_finds_the_same(tmp_path):
     engine = build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH)
     runner = EngineRunner(engine, load_rtx())
     images = pictures(256)
-    drift = drift_of(fused, images, fused, runner.infer(images))
-    assert drift.before == drift.after == drift.same > 40, drift.summary
+    found = agreement_of(fused, images, fused, runner.infer(images))
+    assert found.before == found.after == found.same > 40, found.summary
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -65,8 +65,8 @@ def test_onnxruntime_on_cuda_finds_the_same(precision):
     fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, precision=precision, unverified=True)
     images = pictures(256)
     got = OnnxRuntimeRunner(fused.model, ("CUDAExecutionProvider",)).infer(images)
-    drift = drift_of(fused, images, fused, got)
-    assert drift.same >= 0.98 * drift.before > 40, drift.summary
+    found = agreement_of(fused, images, fused, got)
+    assert found.same >= 0.98 * found.before > 40, found.summary
 
 
 @pytest.mark.parametrize(("backend", "precision"), [("trt", "fp32"), ("plugin", "fp32"), ("plugin", "fp16")])
@@ -76,8 +76,8 @@ def test_tensorrt_engine_with_a_plugin_finds_what_its_file_finds(tmp_path, backe
     fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend=backend, precision=precision, unverified=True)
     path = fused.save(tmp_path / "m.onnx", unverified=True)
     build_tensorrt(str(path), EngineSettings(batch=(1, 2, 8))).save(tmp_path / "m.engine")
-    for batch, drift in compare_engine(tmp_path / "m.engine", images=pictures(256)):
-        assert drift.same >= 0.98 * drift.before > 5 * batch, f"batch {batch}: {drift.summary}"
+    for batch, found in compare_engine(tmp_path / "m.engine", images=pictures(256)):
+        assert found.same >= 0.98 * found.before > 5 * batch, f"batch {batch}: {found.summary}"
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -30,7 +30,7 @@ def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:
         )
     if sum_to_one(pair.scores):
         return Mismatch("the class scores of each candidate sum to 1, so one of them is the background")
-    names = evidence.raw.names
+    names = evidence.raw.class_names
     if names and len(names) != classes:
         return Mismatch(f"found {classes} classes, but {len(names)} class names in the metadata")
     normalized = are_normalized(pair.boxes)

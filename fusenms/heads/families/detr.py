@@ -23,7 +23,7 @@ def _match_pair(evidence: Evidence, pair: Pair, certain: bool) -> Layout | Misma
     if reason := not_queries(pair.boxes):
         return Mismatch(reason)
     every = pair.scores.shape[1]
-    names = evidence.raw.names
+    names = evidence.raw.class_names
     if every < 2 or (names and len(names) != every - 1):
         return Mismatch(
             f"found {every} classes{f' and {len(names)} class names' if names else ''}; expected one more, for no object"

@@ -31,7 +31,7 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     values = sample.value[0].reshape(width, -1).T
     if not are_probabilities(values[:, 0]) or not sum_to_one(values[:, 5:]):
         return Mismatch("expected objectness from 0 to 1, four box terms, and class scores that sum to 1")
-    names = evidence.raw.names
+    names = evidence.raw.class_names
     if names and len(names) != width - 5:
         return Mismatch(f"found {width - 5} classes, but {len(names)} class names in the metadata")
     join = Join(HEAD, (sample.tensor,), 1, width)

@@ -97,7 +97,7 @@ def _groups(by_stride: Sequence[Sequence[Level]]) -> list[list[Level]] | None:
 def _match_joined(evidence: Evidence, name: str, group: list[Level]) -> Layout | Mismatch:
     """One output a level: 4 * 16 channels of distances, then the classes."""
     width, start = group[0].values.shape[1], 4 * USUAL_BINS
-    names = evidence.raw.names
+    names = evidence.raw.class_names
     if width <= start or (names and len(names) != width - start):
         expected = (
             f"{start} of distances and {len(names)} of classes"
@@ -120,7 +120,7 @@ def _match_apart(evidence: Evidence, name: str, groups: list[list[Level]]) -> La
     for distances, classes in (groups, groups[::-1]):
         widths = distances[0].values.shape[1], classes[0].values.shape[1]
         far, near = (np.concatenate([level.values for level in some]) for some in (distances, classes))
-        names = evidence.raw.names
+        names = evidence.raw.class_names
         reason = _not_distances(far) or _not_classes(near)
         if names and len(names) != widths[1]:
             reason = f"found {widths[1]} classes, but {len(names)} class names in the metadata"

@@ -33,7 +33,7 @@ def _match_plus(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     classes = shape[-1] - CHANNELS
     if strides is None or classes < 1:
         return Mismatch(f"found an output of shape {shape}; expected [batch, candidates, classes + {CHANNELS}]")
-    rows, names = sample.value[0], evidence.raw.names
+    rows, names = sample.value[0], evidence.raw.class_names
     if names and len(names) != classes:
         return Mismatch(
             f"found {classes} channels before {CHANNELS} of distances, but {len(names)} class names in the metadata"

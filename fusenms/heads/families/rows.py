@@ -89,7 +89,7 @@ def _not_rows(
         return f"found scores from {scores.min():.3g} to {scores.max():.3g}; expected probabilities"
     if (np.diff(scores) > 0).any():
         return "the rows are not sorted by score"
-    names = evidence.raw.names
+    names = evidence.raw.class_names
     if (labels != np.round(labels)).any() or (labels < -1).any() or (names and (labels >= len(names)).any()):
         return "the last channel holds no class numbers"
     if certain and not scores.any():

@@ -52,7 +52,7 @@ def _layout(boxes: Tap, classes: Tap, scores: np.ndarray) -> Layout:
 
 def _not_sigmoid(evidence: Evidence, scores: np.ndarray, certain: bool) -> str | None:
     """Why these are no class scores of their own sigmoids; None where they may be."""
-    names = evidence.raw.names
+    names = evidence.raw.class_names
     if names and len(names) != scores.shape[1]:
         return f"found {scores.shape[1]} classes, but {len(names)} class names in the metadata"
     if sum_to_one(scores):

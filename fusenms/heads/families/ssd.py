@@ -31,7 +31,7 @@ def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:
             "neither the first nor the last class is the best one of most candidates; expected the background there"
         )
     classes = pair.scores.shape[1] - 1
-    names = evidence.raw.names
+    names = evidence.raw.class_names
     if names and len(names) != classes:
         return Mismatch(f"found {classes} classes beside the background, but {len(names)} class names in the metadata")
     scores = pair.classes(1, 1 + classes) if place == 0 else pair.classes(0, classes)

@@ -24,7 +24,7 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
         return Mismatch(
             f"found outputs of shape {shapes}; expected boxes [batch, candidates, 1, 4] and scores [batch, candidates, classes]"
         )
-    corners, values, names = boxes[0].value[0, :, 0], scores[0].value[0], evidence.raw.names
+    corners, values, names = boxes[0].value[0, :, 0], scores[0].value[0], evidence.raw.class_names
     grid = evidence.grid(ANCHORS, len(corners))
     if grid is None:
         return Mismatch(

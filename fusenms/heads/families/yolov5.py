@@ -30,7 +30,7 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
         grid = evidence.grid(ANCHORS, shape[1]) if len(shape) == 3 and shape[2] > 5 + further else None
         if grid is None:
             continue
-        rows, names = sample.value[0], evidence.raw.names
+        rows, names = sample.value[0], evidence.raw.class_names
         classes = rows.shape[1] - 5 - further
         if names and len(names) != classes:
             return Mismatch(

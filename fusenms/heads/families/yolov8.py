@@ -12,7 +12,7 @@ from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.late_decode import earliest_distances
 from fusenms.heads.probe import Evidence, Sample, follows_grid, width_of
 from fusenms.heads.task_outputs import TASKS, further_channels, further_terms, not_terms
-from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
+from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap, other_axis
 
 NAME = "yolov8"
 EXPECTED = "one [batch, 4 + classes, candidates], or that with mask coefficients and [batch, prototypes, height, width]"
@@ -33,7 +33,7 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
     results = [
         _match_channels(evidence, certain, sample, axis, grid, further, maps)
         for axis in (1, 2)  # as many channels as candidates: the values tell
-        if (grid := evidence.grid(1, shape[3 - axis])) is not None and shape[axis] > 4 + further
+        if (grid := evidence.grid(1, shape[other_axis(axis)])) is not None and shape[axis] > 4 + further
     ]
     layouts = [result for result in results if isinstance(result, Layout)]
     if results:
@@ -48,7 +48,7 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
 def _match_channels(
     evidence: Evidence, certain: bool, sample: Sample, axis: int, grid: np.ndarray, further: int, maps: list[Sample]
 ) -> Layout | Mismatch:
-    names = evidence.raw.names
+    names = evidence.raw.class_names
     rows = sample.value[0].T if axis == 1 else sample.value[0]
     classes = rows.shape[1] - 4 - further
     if names and len(names) != classes:

@@ -30,7 +30,7 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
             f"found an output of shape {shapes[0]}; expected [batch, candidates, 5 + classes] with one candidate "
             "per cell of levels with strides such as 8, 16, 32"
         )
-    rows, names, classes = sample.value[0], evidence.raw.names, width - 5
+    rows, names, classes = sample.value[0], evidence.raw.class_names, width - 5
     if names and len(names) != classes:
         return Mismatch(
             f"found {classes} channels after box and objectness, but {len(names)} class names in the metadata"

@@ -1,0 +1,56 @@
+"""Flags of the command line from the fields of a settings class: name, type, default, choices and help are written once, there."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import MISSING, Field, fields
+from inspect import getdoc
+from typing import Any, get_args, get_type_hints
+
+
+def add_fields(parser: Any, cls: type[Any], names: list[str] | None = None, **changes: dict[str, Any]) -> None:
+    """Add a flag for each field of a dataclass, or for those of these names.
+
+    The help is the field's entry under ``Attributes`` in the docstring of the class.
+
+    Args:
+        changes: by field name, arguments of ``add_argument`` to add or replace; ``flags`` are more names of the flag.
+    """
+    hints, helps = get_type_hints(cls), field_helps(cls)
+    for field in fields(cls):
+        if names is not None and field.name not in names:
+            continue
+        change = dict(changes.get(field.name, {}))
+        flags = [f"--{field.name.replace('_', '-')}", *change.pop("flags", [])]
+        arguments = _arguments(field, hints[field.name], helps[field.name]) | change
+        parser.add_argument(*flags, dest=field.name, **arguments)
+
+
+def fields_of(args: argparse.Namespace, cls: type[Any], names: list[str] | None = None) -> dict[str, Any]:
+    """What the flags of `add_fields` say, by field name."""
+    return {field.name: getattr(args, field.name) for field in fields(cls) if names is None or field.name in names}
+
+
+def field_helps(cls: type[Any]) -> dict[str, str]:
+    """The entries under ``Attributes`` in the docstring of a class: name to text on one line."""
+    section = re.search(r"^Attributes:\n((?:    .*\n|\n)*)", f"{getdoc(cls)}\n", re.M)
+    entries = re.findall(r"^    ([\w, ]+): (.*(?:\n        .*)*)", section[1], re.M) if section else []
+    return {name: re.sub(r"`+", "", " ".join(text.split())) for names, text in entries for name in names.split(", ")}
+
+
+def _arguments(field: Field[Any], hint: Any, text: str) -> dict[str, Any]:
+    kinds = set(get_args(hint)) or {hint}
+    default = field.default
+    assert default is not MISSING, field.name
+    if bool in kinds:
+        if type(None) in kinds:
+            return {"action": argparse.BooleanOptionalAction, "default": default, "help": text}
+        return {"action": "store_true", "default": default, "help": text}
+    arguments: dict[str, Any] = {
+        "default": default,
+        "help": text if default is None else f"{text} (default: %(default)s)",
+    }
+    if "choices" in field.metadata:
+        return arguments | {"choices": list(field.metadata["choices"])}
+    return arguments | {"type": next((kind for kind in (int, float) if kind in kinds), str)}

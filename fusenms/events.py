@@ -1,0 +1,75 @@
+"""What `fusenms.fuse` tells of each step. Each event but `Progress` has a ``summary`` of one line, which is logged too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.raw import RawModel
+from fusenms.artifacts.report import Report
+from fusenms.layout import Layout
+from fusenms.verification.agreement import Agreement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognized:
+    """The weights are loaded, their head is recognized, and the batch is open."""
+
+    raw: RawModel
+    layout: Layout
+
+    @property
+    def summary(self) -> str:
+        layout = self.layout
+        return f"{self.raw.source} · {layout.family} {layout.task} · {layout.num_classes} classes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """The post-processing is in the graph."""
+
+    raw: RawModel
+    model: FusedModel
+
+    @property
+    def summary(self) -> str:
+        outputs = ", ".join(name for name, _ in self.model.layout.outputs(self.model.config))
+        return f"{self.model.layout.decode_stage} decode · {self.model.suppressed_by} · {outputs}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The model in half precision was run beside the one in float32. ``own_images``: on images that were given."""
+
+    agreement: Agreement
+    own_images: bool
+
+    @property
+    def summary(self) -> str:
+        return self.agreement.summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A part of a step is done: what, how much of it, and how much there is."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """The model was compared with the reference; a report with mismatches is followed by a `VerificationError`."""
+
+    report: Report
+
+    @property
+    def summary(self) -> str:
+        return self.report.summary
+
+
+Event: TypeAlias = Recognized | Fused | Compared | Progress | Verified
+OnEvent: TypeAlias = Callable[[Event], None]

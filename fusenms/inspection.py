@@ -1,0 +1,137 @@
+"""`inspect`: what a file is, as a value with fields."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fusenms import contract
+from fusenms.artifacts.fused import FusedModel, load_fused
+from fusenms.artifacts.raw import RawModel
+from fusenms.errors import HeadError, SourceError
+from fusenms.heads import recognize
+from fusenms.layout import Layout
+from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.onnx_reading.files import read_metadata, read_onnx
+from fusenms.sources import load
+from fusenms.transforms.dynamic_batch import open_batch
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """An input or output: its name, its element type as NumPy names it, and its sizes; an open size is a name, or ``?``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a file is.
+
+    Attributes:
+        kind: ``checkpoint``, ``onnx`` (a raw head) or ``fused``.
+        inputs, outputs: of the graph; none of a checkpoint.
+        layout: what the head means; None where no family fits.
+        reason: why none fits.
+        class_names: as far as the file says them.
+        notes: what was noticed while the file was read.
+        frozen_batch: batch size of a raw file that has one; None where it is open.
+        opened: of a frozen batch: what opening it showed, or why it cannot be opened.
+        fused: of a fused file, its model with backend, settings and precision.
+        verification: of a fused file, what its metadata says of its proof.
+        metadata: of an ONNX file, key to text.
+    """
+
+    kind: str
+    inputs: tuple[TensorInfo, ...] = ()
+    outputs: tuple[TensorInfo, ...] = ()
+    layout: Layout | None = None
+    reason: str = ""
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    frozen_batch: int | None = None
+    opened: str = ""
+    fused: FusedModel | None = None
+    verification: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def inspect(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> Inspection:
+    """Say what a file is: its kind, its head (or why none fits), its metadata.
+
+    Args:
+        path: a checkpoint (`.pt`), a raw `.onnx`, a fused `.onnx`, or a directory of a Hugging Face detector.
+        limits: bounds on what the file may cost.
+
+    Raises:
+        SourceError: the file cannot be read, or is damaged.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".onnx" or not path.is_file():
+        return _with_head(Inspection(kind="checkpoint"), load(path, limits=limits))
+    model = read_onnx(path, limits)
+    metadata = read_metadata(model)
+    found = Inspection(
+        kind="onnx", inputs=_inputs(model), outputs=tuple(map(_info, model.graph.output)), metadata=metadata
+    )
+    if contract.KEY_BACKEND in metadata:
+        fused = load_fused(path, limits=limits)
+        return replace(
+            found,
+            kind="fused",
+            layout=fused.layout,
+            class_names=fused.class_names,
+            notes=fused.notes,
+            fused=fused,
+            verification=metadata.get(contract.KEY_VERIFICATION, contract.UNVERIFIED),
+        )
+    try:
+        raw = load(path, make_dynamic=True, limits=limits)
+    except (SourceError, HeadError) as error:
+        return replace(found, reason=str(error))
+    return _with_head(found, raw)
+
+
+def _with_head(found: Inspection, raw: RawModel) -> Inspection:
+    found = replace(found, class_names=raw.class_names, notes=raw.notes, frozen_batch=raw.frozen_batch)
+    try:
+        layout = recognize(raw)
+    except (HeadError, SourceError) as error:
+        return replace(found, reason=str(error))
+    opened = ""
+    if raw.frozen_batch is not None:
+        try:
+            opened = open_batch(raw, layout).notes[-1]
+        except SourceError as error:
+            opened = f"no: {error}"
+    return replace(found, layout=layout, opened=opened)
+
+
+def _inputs(model: onnx.ModelProto) -> tuple[TensorInfo, ...]:
+    constants = {item.name for item in model.graph.initializer}  # old files list those among their inputs
+    return tuple(_info(entry) for entry in model.graph.input if entry.name not in constants)
+
+
+def _info(entry: onnx.ValueInfoProto) -> TensorInfo:
+    import onnx
+
+    kind = entry.type.tensor_type
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
+    except KeyError:
+        dtype = "unknown"
+    return TensorInfo(
+        name=entry.name, dtype=dtype, shape=tuple(d.dim_value or d.dim_param or "?" for d in kind.shape.dim)
+    )
