@@ -25,7 +25,7 @@ from fusenms.errors import InputError, SourceError, UnsupportedByBackendError, f
 from fusenms.fusion.backends import get_backend
 from fusenms.graph.model import cut_before, with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
-from fusenms.heads.probe import picture
+from fusenms.heads.probe import probe_image
 from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.onnx_reading.metadata import read_json
 
@@ -40,7 +40,7 @@ class Timing:
 
     Attributes:
         name: of the file.
-        part: ``whole`` model, or its ``tail`` alone (on the head tensors of the same picture).
+        part: ``whole`` model, or its ``tail`` alone (on the head tensors of the same image).
         batch: batch size.
         milliseconds: median of the runs.
         low, high: the middle half of the runs.
@@ -206,8 +206,8 @@ def peak_memory(
             f"there is no folder for temporary files ({error.strerror or error}); set TMPDIR, or leave the memory out (--no-memory)"
         ) from error
     with temporary as folder:
-        pictures = Path(folder) / "images.npy"
-        np.save(pictures, picture(*default_shape(path)) if images is None else images)
+        file = Path(folder) / "images.npy"
+        np.save(file, probe_image(*default_shape(path)) if images is None else images)
         command = [
             sys.executable,
             "-m",
@@ -215,17 +215,17 @@ def peak_memory(
             os.fspath(path),
             part,
             str(batch),
-            str(pictures),
+            str(file),
             str(threads or 0),
         ]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
     return float(json.loads(done.stdout)) if done.returncode == 0 else None
 
 
-def _measure_peak(path: Path, part: str, batch: int, pictures: Path, threads: int) -> float:
+def _measure_peak(path: Path, part: str, batch: int, file: Path, threads: int) -> float:
     """In a process of its own: highest resident memory during a run, less that before it."""
     entry = next(e for e in contestants([path], threads or None, arena=False) if e.part == part)
-    images = np.load(pictures)
+    images = np.load(file)
     run = entry.prepare(images[np.arange(batch) % len(images)])
     run()
     Path("/proc/self/clear_refs").write_text("5")
@@ -244,13 +244,13 @@ def default_shape(path: Path) -> tuple[int, int]:
 
     Raises:
         SourceError: the file cannot be read.
-        InputError: it does not take pictures.
+        InputError: it does not take images.
     """
     model = read_onnx(path)
     weights = {entry.name for entry in model.graph.initializer}
     shapes = [entry.type.tensor_type.shape.dim for entry in model.graph.input if entry.name not in weights]
     if not shapes or len(shapes[0]) != 4:
-        raise InputError(f"{path}: does not take a batch of pictures [batch, 3, height, width]")
+        raise InputError(f"{path}: does not take a batch of images [batch, 3, height, width]")
     try:
         usual = read_json(read_metadata(model).get(contract.KEY_IMAGE, "{}"))
         height, width = int(usual.get("height", 640)), int(usual.get("width", 640))
@@ -260,5 +260,5 @@ def default_shape(path: Path) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    path, part, batch, pictures, threads = sys.argv[1:]
-    print(json.dumps(_measure_peak(Path(path), part, int(batch), Path(pictures), int(threads))))
+    path, part, batch, file, threads = sys.argv[1:]
+    print(json.dumps(_measure_peak(Path(path), part, int(batch), Path(file), int(threads))))

@@ -12,7 +12,9 @@ Floats = NDArray[Any]
 
 THINNEST = 1e-3
 """Pixels. An oriented box with a side that is not longer is degenerate: it overlaps nothing."""
-FARTHEST_EPSILON = 1e-7
+MAX_REACH, MAX_REACH_ORIENTED = 1e18, 1e8
+"""Pixels, of a box's coordinates in sum. float32 holds its square, and of an oriented box its fourth power; boxes beyond never win."""
+PROBIOU_EPSILON = 1e-7
 """Added within the Hellinger distance, so that the probabilistic IoU of boxes far apart is 0, not next to it."""
 
 
@@ -44,7 +46,7 @@ def pairwise_probiou(a: Floats, b: Floats) -> Floats:
     """Probabilistic IoU ``[n, m]`` of oriented boxes ``[n, 5]`` and ``[m, 5]``; 0 where a side is not above `THINNEST`.
 
     1 - the Hellinger distance of the boxes as normal distributions. Source: Llerena et al., "Gaussian Bounding Boxes and
-    Probabilistic Intersection-over-Union", 2021; with `FARTHEST_EPSILON`, as Ultralytics has it.
+    Probabilistic Intersection-over-Union", 2021; with `PROBIOU_EPSILON`, as Ultralytics has it.
     """
 
     def covariance(boxes: Floats) -> Floats:
@@ -64,7 +66,7 @@ def pairwise_probiou(a: Floats, b: Floats) -> Floats:
         spread = np.einsum("nmi,nmij,nmj->nm", apart, adjugate, apart) / determinant
         area = a[:, 2:4].prod(1)[:, None] * b[:, 2:4].prod(1)[None] / 144
         distance = spread / 4 + np.log(determinant / (4 * area)) / 2
-        overlap = 1 - np.sqrt(np.maximum(1 - np.exp(-distance) + FARTHEST_EPSILON, 0))
+        overlap = 1 - np.sqrt(np.maximum(1 - np.exp(-distance) + PROBIOU_EPSILON, 0))
     return np.where(thick & (overlap > 0), overlap, 0)
 
 

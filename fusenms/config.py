@@ -28,7 +28,7 @@ class PostprocessConfig:
         class_agnostic: suppress across classes, not only within one.
         multi_label: every class of a box above the threshold is a candidate, not only its best one.
         rounds: of the ``portable`` backend: rounds of suppression to unroll; None repeats until nothing changes. With a number
-            the graph has a further output, ``converged``.
+            the graph has one output more, ``converged``.
         masks: of a segmentation model: ``coefficients`` gives `mask_coefficients` and `prototypes`, ``prototype`` the masks themselves,
             at the prototypes' size.
         indices: add the output `indices`, the candidate that each row came from.

@@ -128,7 +128,7 @@ class Distances:
             )
 
     @property
-    def numbers(self) -> tuple[float, ...]:
+    def bin_values(self) -> tuple[float, ...]:
         """What each bin stands for."""
         return self.values or tuple(map(float, range(self.bins)))
 
@@ -195,7 +195,7 @@ BOX_DECODES: tuple[type[BoxDecode], ...] = (Decoded, Distances, AnchorBoxes, Gri
 
 @dataclass(frozen=True)
 class MaskTerms:
-    """Masks of instances: M ``coefficients`` of a candidate weigh the M ``prototypes`` ``[B, M, h, w]`` of the picture.
+    """Masks of instances: M ``coefficients`` of a candidate weigh the M ``prototypes`` ``[B, M, h, w]`` of the image.
 
     The mask is where their sum is above 0, within the candidate's box; a pixel of the prototypes is a square of the input.
     Source: Bolya et al., "YOLACT", 2019.
@@ -214,22 +214,22 @@ class MaskTerms:
 
 @dataclass(frozen=True)
 class KeypointTerms:
-    """Keypoints: the channels of ``values`` are x, y and, with ``numbers`` 3, the visibility of one point after the other.
+    """Keypoints: the channels of ``values`` are x, y and, with ``dims`` 3, the visibility of one point after the other.
 
     With a ``factor``: position = (factor * t + cell + point) * stride, as the cells of the layout's box decode have it, and visibility
     is a sigmoid. Without: finished, in pixels of the input, and the visibility a probability.
     """
 
     values: Tap
-    numbers: int
+    dims: int
     factor: float | None = None
     point: float = 0.0
 
     def __post_init__(self) -> None:
         _check_tap("values", self.values)
-        if type(self.numbers) is not int or self.numbers not in (2, 3) or self.values.channels % self.numbers:
+        if type(self.dims) is not int or self.dims not in (2, 3) or self.values.channels % self.dims:
             raise ConfigError(
-                f"keypoints of {self.numbers!r} numbers in {self.values.channels} channels; expected 2 or 3 (x, y, visibility) each"
+                f"keypoints of {self.dims!r} numbers in {self.values.channels} channels; expected 2 or 3 (x, y, visibility) each"
             )
         for name in ("factor", "point"):
             value = getattr(self, name)
@@ -239,7 +239,7 @@ class KeypointTerms:
     @property
     def count(self) -> int:
         """How many points there are."""
-        return self.values.channels // self.numbers
+        return self.values.channels // self.dims
 
 
 @dataclass(frozen=True)
@@ -398,19 +398,19 @@ class Layout:
         floats = np.dtype(np.float32)
         boxes = Output(contract.BOXES, floats, ("B", "K", 4 if self.angle is None else 5))
         own = [boxes if spec.name == contract.BOXES else spec for spec in others]
-        further = [contract.CONVERGED_OUTPUT] if config.rounds is not None else []
-        further += [contract.INDICES_OUTPUT] if config.indices else []
+        optional = [contract.CONVERGED_OUTPUT] if config.rounds is not None else []
+        optional += [contract.INDICES_OUTPUT] if config.indices else []
         if self.masks is not None and config.masks == "prototype":
-            further.append(Output(contract.MASKS, np.dtype(np.bool_), ("B", "K", "h", "w")))
+            optional.append(Output(contract.MASKS, np.dtype(np.bool_), ("B", "K", "h", "w")))
         elif self.masks is not None:
             count = self.masks.coefficients.channels
-            further.append(Output(contract.MASK_COEFFICIENTS, floats, ("B", "K", count)))
-            further.append(Output(contract.PROTOTYPES, floats, ("B", count, "h", "w")))
+            optional.append(Output(contract.MASK_COEFFICIENTS, floats, ("B", "K", count)))
+            optional.append(Output(contract.PROTOTYPES, floats, ("B", count, "h", "w")))
         if self.keypoints is not None:
-            shape = ("B", "K", self.keypoints.count, self.keypoints.numbers)
-            further.append(Output(contract.KEYPOINTS, floats, shape))
+            shape = ("B", "K", self.keypoints.count, self.keypoints.dims)
+            optional.append(Output(contract.KEYPOINTS, floats, shape))
         named = zip(config.output_names, (number, *own), strict=True)
-        return (*named, *((spec.name, spec) for spec in further))
+        return (*named, *((spec.name, spec) for spec in optional))
 
     @property
     def every_class(self) -> bool:
@@ -556,6 +556,8 @@ def _tap(values: dict[str, Any] | None) -> Tap | None:
 
 
 def _terms(kind: type[Any], tap: str, values: dict[str, Any] | None) -> Any:
+    if values is not None and kind is KeypointTerms and "numbers" in values:  # what `dims` was called in 0.1.0
+        values = {"dims" if name == "numbers" else name: value for name, value in values.items()}
     return None if values is None else kind(**values | {tap: Tap(**values[tap])})
 
 

@@ -21,12 +21,12 @@ from fusenms.fusion.backends import get_backend
 from fusenms.fusion.tail import fuse_head
 from fusenms.heads import raw_head, recognize
 from fusenms.layout import Layout
-from fusenms.runtime.pictures import list_pictures, load_tensor
+from fusenms.runtime.images import list_images, load_tensor
 from fusenms.sources import LoadFields, LoadOptions, load, options_from
 from fusenms.transforms.dynamic_batch import open_batch
 from fusenms.transforms.half_precision import PRECISIONS, to_half
 from fusenms.verification.agreement import agreement
-from fusenms.verification.checks import pictures_for, verify
+from fusenms.verification.checks import images_for, verify
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -81,7 +81,7 @@ def fuse(
     if unverified and images is not None:
         raise ConfigError("images are for verifying, and unverified leaves that out; leave one of them out")
     if isinstance(images, (str, os.PathLike)):
-        list_pictures(Path(images))  # fails early
+        list_images(Path(images))  # fails early
     raw, layout = _load(weights, options, loading)
     layout = layout or recognize(raw, family)
     raw = open_batch(raw, layout)
@@ -91,7 +91,7 @@ def fuse(
     tell(Fused(raw=raw, model=fused))
     arrays = _arrays(fused, images, raw)
     if full is not None:
-        found = agreement(full, fused, pictures_for(fused, arrays))
+        found = agreement(full, fused, images_for(fused, arrays))
         fused = replace(fused, notes=(*fused.notes, found.summary))
         tell(Compared(agreement=found, own_images=images is not None))
     if unverified:

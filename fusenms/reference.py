@@ -29,7 +29,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fusenms.boxes import FARTHEST_EPSILON, cxcywh_to_xyxy, ordered, pairwise_iou, pairwise_probiou
+from fusenms.boxes import (
+    MAX_REACH,
+    MAX_REACH_ORIENTED,
+    PROBIOU_EPSILON,
+    cxcywh_to_xyxy,
+    ordered,
+    pairwise_iou,
+    pairwise_probiou,
+)
 from fusenms.config import PostprocessConfig
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, TanhOffsets, Tap
 
@@ -48,8 +56,6 @@ BOX_TOLERANCE = 1e-3
 """Pixels, plus `BOX_RELATIVE` of the largest coordinate: measured differences stay below a tenth of it."""
 BOX_RELATIVE = 2e-6
 SCORE_TOLERANCE = 1e-5
-FARTHEST, FARTHEST_ORIENTED = 1e18, 1e8
-"""Pixels, of a box's coordinates in sum: float32 holds the square of it (of an oriented one, the fourth power), and not much more."""
 ANGLE_TOLERANCE = 1e-5
 """Radians; relative above one."""
 DISTANCE_ROUNDING = 4e-6
@@ -240,7 +246,7 @@ def keypoints(
     """Keypoints ``[n, P, D]`` of these candidates: x, y in pixels of the input, and the visibility where D is 3."""
     points = layout.keypoints
     assert points is not None
-    found = _channels(head, image, points.values)[numbers].reshape(len(numbers), points.count, points.numbers)
+    found = _channels(head, image, points.values)[numbers].reshape(len(numbers), points.count, points.dims)
     if points.factor is None:
         return found
     assert isinstance(layout.decode, Distances)
@@ -281,7 +287,7 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
         keep = usable[anchor, column] & ((key > threshold) | near)
     anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]
     order = np.argsort(-key, kind="stable")
-    finite = np.abs(found.boxes).sum(1) < (FARTHEST if found.boxes.shape[1] == 4 else FARTHEST_ORIENTED)
+    finite = np.abs(found.boxes).sum(1) < (MAX_REACH if found.boxes.shape[1] == 4 else MAX_REACH_ORIENTED)
     most = config.max_candidates if found.suppress else config.max_detections
     if len(order) > most:
         last = key[order[most - 1]]
@@ -329,7 +335,7 @@ def _iou_rounding(box: Floats, rivals: Floats) -> Floats:
 def _probiou_rounding(box: Floats, rivals: Floats, overlap: Floats) -> Floats:
     """The same for the probabilistic IoU: how fast it changes with the distance, and coordinates over the shortest side."""
     apart = 1 - overlap  # the Hellinger distance
-    distance = -np.log(np.maximum(1 + FARTHEST_EPSILON - apart**2, 1e-300))
+    distance = -np.log(np.maximum(1 + PROBIOU_EPSILON - apart**2, 1e-300))
     slope = np.exp(-distance) / (2 * np.maximum(apart, 1e-9))
     largest = np.maximum(np.abs(box[:4]).max(), np.abs(rivals[:, :4]).max(1))
     shortest = np.minimum(box[2:4].min(), rivals[:, 2:4].min(1))
@@ -368,7 +374,7 @@ def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
     if isinstance(decode, Distances):
         cells, strides, _ = _grid(decode.strides, size, 1)
         spread = terms.reshape(len(terms), 4, decode.bins)
-        distance = spread[:, :, 0] if decode.bins == 1 else (_softmax(spread) * np.array(decode.numbers)).sum(2)
+        distance = spread[:, :, 0] if decode.bins == 1 else (_softmax(spread) * np.array(decode.bin_values)).sum(2)
         center = cells + decode.point
         return ordered(np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None])
     if isinstance(decode, (GridOffsets, TanhOffsets)):
@@ -399,7 +405,7 @@ def _oriented(terms: Floats, angle: Floats, layout: Layout, size: tuple[int, int
     cells, strides, _ = _grid(layout.decode.strides, size, 1)
     spread = terms.reshape(len(terms), 4, layout.decode.bins)
     left, top, right, bottom = (
-        spread[:, :, 0] if layout.decode.bins == 1 else (_softmax(spread) * np.array(layout.decode.numbers)).sum(2)
+        spread[:, :, 0] if layout.decode.bins == 1 else (_softmax(spread) * np.array(layout.decode.bin_values)).sum(2)
     ).T
     with np.errstate(invalid="ignore"):
         turned = (((right - left) + 1j * (bottom - top)) / 2) * np.exp(1j * angle[:, 0])  # a turn of the plane

@@ -97,8 +97,8 @@ def _parity(folder: Path, file: str) -> str:
 
     values = np.load(golden)
     network = network_of(load_checkpoint(folder / file), name)
-    pictures = values["input"] if "input" in values else values["letterboxed_rgb_uint8"].transpose(2, 0, 1)[None]
-    images = pictures.astype(np.float32) / 255
+    pixels = values["input"] if "input" in values else values["letterboxed_rgb_uint8"].transpose(2, 0, 1)[None]
+    images = pixels.astype(np.float32) / 255
     with torch.no_grad():
         taps = [t.numpy() for t in network.module(torch.from_numpy(images))]
     head = dict(zip(network.layout.sources, taps, strict=True))

@@ -70,7 +70,9 @@ def digests(file: Path) -> dict[str, str]:
         except fusenms.FusenmsError as error:
             made[f"{loading}, layout"] = type(error).__name__
             continue
-        made[f"{loading}, layout"] = hashlib.sha256(json.dumps(layout.to_dict()).encode()).hexdigest()
+        made[f"{loading}, layout"] = hashlib.sha256(
+            json.dumps(layout.to_dict()).replace('"dims"', '"numbers"').encode()
+        ).hexdigest()
         variants = {"": raw}
         if not options and (half := attempt(lambda raw=raw, layout=layout: to_half(raw, layout))):
             variants["fp16"] = half

@@ -37,7 +37,7 @@ GUARD = 64  # elements before and after every array, which nothing may write to
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Settings, Arrays, tuple[int, int]], dict[str, np.ndarray]]
-"""Settings, the node's inputs by name, and (height, width) of the picture to the node's outputs by name."""
+"""Settings, the node's inputs by name, and (height, width) of the image to the node's outputs by name."""
 
 
 def compiler() -> list[str] | None:
@@ -133,8 +133,8 @@ class OnGpu:
             self._kernels = gpu.kernels(ptx, "fused_nms_select", "fused_nms_suppress")
         else:
             self._kernels = like._kernels
-        picture = classes_at  # stands for it; it is not read
-        head = [classes_at, objectness, background, boxes, angle, picture]
+        image = classes_at  # stands for it; it is not read
+        head = [classes_at, objectness, background, boxes, angle, image]
         self._select = head, [self.candidates, *size], [keys, counts, decoded]
         self._suppress = [keys, counts, decoded], [self.candidates], [*self._made, kept]
 
@@ -206,7 +206,7 @@ class KernelRunner:
         if self._before is not None:
             known |= self._before.run({name: inputs[name] for name in self._before.inputs})
         given = dict(zip(INPUTS, (known[name] for name in self.node.input), strict=True))
-        size = (self.settings.height, self.settings.width) if self.settings.height else given["picture"].shape[2:]
+        size = (self.settings.height, self.settings.width) if self.settings.height else given["image"].shape[2:]
         known |= dict(zip(self.node.output, self._run(self.settings, given, size).values(), strict=True))
         if self._after is not None:
             known |= self._after.run({name: known[name] for name in self._after.inputs})

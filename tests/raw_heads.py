@@ -1,4 +1,4 @@
-"""Tiny raw models, one per layout: every head tensor comes from one convolution of the picture per level.
+"""Tiny raw models, one per layout: every head tensor comes from one convolution of the image per level.
 
 A test sets exact boxes and scores by cutting the fused model before the head (`tail_of`) and feeding head tensors.
 """

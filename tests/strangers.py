@@ -24,7 +24,7 @@ def flat(maps: list[Tensor]) -> Tensor:
 
 
 class Stranger(nn.Module):
-    """Convolutions of the picture, one a level; class channels say "nothing" of most cells."""
+    """Convolutions of the image, one a level; class channels say "nothing" of most cells."""
 
     family = ""
     strides = STRIDES
@@ -109,7 +109,7 @@ class YoloNas(Stranger):
 
 
 class PpYoloe(YoloNas):
-    """Scores by class first; boxes are divided by the factor that the picture was scaled by."""
+    """Scores by class first; boxes are divided by the factor that the image was scaled by."""
 
     inputs = ("images", "scale_factor")
 
@@ -201,7 +201,7 @@ class Rows(YoloNas):
 
 
 class RowsApart(Rows):
-    """Three outputs; boxes are scaled by the pictures' size, width first."""
+    """Three outputs; boxes are scaled by the images' size, width first."""
 
     inputs = ("images", "orig_target_sizes")
 

@@ -107,7 +107,7 @@ def test_default_shape(tmp_path, fused_file):
         '<ir_version: 8, opset_import: ["" : 17]> m (float[a] x) => (float[a] y) { y = Abs (x) }'
     )
     onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(InputError, match=r"does not take a batch of pictures"):
+    with pytest.raises(InputError, match=r"does not take a batch of images"):
         default_shape(tmp_path / "m.onnx")
 
 
@@ -133,7 +133,7 @@ def test_command_refuses_before_it_measures(tmp_path, fused_file, capsys):
     frozen = write(Decoded(), tmp_path / "frozen.onnx", dynamic=False)
     other = fuse(SHAPES / "shapes.pt", size=128).save(tmp_path / "other.ort.onnx")
     for arguments, message in (
-        ([str(fused_file), str(other)], "pictures of different sizes (64x64, 128x128)"),
+        ([str(fused_file), str(other)], "images of different sizes (64x64, 128x128)"),
         ([str(fused_file), "--plot", "x.jpg"], "unknown format '.jpg'; expected .png, .svg or .pdf"),
         ([str(fused_file), "--plot", "nowhere/x.png"], "the folder nowhere does not exist"),
         (["missing.onnx"], "cannot be read"),

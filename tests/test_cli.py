@@ -131,7 +131,7 @@ def test_detect_prints_and_draws(fused_file, capsys):
     assert sorted(os.listdir("out")) == ["shapes0.jpg", "shapes1.jpg"]
 
 
-def test_detect_json_has_boxes_in_pixels_of_the_picture(fused_file, capsys):
+def test_detect_json_has_boxes_in_pixels_of_the_image(fused_file, capsys):
     assert main(["detect", str(fused_file), str(SHAPES / "shapes0.jpg"), "--json", "--no-draw"]) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]
     assert (image["width"], image["height"]) == (640, 480)
@@ -178,7 +178,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
     (folder / "folder").mkdir()
     (folder / "own.pt").write_bytes(raw)
     (folder / "link.onnx").symlink_to(folder / "own.pt")
-    (folder / "picture.jpg").write_text("no picture")
+    (folder / "image.jpg").write_text("no image")
     nan = tiny()
     nan["model"].model[0].conv.weight.data.fill_(float("nan"))
     torch.save(nan, folder / "nan.pt")
@@ -208,10 +208,10 @@ def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
         "size": ([WEIGHTS, "--size", "100"], "expected multiples of the stride 32"),
         "no folder": ([WEIGHTS, "-o", "no/where.onnx"], "the folder no does not exist"),
         "output is a directory": ([WEIGHTS, "-o", "folder"], "is a directory; expected a file to write"),
-        "no pictures": ([WEIGHTS, "--images", "folder"], "has no pictures"),
-        "bad picture": (["detect", "fused.onnx", "picture.jpg"], "picture.jpg: not a readable picture"),
-        "missing picture": (["detect", "fused.onnx", "gone.jpg"], "gone.jpg: cannot be read"),
-        "raw weights to detect": (["detect", "text.onnx", "picture.jpg"], "not a readable ONNX file"),
+        "no images": ([WEIGHTS, "--images", "folder"], "has no images"),
+        "bad image": (["detect", "fused.onnx", "image.jpg"], "image.jpg: not a readable image"),
+        "missing image": (["detect", "fused.onnx", "gone.jpg"], "gone.jpg: cannot be read"),
+        "raw weights to detect": (["detect", "text.onnx", "image.jpg"], "not a readable ONNX file"),
         "inspect missing": (["inspect", "nowhere.onnx"], "nowhere.onnx: no such file"),
         "verify missing": (["verify", "nowhere.onnx"], "nowhere.onnx: cannot be read"),
         "verify a checkpoint": (["verify", WEIGHTS], "is a checkpoint; expected an .onnx file: make one with"),

@@ -20,9 +20,9 @@ from fusenms import Detections, Detector, FusedModel, fuse
 from fusenms.errors import BackendUnavailableError, InputError, SourceError, UnsupportedByBackendError
 from fusenms.limits import Limits
 from fusenms.runtime.drawing import draw
-from fusenms.runtime.pictures import letterbox, read_picture
+from fusenms.runtime.images import letterbox, read_image
 
-PICTURE = SHAPES / "shapes0.jpg"
+IMAGE = SHAPES / "shapes0.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_nothing_found_is_empty_arrays(detect):
 def test_path_array_and_pil_image_give_the_same(detect):
     from PIL import Image
 
-    array = read_picture(PICTURE)
-    a, b, c = detect([PICTURE, array, Image.fromarray(array)])
+    array = read_image(IMAGE)
+    a, b, c = detect([IMAGE, array, Image.fromarray(array)])
     assert len(a) > 5
     for other in (b, c):
         np.testing.assert_array_equal(a.boxes, other.boxes)
@@ -59,7 +59,7 @@ def test_path_array_and_pil_image_give_the_same(detect):
 
 
 def test_boxes_are_where_the_shapes_are(detect):
-    """Pictures drawn here, with known boxes: most are found, at their place, in the picture's own pixels."""
+    """Images drawn here, with known boxes: most are found, at their place, in the image's own pixels."""
     import sys
 
     sys.path.insert(0, str(SHAPES))
@@ -76,8 +76,8 @@ def test_boxes_are_where_the_shapes_are(detect):
     assert hits / total > 0.6, (hits, total)
 
 
-def test_batches_give_what_single_pictures_give(path):
-    images = [read_picture(SHAPES / f"shapes{i % 2}.jpg")[: 200 + 20 * i] for i in range(7)]
+def test_batches_give_what_single_images_give(path):
+    images = [read_image(SHAPES / f"shapes{i % 2}.jpg")[: 200 + 20 * i] for i in range(7)]
     with Detector(path, batch_size=3) as threes, Detector(path, batch_size=1) as ones:
         for a, b in zip(threes(images), ones(images), strict=True):
             np.testing.assert_array_equal(a.labels, b.labels)
@@ -85,7 +85,7 @@ def test_batches_give_what_single_pictures_give(path):
 
 
 def test_threads_get_their_own_results(detect):
-    images = [read_picture(SHAPES / f"shapes{i}.jpg") for i in range(2)]
+    images = [read_image(SHAPES / f"shapes{i}.jpg") for i in range(2)]
     expected = [detect(image)[0].boxes for image in images]
     wrong: list[int] = []
 
@@ -105,11 +105,11 @@ def test_threads_get_their_own_results(detect):
 def test_names_preset_is_read_from_the_file(tmp_path):
     file = fuse(SHAPES / "shapes.pt", output_preset="tensorrt").save(tmp_path / "f.onnx")
     with Detector(file) as detect:
-        assert len(detect(PICTURE)[0]) > 5
+        assert len(detect(IMAGE)[0]) > 5
 
 
-def test_gray_picture_is_taken(detect):
-    gray = cv2.imread(str(PICTURE), cv2.IMREAD_GRAYSCALE)
+def test_gray_image_is_taken(detect):
+    gray = cv2.imread(str(IMAGE), cv2.IMREAD_GRAYSCALE)
     assert isinstance(detect(gray)[0], Detections)
 
 
@@ -121,11 +121,11 @@ def test_gray_picture_is_taken(detect):
         (np.zeros((0, 4, 3), np.uint8), "expected uint8"),
         ([3], "found int; expected a path"),
         (["nowhere.jpg"], "nowhere.jpg: cannot be read"),
-        ([__file__], "not a readable picture"),
+        ([__file__], "not a readable image"),
         ([Path(__file__).parent], "is a directory"),
     ],
 )
-def test_error_when_not_a_picture(detect, image, message):
+def test_error_when_not_a_image(detect, image, message):
     with pytest.raises(InputError, match=message):
         detect(image)
 
@@ -142,7 +142,7 @@ def test_end_to_end_file_for_trt_runs_here(zoo, tmp_path):
         tmp_path / "f.onnx", unverified=True
     )
     with Detector(file) as detect:
-        assert len(detect(PICTURE)[0])
+        assert len(detect(IMAGE)[0])
 
 
 def test_error_when_provider_is_missing(path):
@@ -161,11 +161,11 @@ def test_letterbox_maps_boxes_back(shape):
     canvas, place = letterbox(image, 320, 320)
     assert canvas.shape == (320, 320, 3)
     corners = [place.left, place.top, place.left + place.inner_width, place.top + place.inner_height]
-    np.testing.assert_allclose(place.to_picture(np.array([corners], float)), [[0, 0, shape[1], shape[0]]], atol=1e-4)
+    np.testing.assert_allclose(place.to_image(np.array([corners], float)), [[0, 0, shape[1], shape[0]]], atol=1e-4)
 
 
-def test_drawing_leaves_the_picture_alone(detect):
-    image = read_picture(PICTURE)
+def test_drawing_leaves_the_image_alone(detect):
+    image = read_image(IMAGE)
     before = image.copy()
     drawn = draw(image, detect(image)[0])
     np.testing.assert_array_equal(image, before)
@@ -176,9 +176,9 @@ def detections_of_golden(values):
     return values["detections"] if isinstance(values, dict) else values
 
 
-def check_golden(detector: Detector, rows, picture: Path) -> list[str]:
-    """Every difference from the golden rows (box 0.5 px, score 2e-3, same label), as text. Those of RT-DETR reach out of the picture."""
-    image = read_picture(picture)
+def check_golden(detector: Detector, rows, file: Path) -> list[str]:
+    """Every difference from the golden rows (box 0.5 px, score 2e-3, same label), as text. Those of RT-DETR reach out of the image."""
+    image = read_image(file)
     sides = [image.shape[1], image.shape[0]] * 2
     rows = [row | {"box": np.clip(row["box"], 0, sides)} for row in rows]
     found, left, problems = detector(image)[0], list(range(len(rows))), []
@@ -187,8 +187,8 @@ def check_golden(detector: Detector, rows, picture: Path) -> list[str]:
         if near and abs(rows[near[0]]["score"] - score) <= 2e-3:
             left.remove(near[0])
         else:
-            problems.append(f"{picture.name}: not in the golden: label {label} score {score:.4f} box {box}")
-    return problems + [f"{picture.name}: missing {rows[i]}" for i in left]
+            problems.append(f"{file.name}: not in the golden: label {label} score {score:.4f} box {box}")
+    return problems + [f"{file.name}: missing {rows[i]}" for i in left]
 
 
 def test_equals_ultralytics_on_every_photo(zoo, tmp_path):
@@ -247,16 +247,16 @@ def test_strangers_find_what_their_files_came_with(zoo, tmp_path, file):
     with Detector(fused.save(tmp_path / "f.onnx", unverified=True)) as detector:
         for name in ("bus", "zidane"):
             rows = entry.get(f"expected_{name}_jpg", [])
-            picture = read_picture(zoo / "photos" / f"{name}.jpg")
-            if how.get("at") == "corner":  # its authors put the picture into the top left corner
-                side = max(picture.shape[:2])
-                picture = np.pad(
-                    picture, ((0, side - picture.shape[0]), (0, side - picture.shape[1]), (0, 0)), constant_values=114
+            image = read_image(zoo / "photos" / f"{name}.jpg")
+            if how.get("at") == "corner":  # its authors put the image into the top left corner
+                side = max(image.shape[:2])
+                image = np.pad(
+                    image, ((0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)), constant_values=114
                 )
-            found = detector(picture)[0]
+            found = detector(image)[0]
             assert len(found) == len(rows) or not rows
             for label, score, *box in rows:
-                clipped = np.clip(box, 0, [picture.shape[1], picture.shape[0]] * 2)
+                clipped = np.clip(box, 0, [image.shape[1], image.shape[0]] * 2)
                 far = np.abs(found.boxes - clipped).max(1) + 1e3 * (np.abs(found.scores - score) > 2e-3)
                 assert far.min() < 1.5, (label, score, box)
                 assert not isinstance(label, int) or found.labels[far.argmin()] == label
@@ -265,7 +265,7 @@ def test_strangers_find_what_their_files_came_with(zoo, tmp_path, file):
 def test_real_checkpoint_at_every_batch_size_is_as_alone(zoo, tmp_path):
     """Photos through the real network: each image's rows do not depend on what stands beside it."""
     from fusenms.graph.session import OnnxRuntimeRunner
-    from fusenms.runtime.pictures import load_tensor
+    from fusenms.runtime.images import load_tensor
 
     images = np.resize(load_tensor(zoo / "coco" / "images", 640, 640, False)[:16], (16, 3, 640, 640))
     runner = OnnxRuntimeRunner(fuse(zoo / "derived" / "yolov8n.pt", unverified=True).model)
@@ -282,14 +282,14 @@ def test_real_checkpoint_at_every_batch_size_is_as_alone(zoo, tmp_path):
 def test_pil_image_is_turned_and_scaled_as_the_file_is(tmp_path, detect):
     from PIL import Image
 
-    image = Image.open(PICTURE)
+    image = Image.open(IMAGE)
     exif = image.getexif()
     exif[0x0112] = 6  # turn by 90 degrees
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    deep = cv2.cvtColor(cv2.imread(str(PICTURE)), cv2.COLOR_BGR2GRAY).astype(np.uint16) * 256
+    deep = cv2.cvtColor(cv2.imread(str(IMAGE)), cv2.COLOR_BGR2GRAY).astype(np.uint16) * 256
     cv2.imwrite(str(tmp_path / "deep.png"), deep)
     for name in ("turned.jpg", "deep.png"):
-        np.testing.assert_array_equal(read_picture(tmp_path / name), read_picture(Image.open(tmp_path / name)))
+        np.testing.assert_array_equal(read_image(tmp_path / name), read_image(Image.open(tmp_path / name)))
 
 
 def test_error_when_closed(path):
@@ -297,7 +297,7 @@ def test_error_when_closed(path):
     detector.close()
     detector.close()
     with pytest.raises(InputError, match="the detector is closed"):
-        detector(PICTURE)
+        detector(IMAGE)
 
 
 def test_error_when_providers_is_text(path):
@@ -306,7 +306,7 @@ def test_error_when_providers_is_text(path):
 
 
 def test_quantized_model_is_run_one_by_one(zoo, tmp_path):
-    """Dynamic quantization takes its ranges over the batch; a picture must not depend on its neighbors."""
+    """Dynamic quantization takes its ranges over the batch; an image must not depend on its neighbors."""
     file = fuse(zoo / "yolov8n_dynint8_640.onnx", make_dynamic=True).save(tmp_path / "q.onnx")
     bus, zidane = zoo / "photos" / "bus.jpg", zoo / "photos" / "zidane.jpg"
     with Detector(file) as detect:
@@ -333,7 +333,7 @@ def test_fuse_runs_in_several_threads():
 
 
 def test_close_while_others_call_gives_results_or_input_error(path):
-    image, wrong = read_picture(PICTURE), []
+    image, wrong = read_image(IMAGE), []
     for delay in (0.0, 0.002, 0.005, 0.01, 0.02):
         detector = Detector(path, threads=1)
 
@@ -365,7 +365,7 @@ def test_closed_before_images_are_read(path):
 
 def test_error_of_the_users_own_generator_passes_unchanged(detect):
     def images():
-        yield PICTURE
+        yield IMAGE
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
@@ -377,10 +377,10 @@ def test_pickled_detector_opens_its_file_again(path, detect, monkeypatch, tmp_pa
         data = pickle.dumps(detector)
     monkeypatch.chdir(tmp_path)
     with pickle.loads(data) as again:
-        image = read_picture(PICTURE)[:90, :90]
+        image = read_image(IMAGE)[:90, :90]
         np.testing.assert_array_equal(again(image)[0].boxes, detect(image)[0].boxes)
         with pytest.raises(InputError, match="expected at most 10000"):
-            again(PICTURE)
+            again(IMAGE)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -408,7 +408,7 @@ def test_copy_is_closed_on_its_own(path, copied):
     detector = Detector(path)
     other = copied(detector)
     detector.close()
-    assert len(other(PICTURE)[0]) > 5
+    assert len(other(IMAGE)[0]) > 5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
@@ -419,10 +419,10 @@ import os, sys
 from fusenms import Detector
 from fusenms.errors import InputError
 detect = Detector({str(path)!r}, threads={threads})
-detect({str(PICTURE)!r})
+detect({str(IMAGE)!r})
 if os.fork() == 0:
     try:
-        print("found" if len(detect({str(PICTURE)!r})[0]) else "nothing", flush=True)
+        print("found" if len(detect({str(IMAGE)!r})[0]) else "nothing", flush=True)
     except InputError as error:
         print("forked" if "forked" in str(error) else error, flush=True)
     os._exit(0)

@@ -30,7 +30,7 @@ from fusenms.errors import (
     UnsupportedByBackendError,
 )
 from fusenms.fusion.backends.trt import PLUGIN
-from fusenms.runtime.pictures import letterbox, read_picture, stretched, to_tensor
+from fusenms.runtime.images import letterbox, read_image, stretched, to_tensor
 from fusenms.verification.agreement import Agreement
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
@@ -421,20 +421,20 @@ def test_engine_that_nobody_asked_for_may_fail(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("stretch", [False, True])
-def test_engine_gets_its_pictures_as_the_detector_fits_them(tmp_path, monkeypatch, stretch):
+def test_engine_gets_its_images_as_the_detector_fits_them(tmp_path, monkeypatch, stretch):
     fused = fuse(SHAPES / "shapes.pt", size=64, backend="portable", stretch=stretch, unverified=True)
     build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH).save(tmp_path / "m.rtx")
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes((SHAPES / "shapes0.jpg").read_bytes())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes((SHAPES / "shapes0.jpg").read_bytes())
     given = []
     monkeypatch.setattr(
         "fusenms.cli.verify.compare_engine",
         lambda path, images: given.append(images) or [(1, Agreement(1, 3, 3, 3, 0.0, 0.0))],
     )
-    assert main(["verify", str(tmp_path / "m.rtx"), "--images", str(tmp_path / "pictures")]) == 0
+    assert main(["verify", str(tmp_path / "m.rtx"), "--images", str(tmp_path / "images")]) == 0
     fit = stretched if stretch else letterbox
-    np.testing.assert_array_equal(given[0], to_tensor([fit(read_picture(SHAPES / "shapes0.jpg"), 64, 64)[0]]))
-    assert not np.array_equal(*(f(read_picture(SHAPES / "shapes0.jpg"), 64, 64)[0] for f in (letterbox, stretched)))
+    np.testing.assert_array_equal(given[0], to_tensor([fit(read_image(SHAPES / "shapes0.jpg"), 64, 64)[0]]))
+    assert not np.array_equal(*(f(read_image(SHAPES / "shapes0.jpg"), 64, 64)[0] for f in (letterbox, stretched)))
 
 
 @pytest.mark.parametrize(

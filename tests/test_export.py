@@ -10,7 +10,7 @@ from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import Rows, candidates, postprocess
-from fusenms.runtime.pictures import read_picture, to_tensor
+from fusenms.runtime.images import read_image, to_tensor
 from fusenms.sources import export as export_module
 
 
@@ -91,12 +91,12 @@ def test_parity_sees_a_wrong_weight(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["ort", "portable"])
 def test_dynamic_size_finds_the_same_at_sizes_that_are_no_multiple_of_the_stride(backend):
-    """The last cells of a level then reach over the edge: a picture cut to 250 pixels keeps its boxes where they were."""
+    """The last cells of a level then reach over the edge: an image cut to 250 pixels keeps its boxes where they were."""
     fused = fuse(SHAPES / "shapes.pt", size=256, dynamic_size=True, backend=backend, unverified=True)
     runner = OnnxRuntimeRunner(with_outputs(fused.model, fused.layout.tensors))
-    picture = read_picture(SHAPES / "shapes0.jpg")[:256, :256]
+    image = read_image(SHAPES / "shapes0.jpg")[:256, :256]
     for height, width in ((256, 256), (250, 250), (256, 250), (31, 31)):
-        outputs = runner.infer(to_tensor([picture[:height, :width]]))
+        outputs = runner.infer(to_tensor([image[:height, :width]]))
         count = int(outputs["num_detections"][0, 0])
         found = Rows(outputs["boxes"][0, :count], outputs["scores"][0, :count], outputs["labels"][0, :count])
         head = {name: outputs[name] for name in fused.layout.tensors}
@@ -104,6 +104,6 @@ def test_dynamic_size_finds_the_same_at_sizes_that_are_no_multiple_of_the_stride
         assert count == len(expected)
         np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
         if (height, width) == (256, 250):
-            wide = runner.infer(to_tensor([picture]))
+            wide = runner.infer(to_tensor([image]))
             near = np.abs(wide["boxes"][0][:, None] - found.boxes[None]).max(2).min(1)
             assert (near < 12).sum() > count / 2  # a cut edge moves boxes a little; a wrong grid moves all of them far

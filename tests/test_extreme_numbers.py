@@ -319,11 +319,11 @@ def test_overflow_of_a_half_precision_network_is_no_detection(backend):
         pixels=Pixels(),
     )
     fused = fuse(to_half(raw, layout), layout=layout, config=PostprocessConfig(), backend=backend, unverified=True)
-    pictures = np.full((1, 3, SIZE, SIZE), -9, np.float32)
-    pictures[0, 0, 0, :2] = [65000.0, 70000.0]
+    batch = np.full((1, 3, SIZE, SIZE), -9, np.float32)
+    batch[0, 0, 0, :2] = [65000.0, 70000.0]
     runner = OnnxRuntimeRunner(get_backend(backend).to_standard(get_backend(backend).in_float(fused.model), fused))
-    assert runner.infer(pictures)["num_detections"].tolist() == [[1]]
-    assert verify(fused, images=pictures)
+    assert runner.infer(batch)["num_detections"].tolist() == [[1]]
+    assert verify(fused, images=batch)
 
 
 # What a layout or a setting cannot be.

@@ -275,7 +275,7 @@ def test_heads_of_other_tasks_are_taken_before_their_decode(tmp_path, task, turn
     if task == "segment":
         assert layout.masks.coefficients.tensor != layout.boxes.tensor
     elif task == "pose":
-        assert (layout.keypoints.factor, layout.keypoints.numbers) == (2.0, 3)
+        assert (layout.keypoints.factor, layout.keypoints.dims) == (2.0, 3)
     else:
         assert layout.angle.sigmoid
 

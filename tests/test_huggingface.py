@@ -16,7 +16,7 @@ from fusenms.artifacts.preprocessing import PIXELS, Pixels
 from fusenms.errors import ConfigError, SourceError
 from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.session import OnnxRuntimeRunner
-from fusenms.runtime.pictures import to_tensor
+from fusenms.runtime.images import to_tensor
 from fusenms.sources.huggingface import SIGMOID, SOFTMAX
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'fusenms[hf]')")
@@ -217,10 +217,10 @@ def test_error_when_the_network_does_not_run(folder, tmp_path):
 
 def test_detector_stretches_and_maps_back(folder, tmp_path):
     file = fuse(folder("rt_detr")[0], score_threshold=0.01).save(tmp_path / "f.onnx")
-    picture = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
     with Detector(file) as detect:
-        found = detect(picture)[0]
-    squeezed = cv2.resize(picture, SIZE[::-1], interpolation=cv2.INTER_LINEAR)
+        found = detect(image)[0]
+    squeezed = cv2.resize(image, SIZE[::-1], interpolation=cv2.INTER_LINEAR)
     outputs = OnnxRuntimeRunner(load_fused(file).model).infer(to_tensor([squeezed]))
     count = int(outputs["num_detections"][0, 0])
     assert len(found) == count > 0

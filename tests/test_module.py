@@ -73,7 +73,7 @@ def test_queries_in_any_order_are_equal():
 
 
 class Overhanging(nn.Module):
-    """Levels whose last cells reach over the edge of a picture of 60 pixels; boxes as distances in bins."""
+    """Levels whose last cells reach over the edge of an image of 60 pixels; boxes as distances in bins."""
 
     def __init__(self):
         super().__init__()

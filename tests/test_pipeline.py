@@ -44,7 +44,7 @@ def test_each_step_is_told_and_logged(raw, caplog):
 
 
 def test_a_report_with_mismatches_is_told_and_raised(raw, monkeypatch):
-    wrong = Report((Check(batch=1, image=0, scene="random", problems=("row 0 differs",)),), (1,))
+    wrong = Report((Check(batch=1, image=0, case="random", problems=("row 0 differs",)),), (1,))
     monkeypatch.setattr("fusenms.pipeline.verify", lambda *_, **__: wrong)
     events = []
     with pytest.raises(VerificationError, match="row 0 differs"):

@@ -28,7 +28,7 @@ from fusenms.fusion.candidates import Head
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
 from fusenms.reference import Rows, candidates, postprocess
-from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+from fusenms.runtime.images import letterbox, read_image, to_tensor
 from fusenms.transforms.half_precision import to_half
 from fusenms.verification import checks as verification
 from fusenms.verification.synthetic_heads import Stage, heads
@@ -122,7 +122,7 @@ def test_kernels_read_a_network_in_half_precision_without_casts(tmp_path, segmen
     more = {"size": 64, "precision": "fp16", "score_threshold": 0.01, "indices": True, "multi_label": True}
     fused = fuse(weights, backend="plugin", **more)
     assert set(node_of(fused.model).input) == {"head_classes/float16", "head_boxes/float16"}
-    images = to_tensor([letterbox(read_picture(SHAPES / f"shapes{i}.jpg"), 64, 64)[0] for i in (0, 1)])
+    images = to_tensor([letterbox(read_image(SHAPES / f"shapes{i}.jpg"), 64, 64)[0] for i in (0, 1)])
     outputs = KernelRunner(fused.model, on_cpu(3)).infer(images)
     expected = OnnxRuntimeRunner(PLUGGED.to_standard(fused.model, fused)).infer(images)
     assert list(outputs) == list(expected)
@@ -172,7 +172,7 @@ def big_layout(axis=1, classes=80):
 
 
 def big_run(scenes, layout, seed=0, half=False, schedule=0, side=640, **config):
-    """Outputs of the kernels on made-up heads of a 640 pixel picture, and the reference's detections of each image."""
+    """Outputs of the kernels on made-up heads of a 640 pixel image, and the reference's detections of each image."""
     settings, count = PostprocessConfig(**config), sum((side // s) ** 2 for s in STRIDES)
     image = ImageInput("images", side, side, 32)
     axis, classes = layout.classes.channel_axis, layout.classes.channels
@@ -352,7 +352,7 @@ def test_head_with_more_than_the_kernels_have_room_for_is_refused(decode, channe
         settings_of(head, PostprocessConfig())
 
 
-def test_boxes_that_are_finished_need_no_picture():
+def test_boxes_that_are_finished_need_no_image():
     layout = Layout("t", Tap("b", 2, 0, 4), Tap("c", 2, 0, 3), None, Activation.NONE, Decoded(BoxFormat.XYXY))
     settings = settings_of(
         Head(layout, ImageInput("x", 64, 96, 32, dynamic_size=True), {"b": 4, "c": 3}, None), PostprocessConfig()

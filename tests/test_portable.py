@@ -1,4 +1,4 @@
-"""Suppression from plain tensor operators equals greedy suppression, whatever the scene; with rounds, it says where it does not."""
+"""Suppression from plain tensor operators equals greedy suppression, whatever the case; with rounds, it says where it does not."""
 
 from __future__ import annotations
 
@@ -82,18 +82,18 @@ class Tail:
         return got
 
 
-def random_scene(rng, count):
+def random_case(rng, count):
     low = rng.uniform(0, 300, (count, 2))
     return np.hstack((low, low + rng.uniform(1, 120, (count, 2)))), rng.uniform(0, 1, (count, CLASSES))
 
 
-def dense_scene(rng, count):
+def dense_case(rng, count):
     center = rng.uniform(50, 250, (12, 2))[rng.integers(12, size=count)] + rng.normal(0, 4, (count, 2))
     size = rng.uniform(30, 60, (count, 2))
     return np.hstack((center - size / 2, center + size / 2)), rng.uniform(0.2, 1, (count, CLASSES))
 
 
-def chain_scene(rng, count):
+def chain_case(rng, count):
     """Each box overlaps the next one enough, and no other; the best is at one end, so that every second one stays."""
     start = 8.0 * np.arange(count)
     boxes = np.stack((start, np.zeros(count), start + 32, np.full(count, 16.0)), 1)
@@ -103,12 +103,12 @@ def chain_scene(rng, count):
     return boxes[order], scores[order]
 
 
-def tied_scene(rng, count):
+def tied_case(rng, count):
     boxes = rng.integers(0, 12, (count, 2)) * 8.0
     return np.hstack((boxes, boxes + 24)), rng.choice([0.0, 0.5, 0.75], (count, CLASSES))
 
 
-def threshold_scene(rng, count):
+def threshold_case(rng, count):
     """Boxes in pairs; the small one lies in the big one and has exactly half of its area."""
     corner = np.stack((64.0 * (np.arange(count) // 2), np.zeros(count)), 1)
     size = np.where(np.arange(count)[:, None] % 2 == 0, [32.0, 16.0], [16.0, 16.0])
@@ -117,21 +117,21 @@ def threshold_scene(rng, count):
     return np.hstack((corner, corner + size)), scores
 
 
-def quiet_scene(rng, count):
-    boxes, scores = random_scene(rng, count)
+def quiet_case(rng, count):
+    boxes, scores = random_case(rng, count)
     scores[rng.integers(2) :] = 0.0  # one candidate, or none
     return boxes, scores
 
 
-def flat_scene(rng, count):
+def flat_case(rng, count):
     """Boxes without area, and points."""
-    boxes, scores = random_scene(rng, count)
+    boxes, scores = random_case(rng, count)
     boxes[:, 2] = np.where(rng.random(count) < 0.5, boxes[:, 0], boxes[:, 2])
     boxes[:, 3] = np.where(rng.random(count) < 0.3, boxes[:, 1] - 5, boxes[:, 3])
     return boxes, scores
 
 
-SCENES = (random_scene, dense_scene, chain_scene, tied_scene, threshold_scene, quiet_scene, flat_scene)
+CASES = (random_case, dense_case, chain_case, tied_case, threshold_case, quiet_case, flat_case)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +146,12 @@ SCENES = (random_scene, dense_scene, chain_scene, tied_scene, threshold_scene, q
     ],
     ids=str,
 )
-def test_no_row_differs_in_a_thousand_scenes(config):
+def test_no_row_differs_in_a_thousand_cases(config):
     rng = np.random.default_rng(5)
     tail, done = Tail(140, **config), 0
     while done < 200:
         batch = int(rng.integers(1, 17))
-        pairs = [SCENES[(done + i) % len(SCENES)](rng, 140) for i in range(batch)]
+        pairs = [CASES[(done + i) % len(CASES)](rng, 140) for i in range(batch)]
         tail.compare(np.stack([b for b, _ in pairs]), np.stack([s for _, s in pairs]), excuse=True)
         done += batch
 
@@ -161,7 +161,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch, size):
     monkeypatch.setattr(portable, "BLOCK", size)
     rng = np.random.default_rng(6)
     tail = Tail(100)
-    pairs = [scene(rng, 100) for scene in SCENES]
+    pairs = [case(rng, 100) for case in CASES]
     tail.compare(np.stack([b for b, _ in pairs]), np.stack([s for _, s in pairs]), excuse=True)
 
 
@@ -169,8 +169,8 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch, size):
 def test_any_number_of_candidates(count):
     rng = np.random.default_rng(count)
     tail = Tail(count, max_detections=64)
-    for scene in SCENES:
-        boxes, scores = scene(rng, count)
+    for case in CASES:
+        boxes, scores = case(rng, count)
         tail.compare(boxes[None], scores[None], excuse=True)
 
 
@@ -188,7 +188,7 @@ def test_blocks_end_where_the_candidates_end():
 
 def test_one_class():
     rng = np.random.default_rng(8)
-    boxes, scores = dense_scene(rng, 90)
+    boxes, scores = dense_case(rng, 90)
     Tail(90, classes=1).compare(boxes[None], scores[None, :, :1], excuse=True)
 
 
@@ -253,7 +253,7 @@ def test_rounds_say_which_images_settled(rounds):
     lengths = [1, 2, 4, 5, 29, 30]
     boxes, scores = np.zeros((len(lengths), 40, 4)), np.zeros((len(lengths), 40, CLASSES))
     for i, length in enumerate(lengths):
-        boxes[i, :length], scores[i, :length] = chain_scene(np.random.default_rng(i), length)
+        boxes[i, :length], scores[i, :length] = chain_case(np.random.default_rng(i), length)
     tail = Tail(40, rounds=rounds, max_detections=40)
     got = tail.run(boxes, scores)
     converged = got["converged"][:, 0].astype(bool)

@@ -15,7 +15,7 @@ from fusenms.cli import main
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError
 from fusenms.fusion.backends import BACKENDS
-from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+from fusenms.runtime.images import letterbox, read_image, to_tensor
 from fusenms.transforms.half_precision import nodes_after_weights, to_half
 from fusenms.verification.agreement import agreement
 from fusenms.verification.checks import verify
@@ -24,17 +24,17 @@ HALF = onnx.TensorProto.FLOAT16
 
 
 @pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
-    return to_tensor([letterbox(read_picture(SHAPES / f"shapes{i}.jpg"), 128, 128)[0] for i in (0, 1)])
+def images() -> np.ndarray:
+    return to_tensor([letterbox(read_image(SHAPES / f"shapes{i}.jpg"), 128, 128)[0] for i in (0, 1)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_half_precision_equals_reference_and_finds_the_same(backend, pictures):
-    fused = fuse(SHAPES / "shapes.pt", size=128, backend=backend, precision="fp16", images=pictures)
+def test_half_precision_equals_reference_and_finds_the_same(backend, images):
+    fused = fuse(SHAPES / "shapes.pt", size=128, backend=backend, precision="fp16", images=images)
     assert fused.report, fused.report
     assert fused.metadata["fusenms.precision"] == "fp16"
     full = fuse(SHAPES / "shapes.pt", size=128, backend=backend, unverified=True)
-    changed = agreement(full, fused, pictures)
+    changed = agreement(full, fused, images)
     assert changed.before == changed.after == changed.same > 3
     assert 0 < changed.worst_box < 0.5
     assert changed.summary in fused.notes
@@ -123,12 +123,10 @@ def test_error_when_precision_is_unknown():
 
 def test_command_line_says_what_changes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes((SHAPES / "shapes0.jpg").read_bytes())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes((SHAPES / "shapes0.jpg").read_bytes())
     assert (
-        main(
-            [str(SHAPES / "shapes.pt"), "--size", "128", "--precision", "fp16", "--images", "pictures", "-o", "f.onnx"]
-        )
+        main([str(SHAPES / "shapes.pt"), "--size", "128", "--precision", "fp16", "--images", "images", "-o", "f.onnx"])
         == 0
     )
     said = capsys.readouterr().out

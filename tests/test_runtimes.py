@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SHAPES
-from test_portable import SCENES, Tail, tied_scene
+from test_portable import SYNTHETIC_HEADS, Tail, tied_scene
 
 from fusenms import fuse
-from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+from fusenms.runtime.images import letterbox, read_image, to_tensor
 
 sys.path.insert(0, str(ROOT / "tests" / "runtimes"))
 import compare
@@ -31,8 +31,8 @@ def test_detections_are_those_of_onnxruntime(tmp_path, name, backend):
         pytest.skip("tract 0.23 has no Loop; --rounds files run there")
     kind = "portable" if backend == "rounds" else backend
     path = fuse(SHAPES / "shapes.pt", size=256, backend=kind, **BACKENDS[backend]).save(tmp_path / "m.onnx")
-    pictures = [letterbox(read_picture(SHAPES / f"shapes{i}.jpg"), 256, 256)[0] for i in (0, 1)]
-    row = compare.compare(path, name, INSTALLED[name], to_tensor(pictures))
+    images = [letterbox(read_image(SHAPES / f"shapes{i}.jpg"), 256, 256)[0] for i in (0, 1)]
+    row = compare.compare(path, name, INSTALLED[name], to_tensor(images))
     assert not row.note
     assert row.detections > 20
     assert row.differing == 0
@@ -50,7 +50,7 @@ def test_openvino_suppresses_every_scene_alike(tmp_path, config):
     tail = Tail(140, max_detections=140, **config)
     model = cut_before(tail.fused.model, {"head_boxes": (140, 4), "head_scores": (140, 3)})
     onnx.save(model, tmp_path / "tail.onnx")
-    scenes = [scene(rng, 140) for scene in SCENES if scene is not tied_scene]
+    scenes = [scene(rng, 140) for scene in SYNTHETIC_HEADS if scene is not tied_scene]
     boxes, scores = (np.stack(values).astype(np.float32) for values in zip(*scenes, strict=True))
     expected = tail.run(boxes, scores)
     import openvino
@@ -67,7 +67,7 @@ def test_openvino_suppresses_every_scene_alike(tmp_path, config):
 def test_a_difference_is_seen(tmp_path):
     """The comparison can fail."""
     path = fuse(SHAPES / "shapes.pt", size=256).save(tmp_path / "m.onnx")
-    images = to_tensor([letterbox(read_picture(SHAPES / "shapes0.jpg"), 256, 256)[0]])
+    images = to_tensor([letterbox(read_image(SHAPES / "shapes0.jpg"), 256, 256)[0]])
     from fusenms.artifacts.fused import load_fused
     from fusenms.graph.session import OnnxRuntimeRunner
 

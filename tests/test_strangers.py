@@ -31,7 +31,7 @@ from fusenms.errors import HeadNotRecognizedError, SourceError
 from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
-from fusenms.heads.probe import Evidence, picture
+from fusenms.heads.probe import Probe, probe_image
 from fusenms.layout import Layout
 from fusenms.reference import candidates
 
@@ -41,8 +41,8 @@ NAMES = {"names": str({i: f"thing{i}" for i in range(CLASSES)}), "task": "detect
 def assert_means(raw: RawModel, layout: Layout, module: Stranger) -> None:
     """The layout makes of the file's tensors the boxes and scores that the network means."""
     with torch.no_grad():
-        boxes, scores = (t[0].numpy() for t in module.truth(torch.from_numpy(picture(SIZE, SIZE))))
-    found = candidates(Evidence(raw).head(layout), 0, layout, (SIZE, SIZE))
+        boxes, scores = (t[0].numpy() for t in module.truth(torch.from_numpy(probe_image(SIZE, SIZE))))
+    found = candidates(Probe(raw).head(layout), 0, layout, (SIZE, SIZE))
     np.testing.assert_allclose(found.boxes, boxes, atol=2e-3)
     np.testing.assert_allclose(found.scores, scores, atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_rows_stay_where_what_is_before_their_top_k_is_not_the_same(tmp_path):
     [("[1, 0]", "Mul", "height, width"), ("[0, 1]", "Mul", "width, height"), ("[0, 1]", "Div", "factor")],
 )
 def test_input_for_the_size_becomes_a_constant_in_its_order(tmp_path, order, factor, meaning):
-    """Of a picture that is higher than wide: x is scaled by its width, y by its height."""
+    """Of an image that is higher than wide: x is scaled by its width, y by its height."""
     model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
       sized (float[b, 3, 96, 64] images, float[b, 2] size) => (float[b, 2, 4] boxes) {{
         order = Constant <value = int64[2] {{{order[1:-1]}}}> ()
@@ -111,7 +111,7 @@ def test_input_for_the_size_becomes_a_constant_in_its_order(tmp_path, order, fac
       }}""")
     onnx.save(model, tmp_path / "m.onnx")
     raw = load(tmp_path / "m.onnx")
-    assert f"input size is {meaning} of the pictures" in raw.notes[-1]
+    assert f"input size is {meaning} of the images" in raw.notes[-1]
     images = np.zeros((3, 3, 96, 64), np.float32)
     boxes = OnnxRuntimeRunner(raw.model).infer(images)["boxes"]
     scale = np.array([64, 96] * 2) if factor == "Mul" else 1
@@ -119,7 +119,7 @@ def test_input_for_the_size_becomes_a_constant_in_its_order(tmp_path, order, fac
     np.testing.assert_allclose(boxes, np.stack([expected] * 3), rtol=1e-5)
 
 
-def test_two_inputs_beside_the_pictures_become_constants(tmp_path):
+def test_two_inputs_beside_the_images_become_constants(tmp_path):
     """As PaddleDetection has them: the size, and the factor that boxes are divided by."""
     model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
       sized (float[b, 3, 96, 64] images, float[b, 2] im_shape, float[b, 2] scale_factor) => (float[b, 2, 4] boxes) {
@@ -206,7 +206,7 @@ def test_class_names_that_contradict_are_refused(tmp_path, module, more):
 
 
 class SilentRows(Rows):
-    """Finished rows of a network that finds nothing on the test picture."""
+    """Finished rows of a network that finds nothing on the test image."""
 
     def forward(self, images):
         return super().forward(images) * 0
@@ -273,7 +273,7 @@ def test_frozen_shuffles_and_resizes_are_opened(tmp_path):
 
 @pytest.mark.parametrize("name", PIXELS)
 def test_pixels_are_made_inside(tmp_path, name):
-    """The fused model's head, of a picture in RGB from 0 to 1, is the raw model's, of what it wants."""
+    """The fused model's head, of an image in RGB from 0 to 1, is the raw model's, of what it wants."""
     path, pixels = write(Yolov8(), tmp_path / "m.onnx"), PIXELS[name]
     images = np.random.default_rng(0).random((2, 3, SIZE, SIZE), np.float32)
     fused = fuse(path, pixels=name, unverified=True)
@@ -286,7 +286,7 @@ def test_pixels_are_made_inside(tmp_path, name):
 
 
 @pytest.mark.parametrize(("module", "stretch"), [(Yolov8, False), (RowsApart, True), (Detr, True), (FastestDet, True)])
-def test_pictures_are_fitted_as_the_family_has_them(tmp_path, module, stretch):
+def test_images_are_fitted_as_the_family_has_them(tmp_path, module, stretch):
     path = write(module(), tmp_path / "m.onnx")
     assert fuse(path, unverified=True).image.stretch == stretch
     assert fuse(path, unverified=True, stretch=not stretch).image.stretch != stretch

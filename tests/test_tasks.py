@@ -20,7 +20,7 @@ from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import candidates
 from fusenms.runtime.drawing import draw
-from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+from fusenms.runtime.images import letterbox, read_image, to_tensor
 from fusenms.sources.checkpoint import load_checkpoint
 from fusenms.sources.export import network_of
 
@@ -45,15 +45,15 @@ def test_raw_outputs_equal_ultralytics(zoo, name, settings):
 def test_quantized_bins_of_a_box_distribution_are_taken_as_they_are(zoo):
     golden = np.load(zoo / "golden" / "yolov8n-seg-bus.npz")
     network = network_of(load_checkpoint(zoo / "derived" / "yolov8n-seg.pt"), "yolov8n-seg")
-    assert network.layout.decode.numbers[1] == pytest.approx(0.9448, abs=1e-4)
-    picture = golden["letterboxed_rgb_uint8"].transpose(2, 0, 1)[None]
-    check_raw_outputs(network, picture, golden["raw"], golden["prototypes"])
+    assert network.layout.decode.bin_values[1] == pytest.approx(0.9448, abs=1e-4)
+    image = golden["letterboxed_rgb_uint8"].transpose(2, 0, 1)[None]
+    check_raw_outputs(network, image, golden["raw"], golden["prototypes"])
 
 
-def check_raw_outputs(network, pictures, outputs, prototypes):
+def check_raw_outputs(network, pixels, outputs, prototypes):
     from fusenms import reference
 
-    layout, images = network.layout, pictures.astype(np.float32) / 255
+    layout, images = network.layout, pixels.astype(np.float32) / 255
     with torch.no_grad():
         taps = [tap.numpy() for tap in network.module(torch.from_numpy(images))]
     head = dict(zip(layout.sources, taps, strict=True))
@@ -73,10 +73,10 @@ def check_raw_outputs(network, pictures, outputs, prototypes):
             np.testing.assert_allclose(head[layout.masks.prototypes][i], prototypes[i], atol=1e-4)
 
 
-def suppressed_by_a_suppressed_one(fused, picture, box: np.ndarray, label: int, score: float) -> bool:
+def suppressed_by_a_suppressed_one(fused, image, box: np.ndarray, label: int, score: float) -> bool:
     """Whether a better candidate of the class overlaps an oriented box: Ultralytics drops it then, even where the better one is
     dropped itself (its fast NMS). Exact greedy suppression keeps it, unless the better one is kept."""
-    canvas, _ = letterbox(picture, fused.image.height, fused.image.width)
+    canvas, _ = letterbox(image, fused.image.height, fused.image.width)
     head = OnnxRuntimeRunner(with_outputs(fused.model, fused.layout.tensors)).infer(to_tensor([canvas]))
     found = candidates(head, 0, fused.layout, (fused.image.height, fused.image.width))
     best = found.scores.max(1)
@@ -84,7 +84,7 @@ def suppressed_by_a_suppressed_one(fused, picture, box: np.ndarray, label: int, 
     return bool((pairwise_probiou(box[None], found.boxes[better]) > 0.45).any())
 
 
-def differences(fused, found, rows, picture) -> list[str]:
+def differences(fused, found, rows, image) -> list[str]:
     """Every difference of detections from the golden ones, as text."""
     problems, left = [], list(range(len(rows)))
     for i, (box, score, label) in enumerate(found):
@@ -92,8 +92,8 @@ def differences(fused, found, rows, picture) -> list[str]:
         near = [k for k in near if abs(rows[k]["score"] - score) <= 2e-3]
         if not near:
             oriented = found.oriented_boxes[i].astype(np.float64)
-            oriented[1] += (fused.image.height - picture.shape[0]) // 2  # to the input: padded, never scaled
-            if fused.layout.angle is None or not suppressed_by_a_suppressed_one(fused, picture, oriented, label, score):
+            oriented[1] += (fused.image.height - image.shape[0]) // 2  # to the input: padded, never scaled
+            if fused.layout.angle is None or not suppressed_by_a_suppressed_one(fused, image, oriented, label, score):
                 problems.append(f"not in the golden: label {label} score {score:.4f} box {box}")
             continue
         left.remove(near[0])
@@ -129,10 +129,10 @@ def test_detections_equal_ultralytics(zoo, tmp_path, name, key, settings, size):
     with Detector(fused.save(tmp_path / "f.onnx", unverified=True)) as detector:
         for file, values in golden.items():
             if values["imgsz"] == size:
-                picture, rows = read_picture(zoo / "shapes" / "images" / file), values["detections"]
+                image, rows = read_image(zoo / "shapes" / "images" / file), values["detections"]
                 total += len(rows)
-                found = detector(picture)[0]
-                problems += [f"{file}: {p}" for p in differences(fused, found, rows, picture)]
+                found = detector(image)[0]
+                problems += [f"{file}: {p}" for p in differences(fused, found, rows, image)]
     assert not problems, "\n".join(problems)
     assert total > 50
 
@@ -144,9 +144,9 @@ def test_segmentation_finds_what_ultralytics_finds_on_photos(zoo, tmp_path):
     with Detector(fused.save(tmp_path / "f.onnx", unverified=True)) as detector:
         for name, values in golden.items():
             rows = values if isinstance(values, list) else values["detections"]
-            picture = read_picture(zoo / name)
+            image = read_image(zoo / name)
             total += len(rows)
-            problems += [f"{name}: {p}" for p in differences(fused, detector(picture)[0], rows, picture)]
+            problems += [f"{name}: {p}" for p in differences(fused, detector(image)[0], rows, image)]
     assert not problems, "\n".join(problems)
     assert total > 200
 
@@ -171,10 +171,10 @@ def test_masks_equal_ultralytics_way_to_make_them(zoo, tmp_path):
 
 
 @pytest.mark.parametrize(("shape", "size"), [((300, 500), 256), ((97, 61), 256), ((480, 640), 320)])
-def test_masks_lie_where_the_boxes_do_whatever_the_pictures_size(zoo, tmp_path, shape, size):
-    """The picture is scaled to another size: its masks, scaled back, are still those of the objects."""
-    picture = read_picture(zoo / "shapes" / "images" / "val0000.jpg")
-    other = cv2.resize(picture, shape[::-1])
+def test_masks_lie_where_the_boxes_do_whatever_the_images_size(zoo, tmp_path, shape, size):
+    """The image is scaled to another size: its masks, scaled back, are still those of the objects."""
+    image = read_image(zoo / "shapes" / "images" / "val0000.jpg")
+    other = cv2.resize(image, shape[::-1])
     with Detector(fuse(zoo / "shapes" / "yolov8-p-seg.pt", size=size).save(tmp_path / "f.onnx")) as detector:
         found = detector(other)[0]
     assert len(found) > 1
@@ -190,12 +190,12 @@ def test_masks_lie_where_the_boxes_do_whatever_the_pictures_size(zoo, tmp_path, 
 
 @pytest.mark.parametrize("backend", ["ort", "portable"])
 def test_masks_of_the_graph_are_those_of_the_prototypes(zoo, tmp_path, backend):
-    picture = read_picture(zoo / "shapes" / "images" / "val0001.jpg")
+    image = read_image(zoo / "shapes" / "images" / "val0001.jpg")
     raw = load(zoo / "shapes" / "yolov8-p-seg.pt", size=256)
     found = []
     for masks in ("coefficients", "prototype"):
         with Detector(fuse(raw, backend=backend, masks=masks).save(tmp_path / f"{masks}.onnx")) as detector:
-            found.append(detector(picture)[0])
+            found.append(detector(image)[0])
     assert len(found[0]) == len(found[1]) > 3
     for fine, coarse in zip(found[0].masks, found[1].masks, strict=True):
         edge = 4 * np.sqrt(fine.sum())  # pixels of 4 x 4 were decided before
@@ -225,14 +225,14 @@ def test_open_size_equals_reference(zoo, name):
 
 def test_detect_prints_and_draws_all_of_it(zoo, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    picture = zoo / "shapes" / "images" / "val0000.jpg"
+    image = zoo / "shapes" / "images" / "val0000.jpg"
     for name, key in (("yolov8-p-seg", "polygons"), ("yolov8-p-pose", "keypoints"), ("yolov8-p-obb", "corners")):
         weights = zoo / "shapes" / f"{name}.pt"
         assert main([str(weights), "--size", "256", "--indices", "-o", "f.onnx"]) == 0
-        assert main(["detect", "f.onnx", str(picture), "-o", name]) == 0
-        assert (tmp_path / name / picture.name).is_file()
+        assert main(["detect", "f.onnx", str(image), "-o", name]) == 0
+        assert (tmp_path / name / image.name).is_file()
         capsys.readouterr()
-        assert main(["detect", "f.onnx", str(picture), "--no-draw", "--json"]) == 0
+        assert main(["detect", "f.onnx", str(image), "--no-draw", "--json"]) == 0
         rows = json.loads(capsys.readouterr().out)["images"][0]["detections"]
         assert rows
         assert all(row[key] and row["index"] >= 0 for row in rows)
@@ -253,10 +253,10 @@ def test_inspect_says_what_else_the_head_gives(zoo, tmp_path, capsys, name, said
 
 
 def test_turned_boxes_are_drawn_as_they_lie(zoo, tmp_path):
-    picture = read_picture(zoo / "shapes" / "images" / "val0000.jpg")
+    image = read_image(zoo / "shapes" / "images" / "val0000.jpg")
     with Detector(fuse(zoo / "shapes" / "yolov8-p-obb.pt", size=256).save(tmp_path / "f.onnx")) as detector:
-        found = detector(picture)[0]
-    drawn = draw(np.zeros_like(picture), found)
+        found = detector(image)[0]
+    drawn = draw(np.zeros_like(image), found)
     for i in np.argsort(-np.abs(np.sin(2 * found.oriented_boxes[:, 4])))[:3]:
         for x, y in found.corners[i]:
             near = drawn[max(0, round(y) - 2) : round(y) + 3, max(0, round(x) - 2) : round(x) + 3]
@@ -283,11 +283,11 @@ def test_corners_turn_from_x_to_y():
 
 
 @pytest.mark.parametrize("task", ["pose", "obb"])
-def test_keypoints_and_turned_boxes_scale_with_the_picture(zoo, tmp_path, task):
+def test_keypoints_and_turned_boxes_scale_with_the_image(zoo, tmp_path, task):
     """Each pixel four times: the network sees the same, and everything is twice as large."""
-    picture = read_picture(zoo / "shapes" / "images" / "val0000.jpg")
+    image = read_image(zoo / "shapes" / "images" / "val0000.jpg")
     with Detector(fuse(zoo / "shapes" / f"yolov8-p-{task}.pt", size=256).save(tmp_path / "f.onnx")) as detector:
-        small, large = detector([picture, picture.repeat(2, 0).repeat(2, 1)])
+        small, large = detector([image, image.repeat(2, 0).repeat(2, 1)])
     assert len(small) > 3
     np.testing.assert_allclose(large.boxes, 2 * small.boxes, atol=1e-3)
     np.testing.assert_allclose(large.keypoints[..., :2], 2 * small.keypoints[..., :2], atol=1e-3)

@@ -274,16 +274,16 @@ def test_report_is_false_when_nothing_was_checked():
     assert not Report((), (1,))
 
 
-def test_pictures_are_checked_all(shapes_raw):
+def test_images_are_checked_all(shapes_raw):
     images = np.random.default_rng(0).random((9, 3, 64, 64), np.float32)
     report = verify(fuse(shapes_raw), images=images)
-    assert {check.scene for check in report.checks} >= {f"picture {i}" for i in range(9)}
+    assert {check.case for check in report.checks} >= {f"image {i}" for i in range(9)}
 
 
 @pytest.mark.parametrize(
     "images", [np.zeros((1, 3, 32, 64), np.float32), np.zeros((1, 3, 64, 64)), np.zeros((0, 3, 64, 64), np.float32)]
 )
-def test_error_when_pictures_do_not_fit(shapes_raw, images):
+def test_error_when_images_do_not_fit(shapes_raw, images):
     with pytest.raises(InputError, match=r"expected float32 \[n, 3, 64, 64\]"):
         verify(fuse(shapes_raw, unverified=True), images=images)
 

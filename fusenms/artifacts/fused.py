@@ -72,7 +72,7 @@ class FusedModel:
 
     def _keypoints(self) -> dict[str, str]:
         points = self.layout.keypoints
-        return {} if points is None else {contract.KEY_KEYPOINTS: str([points.count, points.numbers])}
+        return {} if points is None else {contract.KEY_KEYPOINTS: str([points.count, points.dims])}
 
     def save(self, path: str | os.PathLike[str], *, unverified: bool = False) -> Path:
         """Write the model to ``path`` (whole or not at all) and return the path.
@@ -166,7 +166,7 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     image, config = fused.image, fused.config
     wanted = {image.tensor: [0, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
     for name, spec in fused.layout.outputs(config):
-        height, width = sizes.get(name, [0, 0])[-2:] if "h" in spec.shape else (0, 0)  # the picture's size says them
+        height, width = sizes.get(name, [0, 0])[-2:] if "h" in spec.shape else (0, 0)  # the image's size says them
         wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections, height, width)[1:])]
     if unknown := [entry.name for entry in graph.output if entry.name not in wanted]:
         raise SourceError(

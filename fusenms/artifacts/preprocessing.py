@@ -11,7 +11,7 @@ from fusenms.errors import ConfigError
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a network wants for a picture ``p`` (RGB, 0 to 1): ``(p * scale - mean) / std``, with the channels in this order.
+    """What a network wants for an image ``p`` (RGB, 0 to 1): ``(p * scale - mean) / std``, with the channels in this order.
 
     ``mean`` and ``std`` are in the order of ``channels``, "rgb" or "bgr".
     """
@@ -34,9 +34,9 @@ class Pixels:
         normal = ", ".join(f"({v:g})" if v < 0 else f"{v:g}" for v in self.mean), ", ".join(f"{v:g}" for v in self.std)
         return f"{text}, less ({normal[0]}), over ({normal[1]})" if any(self.mean) or set(self.std) != {1.0} else text
 
-    def apply(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures ``[B, 3, height, width]`` float32 (RGB, 0 to 1) as the network wants them."""
-        ordered = pictures[:, ::-1] if self.channels == "bgr" else pictures
+    def apply(self, images: np.ndarray) -> np.ndarray:
+        """Images ``[B, 3, height, width]`` float32 (RGB, 0 to 1) as the network wants them."""
+        ordered = images[:, ::-1] if self.channels == "bgr" else images
         factor, offset = self.terms
         return ordered * factor + offset
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """The picture input of a model: float32 ``[B, 3, height, width]``, RGB, 0 to 1.
+    """The image input of a model: float32 ``[B, 3, height, width]``, RGB, 0 to 1.
 
     ``height`` and ``width`` are the sizes it works at by default; with ``dynamic_size`` other
     multiples of ``stride`` work too. ``independent`` is false where the images of a batch change each other's results
-    (dynamic quantization, whose ranges span the batch). ``stretch``: pictures are stretched to the size, not letterboxed.
+    (dynamic quantization, whose ranges span the batch). ``stretch``: images are stretched to the size, not letterboxed.
     """
 
     tensor: str
@@ -53,7 +53,7 @@ class RawModel:
     ``layout`` is set where the source knows it (our own export, a module described by hand);
     otherwise `fusenms.recognize` finds it. ``limits`` bound what its graph may do where it is of unknown origin. ``precision`` is that of
     the network, "fp32" or "fp16". ``notes`` are lines for the user on how it came about. ``pixels`` and ``stretch`` say how the network
-    wants its pictures; None: as its family usually does.
+    wants its images; None: as its family usually does.
     """
 
     model: onnx.ModelProto

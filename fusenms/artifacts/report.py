@@ -14,7 +14,7 @@ class Check:
 
     batch: int
     image: int
-    scene: str
+    case: str
     detections: int = 0
     close_calls: int = 0
     worst_box: float = 0.0
@@ -76,16 +76,14 @@ class Report:
         lines = [self.summary]
         for check in self.checks:
             lines += [
-                f"  batch {check.batch}, image {check.image} ({check.scene}): {problem}" for problem in check.problems
+                f"  batch {check.batch}, image {check.image} ({check.case}): {problem}" for problem in check.problems
             ]
         return "\n".join(lines if len(lines) <= 41 else [*lines[:41], f"  … and {len(lines) - 41} more"])
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for ``--json``."""
         problems = [
-            {"batch": c.batch, "image": c.image, "scene": c.scene, "problem": p}
-            for c in self.checks
-            for p in c.problems
+            {"batch": c.batch, "image": c.image, "case": c.case, "problem": p} for c in self.checks for p in c.problems
         ]
         return {
             "equal": bool(self),

@@ -10,7 +10,7 @@ from pathlib import Path
 from fusenms.benchmark import TAIL, Timing, contestants, default_shape, measure
 from fusenms.cli.printing import ProgressBar, Steps
 from fusenms.errors import BackendUnavailableError, InputError
-from fusenms.heads.probe import picture
+from fusenms.heads.probe import probe_image
 from fusenms.safety.files import check_writable, write_atomically
 from fusenms.safety.text import printable
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", type=int, default=25, help="rounds, one run of each file in turn (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="of one run (default: ONNX Runtime's choice)")
-    parser.add_argument("--image", type=Path, help="the picture to run on (default: a made-up one)")
+    parser.add_argument("--image", type=Path, help="the image to run on (default: a made-up one)")
     parser.add_argument("--no-memory", action="store_true", help="skip measuring peak memory")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the table too, as .png or .svg (needs matplotlib)"
@@ -40,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
     steps, shapes = Steps(args.json), {default_shape(path) for path in args.files}
     if len(shapes) > 1:
         sizes = ", ".join(f"{height}x{width}" for height, width in sorted(shapes))
-        raise InputError(f"the files take pictures of different sizes ({sizes}); time those of one size together")
+        raise InputError(f"the files take images of different sizes ({sizes}); time those of one size together")
     (shape,) = shapes
-    images = picture(*shape)
+    images = probe_image(*shape)
     if args.image is not None:
-        from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+        from fusenms.runtime.images import letterbox, read_image, to_tensor
 
-        images = to_tensor([letterbox(read_picture(args.image, args.limits), *shape)[0]])
+        images = to_tensor([letterbox(read_image(args.image, args.limits), *shape)[0]])
     entries = contestants(args.files, args.threads)
     with ProgressBar("bench") as bar:
         timings = measure(
@@ -123,6 +123,6 @@ def plot(timings: list[Timing], path: Path, highlight: set[str]) -> None:
         axes.set(xlabel="ms, median", title=f"batch {batch}")
         axes.set_yticks(list(places.values()), list(places))
         axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format=path.suffix[1:])
-    write_atomically(path, picture.getvalue())
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format=path.suffix[1:])
+    write_atomically(path, drawn.getvalue())

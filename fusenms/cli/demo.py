@@ -15,7 +15,7 @@ from fusenms.safety.files import check_writable, make_folder
 
 NAME = "demo"
 HELP = "run the whole line on the embedded demo detector: fuse, verify, detect, draw"
-PICTURES = ("shapes0.jpg", "shapes1.jpg")
+IMAGES = ("shapes0.jpg", "shapes1.jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         fuse(source / "shapes.pt", on_event=printer(steps, bar)).save(target)
     steps.line("wrote", f"{target} ({megabytes(target.stat().st_size)})")
     with Detector(target) as detect:
-        images = detect_and_draw(detect, [source / name for name in PICTURES], args.output, args.json)
+        images = detect_and_draw(detect, [source / name for name in IMAGES], args.output, args.json)
     steps.finish(output=str(target), images=images)
     return 0
 

@@ -12,13 +12,13 @@ import numpy as np
 from fusenms.cli.printing import Steps
 from fusenms.errors import InputError
 from fusenms.runtime import Detections, Detector
-from fusenms.runtime.drawing import VISIBLE, draw, save_picture
-from fusenms.runtime.pictures import SUFFIXES, list_pictures, read_picture
+from fusenms.runtime.drawing import VISIBLE, draw, save_image
+from fusenms.runtime.images import SUFFIXES, list_images, read_image
 from fusenms.safety.files import is_folder, make_folder
 from fusenms.safety.text import printable
 
 NAME = "detect"
-HELP = "run a fused model on pictures: a table of what was found, and annotated pictures"
+HELP = "run a fused model on images: a table of what was found, and annotated images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,20 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FUSED",
         help="a fused .onnx that runs in ONNX Runtime (backend ort or portable, or one without a plugin)",
     )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="pictures, or folders of pictures")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="images, or folders of images")
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         default=Path("detections"),
         metavar="DIR",
-        help="where annotated pictures go (default: %(default)s)",
+        help="where annotated images go (default: %(default)s)",
     )
-    parser.add_argument("--no-draw", action="store_true", help="write no pictures")
+    parser.add_argument("--no-draw", action="store_true", help="write no images")
 
 
 def run(args: argparse.Namespace) -> int:
-    paths = [path for given in args.images for path in (list_pictures(given) if is_folder(given) else [given])]
+    paths = [path for given in args.images for path in (list_images(given) if is_folder(given) else [given])]
     steps = Steps(args.json)
     with Detector(args.model, limits=args.limits) as detect:
         steps.finish(images=detect_and_draw(detect, paths, None if args.no_draw else args.output, args.json))
@@ -48,25 +48,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None, quiet: bool) -> list[dict[str, Any]]:
-    """Run on each picture, print its table unless quiet, write it annotated into the folder; return plain values.
+    """Run on each image, print its table unless quiet, write it annotated into the folder; return plain values.
 
     Raises:
-        InputError: a picture is unreadable, or two would be written to the same place.
+        InputError: an image is unreadable, or two would be written to the same place.
     """
     names = [drawn_name(path) for path in paths]
     if folder is not None and (twice := {name for name in names if names.count(name) > 1}):
         raise InputError(
-            f"found more than one picture named {printable(', '.join(sorted(twice)))}; "
+            f"found more than one image named {printable(', '.join(sorted(twice)))}; "
             f"they would overwrite each other in {printable(folder)}: use --no-draw or separate runs"
         )
     results = []
     for path in paths:
-        picture = read_picture(path, detect.limits)
-        found = detect([picture])[0]
+        image = read_image(path, detect.limits)
+        found = detect([image])[0]
         result: dict[str, Any] = {
             "image": str(path),
-            "height": picture.shape[0],
-            "width": picture.shape[1],
+            "height": image.shape[0],
+            "width": image.shape[1],
             "detections": found.to_dicts(),
             "converged": found.converged,
         }
@@ -77,7 +77,7 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
                 raise InputError(
                     f"{printable(path)}: would be overwritten by its annotated copy; choose another folder with -o"
                 )
-            result["annotated"] = str(save_picture(target, draw(picture, found)))
+            result["annotated"] = str(save_image(target, draw(image, found)))
         results.append(result)
         if not quiet:
             _print_table(result, found)
@@ -85,7 +85,7 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
 
 
 def drawn_name(path: Path) -> str:
-    """Name of the annotated copy: that of the picture, as .jpg where its format is one that is only read."""
+    """Name of the annotated copy: that of the image, as .jpg where its format is one that is only read."""
     return path.name if path.suffix.lower() in SUFFIXES else f"{path.name}.jpg"
 
 

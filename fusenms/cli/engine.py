@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{side}",
             type=three,
             metavar="N|MIN,OPT,MAX",
-            help=f"of the picture, where the file leaves it open (default: its usual {side})",
+            help=f"of the image, where the file leaves it open (default: its usual {side})",
         )
     parser.add_argument(
         "--compute-capability",

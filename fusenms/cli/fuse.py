@@ -20,7 +20,7 @@ from fusenms.fusion.backends import BACKENDS, get_backend
 from fusenms.fusion.tail import NO_SUPPRESSION
 from fusenms.heads import HEADS
 from fusenms.pipeline import fuse
-from fusenms.runtime.pictures import list_pictures
+from fusenms.runtime.images import list_images
 from fusenms.safety.files import check_writable
 from fusenms.sources import LoadOptions
 from fusenms.transforms.half_precision import HALF, PRECISIONS
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if (builder := engine_builder(args.engine, args.backend)) is not None:
         check_places(output.parent / engine_path(output, builder), Path(args.weights))
     if args.images is not None:
-        list_pictures(args.images)  # fails early
+        list_images(args.images)  # fails early
     with ProgressBar("verify") as bar:
         fused = fuse(
             args.weights,

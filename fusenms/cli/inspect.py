@@ -89,5 +89,5 @@ def _task_outputs_text(layout: Layout) -> str:
     if masks is not None:
         text += f" · masks: {masks.coefficients.channels} coefficients"
     if points is not None:
-        text += f" · keypoints: {points.count} of {points.numbers} numbers"
+        text += f" · keypoints: {points.count} of {points.dims} numbers"
     return f"{text} · turned by an angle" if layout.angle is not None else text

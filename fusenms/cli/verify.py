@@ -22,7 +22,7 @@ HELP = "compare a fused file with the float64 reference, at several batch sizes"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a fused .onnx, or an engine that fusenms built")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these pictures too")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these images too")
     parser.add_argument(
         "--plugin-library",
         type=Path,
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     steps, fused = Steps(args.json), load_fused(args.file, limits=args.limits)
     images = None
     if args.images is not None:
-        from fusenms.runtime.pictures import load_tensor
+        from fusenms.runtime.images import load_tensor
 
         images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch, args.limits)
     with ProgressBar("verify") as bar:
@@ -64,7 +64,7 @@ def _engine(args: argparse.Namespace) -> int:
         load_plugin_library(args.plugin_library)
     images = None
     if args.images is not None:
-        from fusenms.runtime.pictures import load_tensor
+        from fusenms.runtime.images import load_tensor
 
         stretch = json.loads(info["metadata"].get(KEY_IMAGE, "{}")).get("stretch", False)
         usual = next(iter(info["inputs"].values()))["opt"]
@@ -78,7 +78,7 @@ def _engine(args: argparse.Namespace) -> int:
         raise BackendUnavailableError(f"{path}: the engine was not run: {error}") from error
     if not any(agreement.before for _, agreement in found):
         raise InputError(
-            f"{path}: nothing is found in these pictures, so nothing was compared; give others with --images DIR"
+            f"{path}: nothing is found in these images, so nothing was compared; give others with --images DIR"
         )
     wrong = 0
     for batch, agreement in found:

@@ -24,8 +24,8 @@ class EngineSettings:
     """Settings of an engine build, checked on construction.
 
     Attributes:
-        batch: least, usual and most pictures of a run; None: 1, 8 and 32 where the model leaves that open.
-        height, width: the same for the picture's sides; None: the file's usual ones where the model leaves them open.
+        batch: least, usual and most images of a run; None: 1, 8 and 32 where the model leaves that open.
+        height, width: the same for the image's sides; None: the file's usual ones where the model leaves them open.
         compute_capabilities: GPUs to build for, as ``8.6``; empty: the builder's own choice. TensorRT-RTX only.
         workspace: most memory that a layer may take while it runs, in MiB; None: the builder's own choice.
         timing_cache: a file of measured times, read where it is there and written after the build: the next build is faster.

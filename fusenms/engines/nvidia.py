@@ -247,7 +247,7 @@ def _node_of(error: Any, model: onnx.ModelProto) -> tuple[str, str] | None:
 def _profile_shapes(
     path: str, name: str, shape: tuple[int, ...], settings: EngineSettings, model: onnx.ModelProto
 ) -> tuple[list[int], ...]:
-    """Least, usual and most shape of an input: its first size is the batch's, its third and fourth are a picture's."""
+    """Least, usual and most shape of an input: its first size is the batch's, its third and fourth are an image's."""
     usual = json.loads(read_metadata(model).get(contract.KEY_IMAGE, "{}"))
     height, width = ((usual.get(side, 640),) * 3 for side in ("height", "width"))
     named: dict[int, Sizes] = {
@@ -264,7 +264,7 @@ def _profile_shapes(
             )
     if any(size < 0 and (axis not in named or (axis > 0 and len(shape) != 4)) for axis, size in enumerate(shape)):
         raise SourceError(
-            f"{path}: input {name!r} has the shape {list(shape)} (-1: open); expected an open batch, and open sides of a picture at most"
+            f"{path}: input {name!r} has the shape {list(shape)} (-1: open); expected an open batch, and open sides of an image at most"
         )
     return tuple([size if size >= 0 else named[axis][i] for axis, size in enumerate(shape)] for i in range(3))
 

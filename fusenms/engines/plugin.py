@@ -21,7 +21,7 @@ from fusenms.errors import BackendUnavailableError, EngineBuildError, SourceErro
 from fusenms.fusion.backends.plugin import DOMAIN, INPUTS, PLUGIN, VERSION, Settings
 
 SELECT, SUPPRESS = f"{PLUGIN}_select", f"{PLUGIN}_suppress"
-SELECT_INPUTS = ("classes", "objectness", "background", "boxes", "angle", "picture")
+SELECT_INPUTS = ("classes", "objectness", "background", "boxes", "angle", "image")
 TILE, SELECT_THREADS, SUPPRESS_THREADS, SHAPE_NUMBERS = 64, 256, 1024, 7
 """As plugins/fused_nms.cu has them."""
 ARCHITECTURE = "compute_75"
@@ -159,7 +159,7 @@ def _register(trt: Any, plugins: Any) -> None:
         arguments = plugins.SymIntExprs.from_tuple([plugins.SymInt32(number) for number in numbers])
         return f"fused_nms_{kind}", compile_ptx(baked_source(s, half)), launch, arguments
 
-    def select(classes, objectness, background, boxes, angle, picture, settings):  # type: ignore[no-untyped-def]
+    def select(classes, objectness, background, boxes, angle, image, settings):  # type: ignore[no-untyped-def]
         s = read(settings)
         images, candidates = classes.shape_expr[0], classes.shape_expr[3 - s.classes[0]]
         each = 2 * (s.num_classes if s.multi_label else 1)  # a key is two int32
@@ -168,10 +168,10 @@ def _register(trt: Any, plugins: Any) -> None:
             made(trt.float32, images, candidates, 5 if s.angle[0] else 4),
         )  # fmt: skip
 
-    def select_kernel(classes, objectness, background, boxes, angle, picture, settings, outputs, tactic):  # type: ignore[no-untyped-def]
+    def select_kernel(classes, objectness, background, boxes, angle, image, settings, outputs, tactic):  # type: ignore[no-untyped-def]
         s = read(settings)
         candidates = classes.shape_expr[3 - s.classes[0]]
-        size = (s.height, s.width) if s.height else (picture.shape_expr[2], picture.shape_expr[3])
+        size = (s.height, s.width) if s.height else (image.shape_expr[2], image.shape_expr[3])
         grid = (plugins.cdiv(candidates, TILE), classes.shape_expr[0])
         return kernel("select", s, classes.dtype == trt.float16, grid, SELECT_THREADS, (candidates, *size))
 

@@ -14,7 +14,7 @@ from fusenms.engines.nvidia import Library, make_logger
 from fusenms.engines.rtx import load_rtx
 from fusenms.engines.tensorrt import load_tensorrt
 from fusenms.errors import BackendUnavailableError, SourceError
-from fusenms.heads.probe import picture
+from fusenms.heads.probe import probe_image
 from fusenms.verification.agreement import Agreement, agreement_of
 
 ENGINES = (".engine", ".plan", ".rtx", ".trt")
@@ -112,7 +112,7 @@ def compare_engine(
     Args:
         path: an engine with its sidecar.
         source: the fused ONNX file that it was built of; default: the one that the sidecar names, beside the engine.
-        images: pictures ``[n, 3, height, width]`` float32, RGB, 0 to 1; default: a made-up one.
+        images: ``[n, 3, height, width]`` float32, RGB, 0 to 1; default: a made-up one.
 
     Raises:
         SourceError: engine, sidecar or ONNX file are missing, or do not belong together.
@@ -130,12 +130,12 @@ def compare_engine(
     fused = load_fused(onnx_file)
     runner = EngineRunner(engine, LIBRARIES[info["builder"]["name"]]())
     height, width = info["inputs"][fused.image.tensor]["opt"][2:]
-    pictures = picture(height, width) if images is None else images
+    images = probe_image(height, width) if images is None else images
     least, usual, most = (info["inputs"][fused.image.tensor][key][0] for key in ("min", "opt", "max"))
     odd = next((b for b in range(most, least - 1, -1) if b % 2 and b not in (least, usual, most)), most)
     found = []
     for batch in dict.fromkeys((least, usual, odd, most)):
-        filled = pictures[np.arange(batch) % len(pictures)]
+        filled = images[np.arange(batch) % len(images)]
         found.append((batch, agreement_of(fused, filled, fused, runner.infer(filled))))
     runner.close()
     return found

@@ -1,7 +1,7 @@
 """Choose the candidates that enter suppression, in the graph: score all, keep the best above the threshold, decode those.
 
 Where the backend allows (`Backend.adaptive`), the number of candidates carried on is that of the fullest image of
-the batch, so a quiet picture costs next to nothing; else it is `max_candidates`, and what is below the threshold is marked.
+the batch, so a quiet image costs next to nothing; else it is `max_candidates`, and what is below the threshold is marked.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusenms.artifacts.raw import ImageInput
+from fusenms.boxes import MAX_REACH, MAX_REACH_ORIENTED
 from fusenms.config import PostprocessConfig
 from fusenms.fusion.decoding import decode_boxes
 from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
 from fusenms.layout import Activation, Layout, Tap, other_axis
-
-FARTHEST, FARTHEST_ORIENTED = 1e18, 1e8
-"""Pixels; the area of a box that reaches farther (of an oriented one, its square) is not finite in float32; no box of a picture does."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +38,28 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class CandidateTensors:
     """The candidates that enter suppression, best first.
 
     Attributes:
         scores: ``[B, k]`` float32 probabilities.
         passing: ``[B, k]`` bool: above the threshold; those that are not stand last.
-        rows: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4 or 5]`` float32, labels ``[B, n]`` int32
+        decode: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4 or 5]`` float32, labels ``[B, n]`` int32
             and valid ``[B, n]`` bool: passing, and without a class score or a box that never wins.
         count: k; None where it depends on the data (`Backend.adaptive`).
         num_classes: how many classes there are.
         oriented: whether boxes are cx, cy, w, h and an angle, and suppressed by their probabilistic IoU; else they are xyxy.
-        numbers: emit the candidates' own numbers ``[B, n]`` int32 (as `fusenms.layout` counts them) of places ``[B, n]`` int32 among the
-            chosen.
+        indices: emit the candidates' indices ``[B, n]`` int32 (as `fusenms.layout` counts them) of places ``[B, n]`` int32 among the
+            candidates.
     """
 
     scores: Tensor
     passing: Tensor
-    rows: Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor]]
+    decode: Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor]]
     count: int | None
     num_classes: int
     oriented: bool
-    numbers: Callable[[Tensor], Tensor]
+    indices: Callable[[Tensor], Tensor]
 
     @property
     def box_size(self) -> int:
@@ -69,10 +67,10 @@ class Chosen:
         return 5 if self.oriented else 4
 
 
-def choose(g: Graph, head: Head, config: PostprocessConfig, adaptive: bool) -> Chosen:
-    """Emit the choice; the decoding of what was chosen is emitted where the backend asks for it.
+def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: bool) -> CandidateTensors:
+    """Emit scoring and top-k; the decoding of the candidates is emitted where the backend asks for it.
 
-    ``adaptive``: let the number of chosen candidates follow the data.
+    ``adaptive``: let the number of candidates follow the data.
     """
     layout, image, total = head.layout, head.image, head.total
     multi_label = layout.every_class or (config.multi_label and layout.labels is None)
@@ -101,39 +99,41 @@ def choose(g: Graph, head: Head, config: PostprocessConfig, adaptive: bool) -> C
             place = g.where(g.op("Less", place, end), place, g.ints(0))
     passing = g.op("Greater", best, g.floats(-np.inf))
 
-    def rows(columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         at, valid = (x if columns is None else g.op("Gather", x, columns, axis=1) for x in (place, passing))
         if multi_label:
             classes = g.ints(layout.num_classes)
             anchor = g.op("Div", at, classes)
             labels = g.op("Sub", at, g.op("Mul", anchor, classes))
-            chosen = pool.take(
+            candidates = pool.take(
                 anchor, *(tap.tensor for tap in (layout.boxes, layout.angle and layout.angle.value) if tap)
             )
         else:
-            anchor, chosen = at, pool.take(at)
-            class_scores = chosen.part(layout.classes)
+            anchor, candidates = at, pool.take(at)
+            class_scores = candidates.part(layout.classes)
             if layout.labels is None:
                 labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
             else:
-                labels = g.cast(g.reshape(chosen.part(layout.labels), 0, -1), INT32)
+                labels = g.cast(g.reshape(candidates.part(layout.labels), 0, -1), INT32)
             # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
             valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
-        angle = None if layout.angle is None else chosen.part(layout.angle.value)
-        boxes = decode_boxes(g, layout, image, chosen.part(layout.boxes), in_head(anchor), angle)
-        farthest = g.floats(FARTHEST if angle is None else FARTHEST_ORIENTED)
+        angle = None if layout.angle is None else candidates.part(layout.angle.value)
+        boxes = decode_boxes(g, layout, image, candidates.part(layout.boxes), in_head(anchor), angle)
+        farthest = g.floats(MAX_REACH if angle is None else MAX_REACH_ORIENTED)
         finite = g.op("Less", g.reduce("ReduceSum", g.op("Abs", boxes), 2), farthest)  # false for NaN
         return boxes, labels, g.op("And", valid, finite)
 
     def in_head(anchor: Tensor) -> Tensor:
         return anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
 
-    def numbers(places: Tensor) -> Tensor:
+    def indices(places: Tensor) -> Tensor:
         at = g.op("GatherElements", place, places, axis=1)
         return in_head(g.op("Div", at, g.ints(layout.num_classes)) if multi_label else at)
 
     probabilities = g.op("Sigmoid", best) if activation is Activation.SIGMOID else best
-    return Chosen(probabilities, passing, rows, count, layout.num_classes, layout.angle is not None, numbers)
+    return CandidateTensors(
+        probabilities, passing, decode, count, layout.num_classes, layout.angle is not None, indices
+    )
 
 
 def strict_threshold(score_threshold: float, activation: Activation) -> np.float32:

@@ -1,4 +1,4 @@
-"""Terms of chosen candidates to boxes, keypoints and masks, in the graph. What is not chosen is never decoded."""
+"""Terms of the head to boxes, keypoints and masks, in the graph, for the candidates that are asked for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fusenms.layout import (
 def decode_boxes(
     g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor, angle: Tensor | None = None
 ) -> Tensor:
-    """Emit the decoding of chosen candidates.
+    """Emit the decoding of some candidates' boxes.
 
     Args:
         terms: the box channels of the candidates, ``[B, k, channels]`` float32.
@@ -60,7 +60,7 @@ def decode_boxes(
 
 
 def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor) -> Tensor:
-    """Emit the decoding of chosen candidates' keypoints.
+    """Emit the decoding of some candidates' keypoints.
 
     Args:
         terms: their channels, ``[B, k, P * D]`` float32.
@@ -71,7 +71,7 @@ def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor,
     """
     points = layout.keypoints
     assert points is not None
-    values = g.reshape(terms, 0, 0, points.count, points.numbers)
+    values = g.reshape(terms, 0, 0, points.count, points.dims)
     if points.factor is None:
         return values
     assert isinstance(layout.decode, Distances)
@@ -81,7 +81,7 @@ def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor,
         places = g.op("Mul", places, g.floats(points.factor))
     origin = g.op("Add", cell, g.floats(points.point)) if points.point else cell
     places = g.op("Mul", g.op("Add", places, g.unsqueeze(origin, 2)), g.unsqueeze(stride, 2))
-    return places if points.numbers == 2 else g.concat([places, g.op("Sigmoid", g.slice(values, 3, 2, 3))], 3)
+    return places if points.dims == 2 else g.concat([places, g.op("Sigmoid", g.slice(values, 3, 2, 3))], 3)
 
 
 ROWS = 32
@@ -135,7 +135,7 @@ def assemble_masks(
             parts.append(made(*ends))
             continue
         in_use = g.op("Greater", most, g.ints(start))
-        parts.append(g.either(in_use, partial(made, *ends), partial(blank, count), np.bool_))
+        parts.append(g.if_else(in_use, partial(made, *ends), partial(blank, count), np.bool_))
     return g.concat(parts, 1) if len(parts) > 1 else parts[0]
 
 
@@ -189,7 +189,7 @@ def _distances(g: Graph, decode: Distances, terms: Tensor) -> Tensor:
     if decode.bins == 1:
         return terms
     spread = g.op("Softmax", g.reshape(terms, 0, 0, 4, decode.bins), axis=3)
-    bins = g.const(decode.numbers, np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
+    bins = g.const(decode.bin_values, np.float32)  # no MatMul: TensorRT-RTX has none in float32 for Turing
     return g.reduce("ReduceSum", g.op("Mul", spread, bins), 3)
 
 
@@ -259,7 +259,7 @@ def _locate(g: Graph, decode: Gridded, image: ImageInput, index: Tensor) -> tupl
 
 
 def _level_sizes(g: Graph, strides: tuple[int, ...], image: ImageInput) -> tuple[Tensor, Tensor]:
-    """Columns and cells of each level, ``[levels]`` int32: constants, or computed from the picture's open size."""
+    """Columns and cells of each level, ``[levels]`` int32: constants, or computed from the image's open size."""
     if not image.dynamic_size:
         columns = [cells_along(image.width, s) for s in strides]
         return g.const(columns, np.int32), g.const(

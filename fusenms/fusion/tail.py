@@ -18,7 +18,7 @@ from fusenms.artifacts.raw_head import RawHead
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError
 from fusenms.fusion.backends import get_backend
-from fusenms.fusion.backends.base import Backend, Found, by_choosing, select
+from fusenms.fusion.backends.base import Backend, DetectionTensors, by_candidates, select
 from fusenms.fusion.backends.portable import PORTABLE
 from fusenms.fusion.candidates import Head
 from fusenms.fusion.decoding import assemble_masks, decode_keypoints
@@ -63,7 +63,7 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
     suppressor = emitter if layout.angle is None or emitter.knows_oriented else PORTABLE  # no NMS operator knows them
     find, by = suppressor.find, suppressor.suppresses_by
     if not layout.suppress:
-        find, by = by_choosing(select, adaptive=False), NO_SUPPRESSION
+        find, by = by_candidates(select, adaptive=False), NO_SUPPRESSION
     tail = _Tail(g, layout, image, config, widths, sides, emitter.adaptive)
     outputs = tail.outputs(find(g, Head(layout, image, widths, total), config))
     g.set_outputs(
@@ -113,7 +113,7 @@ class _Tail:
     sides: tuple[int, ...] | None
     adaptive: bool
 
-    def outputs(self, found: Found) -> dict[str, Tensor]:
+    def outputs(self, found: DetectionTensors) -> dict[str, Tensor]:
         """The outputs of the contract, by our names; what else a row has is gathered for it."""
         g, layout, valid = self.g, self.layout, found.valid
         made = {
@@ -177,15 +177,15 @@ def _free_names(g: Graph, layout: Layout, image: ImageInput, config: Postprocess
 
 
 def _feed_pixels(g: Graph, image: ImageInput, pixels: Pixels) -> None:
-    """Emit what makes the network's own pixels of a picture in RGB from 0 to 1; nothing where it takes those."""
+    """Emit what makes the network's own pixels of an image in RGB from 0 to 1; nothing where it takes those."""
     if pixels == Pixels():
         return
     factor, offset = (g.const(values, np.float32) for values in pixels.terms)
 
-    def make(picture: Tensor) -> Tensor:
+    def make(value: Tensor) -> Tensor:
         if pixels.channels == "bgr":
-            picture = g.op("Gather", picture, g.const([2, 1, 0], np.int64), axis=1)
-        scaled = g.op("Mul", picture, factor)
+            value = g.op("Gather", value, g.const([2, 1, 0], np.int64), axis=1)
+        scaled = g.op("Mul", value, factor)
         return g.op("Add", scaled, offset) if any(pixels.mean) else scaled
 
     g.feed(image.tensor, make)

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from fusenms.graph.model import MOVES
+from fusenms.graph.model import DATA_MOVEMENT_OPS
 
 Tensor: TypeAlias = gs.Tensor
 INT32, INT64, FLOAT, BOOL = (
@@ -68,7 +68,7 @@ class Graph:
     def in_half(self, tensor: Tensor) -> Tensor | None:
         """The same values in float16, where they were cast from it and only moved since; None where they were not."""
         node = tensor.inputs[0] if tensor.inputs else None
-        if node is None or node.op not in ("Cast", *MOVES):
+        if node is None or node.op not in ("Cast", *DATA_MOVEMENT_OPS):
             return None
         if node.op == "Cast":
             return node.inputs[0] if node.attrs["to"] == FLOAT and node.inputs[0].name in self._half else None
@@ -225,7 +225,7 @@ class Graph:
         body, self._graph = self._graph, outer
         return self.add("Loop", [self.const(most, np.int64), start, state], body=body)[0]
 
-    def either(
+    def if_else(
         self, condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor], dtype: type[np.generic]
     ) -> gs.Variable:
         """What ``then`` emits where the condition (bool scalar) holds, else what ``otherwise`` does; only that one is computed.

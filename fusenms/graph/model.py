@@ -8,7 +8,18 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-MOVES = ("Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+DATA_MOVEMENT_OPS = (
+    "Concat",
+    "Flatten",
+    "Gather",
+    "Identity",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
 """Operators that give values as they get them, in other places."""
 
 

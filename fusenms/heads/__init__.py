@@ -19,7 +19,7 @@ from fusenms.heads.families.yolov4 import YOLOV4
 from fusenms.heads.families.yolov5 import YOLOV5
 from fusenms.heads.families.yolov8 import YOLOV8
 from fusenms.heads.families.yolox import YOLOX
-from fusenms.heads.probe import Evidence
+from fusenms.heads.probe import Probe
 from fusenms.layout import Layout
 from fusenms.onnx_reading import untrusted
 
@@ -34,7 +34,7 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
     """Find what the head of a raw model means.
 
     Args:
-        family: name of a family, to choose where the evidence leaves more than one open.
+        family: name of a family, to choose where the probe leaves more than one open.
 
     Raises:
         SourceError: the model does not run, or not within its time limit.
@@ -51,11 +51,11 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
                 f"{raw.source}: is a {raw.layout.family} by its own account, but family is {family!r}; leave the family out"
             )
         return raw.layout
-    evidence = Evidence(raw)
+    probe = Probe(raw)
     heads = [head for head in HEADS if family in (None, head.name)]
     with untrusted(raw.source, "recognizing its head"):
         found = {
-            head.name: head.match(evidence, family is None)
+            head.name: head.match(probe, family is None)
             if raw.task in head.tasks
             else Mismatch(f"the file says that its task is {raw.task!r}; expected {' or '.join(map(repr, head.tasks))}")
             for head in heads
@@ -90,7 +90,7 @@ def raw_head(raw: RawModel, layout: Layout) -> RawHead:
     shapes = {name: declared_shape(raw.model, name) for name in layout.tensors}
     if not all(shapes.values()):
         with untrusted(raw.source, "finding the shapes of its head", trusted=raw.layout is not None):
-            values = Evidence(raw).head(layout)
+            values = Probe(raw).head(layout)
         shapes = {name: values[name].shape[1:] for name in layout.tensors}
     return RawHead(
         layout=layout,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fusenms.artifacts.preprocessing import PIXELS, Pixels
-from fusenms.heads.probe import Evidence, Pair, pairs
+from fusenms.heads.probe import Pair, Probe, pairs
 from fusenms.layout import Layout
 
 
@@ -19,23 +19,23 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A detector family. ``match`` looks at the evidence and never edits; ``certain`` false accepts what only contradicts nothing.
+    """A detector family. ``match`` looks at the probe and never edits; ``certain`` false accepts what only contradicts nothing.
 
-    ``match(evidence, certain)``: with ``certain`` the family must be shown by the evidence; without (the user named
+    ``match(probe, certain)``: with ``certain`` the family must be shown by the probe; without (the user named
     the family) it is enough that nothing speaks against it. ``tasks`` are what its heads can be for. ``pixels`` and ``stretch`` are
-    how networks of the family usually want their pictures.
+    how networks of the family usually want their images.
     """
 
     name: str
-    match: Callable[[Evidence, bool], Layout | Mismatch]
+    match: Callable[[Probe, bool], Layout | Mismatch]
     tasks: tuple[str, ...] = ("detect",)
     pixels: Pixels = field(default=PIXELS["rgb"])
     stretch: bool = False
 
 
-def match_pairs(evidence: Evidence, judge: Callable[[Pair], Layout | Mismatch]) -> Layout | Mismatch:
+def match_pairs(probe: Probe, judge: Callable[[Pair], Layout | Mismatch]) -> Layout | Mismatch:
     """What ``judge`` makes of two outputs as boxes and class scores: the one way to read them that it takes."""
-    found = pairs(evidence)
+    found = pairs(probe)
     if isinstance(found, str):
         return Mismatch(found)
     results = [judge(pair) for pair in found]

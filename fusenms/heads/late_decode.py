@@ -1,4 +1,4 @@
-"""Find the tensors before a decode that a stranger's graph contains, and show by value that they are the ones.
+"""Find the tensors before a decode that a third-party graph contains, and show by value that they are the ones.
 
 The graph only suggests tensors: what goes into the sigmoids, and into the softmax of the box distribution. For the proof the
 graph is cut there, and what is left of it runs on random values, so that every class and every bin counts: the reference,
@@ -16,7 +16,7 @@ import onnx
 
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError
-from fusenms.heads.probe import COMPUTES, MOVES, Evidence, inputs_of, joined, joined_parts, producers_of
+from fusenms.heads.probe import COMPUTING_OPS, MOVING_OPS, Probe, inputs_of, joined, joined_parts, producers_of
 from fusenms.layout import (
     LARGEST,
     Activation,
@@ -31,25 +31,25 @@ from fusenms.layout import (
 )
 from fusenms.reference import candidates, keypoints, mask_coefficients, postprocess
 
-PIXELS = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
-SCORES = 1e-4
-ANGLES = 1e-5
+BOX_TOLERANCE = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
+SCORE_TOLERANCE = 1e-4
+ANGLE_TOLERANCE = 1e-5
 JOINED = "fusenms/head"
 MOST_ROWS = 1000
 
 
-def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
+def earliest_distances(probe: Probe, layout: Layout) -> Layout:
     """The layout of the same head before its sigmoid and softmax, where that can be shown; else the layout as it is.
 
     Where the boxes are decoded in a way that is not known (in int8, for one), before its sigmoid alone.
     ``layout`` is that of a decoded output with one anchor per cell and no objectness. Masks, keypoints and angles are taken before
     their own decode in the same way.
     """
-    count = _count(evidence, layout)
-    strides = evidence.strides(1, count)
+    count = _count(probe, layout)
+    strides = probe.strides(1, count)
     if strides is None:
         return layout
-    graph = evidence.raw.model.graph
+    graph = probe.raw.model.graph
     producers = producers_of(graph)
     logits = inputs_of("Sigmoid", layout.classes.tensor, producers)
     softmaxes = (node.input[0] for node in graph.node if node.op_type == "Softmax")
@@ -57,24 +57,24 @@ def earliest_distances(evidence: Evidence, layout: Layout) -> Layout:
     if not logits:
         return layout
     plain = _upstream(layout.boxes.tensor, producers)[::-1]  # of one bin: the distances themselves; the farthest first
-    values = evidence.values([*logits, *spreads, *plain])
+    values = probe.values([*logits, *spreads, *plain])
     box_taps = [tap for tap in _taps(values, spreads, count, None) if tap.channels % 4 == 0 and tap.channels >= 8]
     box_taps += [tap for tap in _taps(values, plain, count, 4) if tap.tensor != layout.boxes.tensor]
-    further = list(_earlier_further(evidence, layout, count, producers))
+    task_terms = list(_earlier_task_terms(probe, layout, count, producers))
     for class_tap in _taps(values, logits, count, layout.num_classes):
         for box_tap in box_taps:
             decode = Distances(strides, box_tap.channels // 4)
             late = replace(layout, boxes=box_tap, classes=class_tap, activation=Activation.SIGMOID, decode=decode)
-            for terms in further:
-                if _same(evidence, layout, earliest := replace(late, **terms)):
+            for terms in task_terms:
+                if _same(probe, layout, earliest := replace(late, **terms)):
                     return earliest
     parts = joined_parts(producers, layout.boxes.tensor)
-    values |= evidence.values(parts)
+    values |= probe.values(parts)
     for class_tap in _taps(values, logits, count, layout.num_classes):
         for box_tap in _taps(values, parts, count, 4):
             half = replace(layout, boxes=box_tap, classes=class_tap, activation=Activation.SIGMOID)
-            for terms in (*(t for t in further if _stand_alone(t)), {}):
-                if _same(evidence, layout, earliest := replace(half, **terms)):
+            for terms in (*(t for t in task_terms if _stand_alone(t)), {}):
+                if _same(probe, layout, earliest := replace(half, **terms)):
                     return earliest
     return layout
 
@@ -85,8 +85,8 @@ def _stand_alone(terms: dict[str, Any]) -> bool:
     return "angle" not in terms and (points is None or points.factor is None)
 
 
-def _earlier_further(
-    evidence: Evidence, layout: Layout, count: int, producers: dict[str, onnx.NodeProto]
+def _earlier_task_terms(
+    probe: Probe, layout: Layout, count: int, producers: dict[str, onnx.NodeProto]
 ) -> Iterator[dict[str, Any]]:
     """The ways in which the layout's masks, keypoints or angle may stand earlier in the graph, as fields of a layout; the last one is
     where they stand now, as far as that goes with boxes before their decode."""
@@ -95,7 +95,7 @@ def _earlier_further(
     if tap is None:
         yield {}
         return
-    values = evidence.values(_upstream(tap.tensor, producers))
+    values = probe.values(_upstream(tap.tensor, producers))
     channels = tap.channels
     for earlier in _taps(values, list(values)[::-1], count, channels):  # the farthest first
         if earlier.tensor == tap.tensor:
@@ -104,7 +104,7 @@ def _earlier_further(
             yield {"masks": replace(masks, coefficients=earlier)}
         elif points is not None:
             for factor, point in ((2.0, 0.0), (1.0, 0.5)):  # YOLOv8 and YOLO11; YOLO26
-                yield {"keypoints": KeypointTerms(earlier, points.numbers, factor, point)}
+                yield {"keypoints": KeypointTerms(earlier, points.dims, factor, point)}
             yield {"keypoints": replace(points, values=earlier)}
         else:
             for sigmoid in (True, False):
@@ -125,31 +125,31 @@ def _upstream(tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
         if node is None or name in found:
             continue
         found.append(name)
-        if node.op_type in (*MOVES, *COMPUTES, "Sin", "Cos"):
+        if node.op_type in (*MOVING_OPS, *COMPUTING_OPS, "Sin", "Cos"):
             todo += node.input
     return found
 
 
-def earliest_anchors(evidence: Evidence, layout: Layout, anchors: int) -> Layout:
+def earliest_anchors(probe: Probe, layout: Layout, anchors: int) -> Layout:
     """The layout of the same head before the sigmoid of each level, where that can be shown; else the layout as it is.
 
     ``layout`` is that of a decoded output ``[B, N, 5 + C]`` with so many anchors per cell: box, objectness, classes. The anchors'
     sizes are what is left of the decoded sizes after dividing by those of the sigmoid.
     """
-    count, channels = _count(evidence, layout), layout.classes.stop
-    strides = evidence.strides(anchors, count)
-    names = inputs_of("Sigmoid", layout.classes.tensor, producers_of(evidence.raw.model.graph))
+    count, channels = _count(probe, layout), layout.classes.stop
+    strides = probe.strides(anchors, count)
+    names = inputs_of("Sigmoid", layout.classes.tensor, producers_of(probe.raw.model.graph))
     if strides is None or not names:
         return layout
-    values = evidence.values(names)
+    values = probe.values(names)
     levels = sorted((n for n in names if values[n].shape[-1:] == (channels,)), key=lambda n: -values[n].size)
     join = Join(JOINED, tuple(levels), 2, channels)
     if not levels or (head := joined(values, join)).shape[1] != count:
         return layout
-    decoded = next(s.value for s in evidence.samples if s.tensor == layout.classes.tensor)
+    decoded = next(s.value for s in probe.samples if s.tensor == layout.classes.tensor)
     factors = decoded[0, :, 2:4] * ((1 + np.exp(-head[0, :, 2:4].astype(np.float64))) / 2) ** 2
     sizes: list[tuple[tuple[float, float], ...]] = []
-    for level in np.split(factors, np.cumsum([anchors * n for n in evidence.cells(strides)])[:-1]):
+    for level in np.split(factors, np.cumsum([anchors * n for n in probe.cells(strides)])[:-1]):
         found = np.median(level.reshape(anchors, -1, 2), 1).round(4)
         sizes.append(tuple((float(w), float(h)) for w, h in found))
     if not all(
@@ -159,28 +159,28 @@ def earliest_anchors(evidence: Evidence, layout: Layout, anchors: int) -> Layout
     boxes, classes, objectness = (Tap(join.tensor, 2, *span) for span in ((0, 4), (5, channels), (4, 5)))
     decode = AnchorBoxes(strides, tuple(sizes))
     late = Layout(layout.family, boxes, classes, objectness, Activation.SIGMOID, decode, (join,))
-    return late if _same(evidence, layout, late) else layout
+    return late if _same(probe, layout, late) else layout
 
 
-def earliest_rows(evidence: Evidence, layout: Layout) -> Layout:
+def earliest_rows(probe: Probe, layout: Layout) -> Layout:
     """The layout of the same head before its top-k, where that can be shown; else the layout as it is.
 
     ``layout`` is that of finished rows. What is shown: of random boxes and scores the graph behind them chooses the rows that the
     reference chooses. Then the sigmoid is left out too, where there is one.
     """
-    graph = evidence.raw.model.graph
+    graph = probe.raw.model.graph
     producers = producers_of(graph)
     every = [node.input[0] for node in graph.node if node.op_type == "TopK"]
     scores = list(dict.fromkeys(name for start in every for name in _behind(start, producers, ("ReduceMax",))))
     starts = [node.input[0] for node in graph.node if node.op_type in ("GatherElements", "GatherND", "Gather")]
     boxes = list(dict.fromkeys(name for start in starts for name in _behind(start, producers)))
-    values = evidence.values([*scores, *boxes])
+    values = probe.values([*scores, *boxes])
     for class_tap in (tap for name in scores for tap in _any_taps(values, name)):
         count = values[class_tap.tensor].shape[class_tap.candidate_axis]
         for box_tap in _taps(values, boxes, count, 4):
             early = replace(layout, boxes=box_tap, classes=class_tap, labels=None, joins=())
-            if _same_rows(evidence, layout, early):
-                return _before_sigmoid(evidence, early, producers)
+            if _same_rows(probe, layout, early):
+                return _before_sigmoid(probe, early, producers)
     return layout
 
 
@@ -192,10 +192,10 @@ def _any_taps(values: dict[str, np.ndarray], name: str) -> Iterator[Tap]:
             yield Tap(name, axis, 0, shape[axis])
 
 
-def _before_sigmoid(evidence: Evidence, layout: Layout, producers: dict[str, onnx.NodeProto]) -> Layout:
+def _before_sigmoid(probe: Probe, layout: Layout, producers: dict[str, onnx.NodeProto]) -> Layout:
     """The layout before the sigmoid of its class scores, where that is one operator."""
     for name in inputs_of("Sigmoid", layout.classes.tensor, producers):
-        values = evidence.values([name, layout.classes.tensor])
+        values = probe.values([name, layout.classes.tensor])
         logits, scores = values[name], values[layout.classes.tensor]
         for tap in _any_taps(values, name):
             rows, expected = (
@@ -210,13 +210,13 @@ def _before_sigmoid(evidence: Evidence, layout: Layout, producers: dict[str, onn
     return layout
 
 
-def _same_rows(evidence: Evidence, rows: Layout, early: Layout) -> bool:
+def _same_rows(probe: Probe, rows: Layout, early: Layout) -> bool:
     """Whether the graph behind the taps of ``early`` makes of random boxes and scores the rows that the reference makes of them."""
     rng = np.random.default_rng(13)
-    values = evidence.values(early.sources)
+    values = probe.values(early.sources)
     if any(value.dtype != np.float32 for value in values.values()):
         return False
-    sides = evidence.sides[:2]
+    sides = probe.sides[:2]
     shape = values[early.boxes.tensor].shape
     count = shape[early.boxes.candidate_axis]
     corner = rng.random((1, count, 2)) * sides * 0.5
@@ -226,24 +226,24 @@ def _same_rows(evidence: Evidence, rows: Layout, early: Layout) -> bool:
         early.classes.tensor: rng.random(values[early.classes.tensor].shape, dtype=np.float32),
     }
     try:
-        got = evidence.run_behind(taps, rows.sources)
+        got = probe.run_behind(taps, rows.sources)
     except SourceError:  # what is behind does not stand alone
         return False
     got = dict(got) | {join.tensor: joined(got, join) for join in rows.joins}
-    size = (evidence.raw.image.height, evidence.raw.image.width)
+    size = (probe.raw.image.height, probe.raw.image.width)
     found = candidates(got, 0, rows, size)
     config = PostprocessConfig(score_threshold=0, max_detections=len(found.boxes), max_candidates=MOST_ROWS)
     expected, own = (postprocess(c, config).rows for c in (candidates(taps, 0, early, size), found))
     return len(own) == len(expected) and all(
         np.abs(a - b).max() <= tolerance
         for a, b, tolerance in (
-            (own.boxes, expected.boxes, PIXELS), (own.scores, expected.scores, SCORES), (own.labels, expected.labels, 0)
+            (own.boxes, expected.boxes, BOX_TOLERANCE), (own.scores, expected.scores, SCORE_TOLERANCE), (own.labels, expected.labels, 0)
         )
     )  # fmt: skip
 
 
-def _count(evidence: Evidence, layout: Layout) -> int:
-    sample = next(s for s in evidence.samples if s.tensor == layout.classes.tensor)
+def _count(probe: Probe, layout: Layout) -> int:
+    sample = next(s for s in probe.samples if s.tensor == layout.classes.tensor)
     return int(sample.value.shape[layout.classes.candidate_axis])
 
 
@@ -252,7 +252,7 @@ def _behind(tensor: str, producers: dict[str, onnx.NodeProto], more: tuple[str, 
     while tensor in producers:
         yield tensor
         node = producers[tensor]
-        if node.op_type not in (*MOVES, *more) or node.op_type == "Concat":
+        if node.op_type not in (*MOVING_OPS, *more) or node.op_type == "Concat":
             return
         tensor = node.input[0]
 
@@ -266,31 +266,31 @@ def _taps(values: dict[str, np.ndarray], names: Sequence[str], count: int, chann
                 yield Tap(name, axis, 0, shape[axis])
 
 
-def _same(evidence: Evidence, decoded: Layout, late: Layout) -> bool:
+def _same(probe: Probe, decoded: Layout, late: Layout) -> bool:
     """Whether the graph behind the taps of ``late`` makes of random values what the reference makes of them."""
     rng = np.random.default_rng(11)
     prototypes = None if late.masks is None else late.masks.prototypes
-    values = evidence.values([name for name in late.sources if name != prototypes])
+    values = probe.values([name for name in late.sources if name != prototypes])
     if any(value.dtype != np.float32 for value in values.values()):  # half precision: the tail is float32
         return False
     taps = {name: rng.normal(0, 2.5, value.shape).astype(np.float32) for name, value in values.items()}
     try:
-        got = evidence.run_behind(taps, list(dict.fromkeys(tap.tensor for tap in decoded.taps)))
+        got = probe.run_behind(taps, list(dict.fromkeys(tap.tensor for tap in decoded.taps)))
     except SourceError:  # what is behind does not stand alone
         return False
-    size = (evidence.raw.image.height, evidence.raw.image.width)
+    size = (probe.raw.image.height, probe.raw.image.width)
     own = candidates(got, 0, decoded, size)
     ours = candidates(taps | {join.tensor: joined(taps, join) for join in late.joins}, 0, late, size)
     pairs: list[tuple[Any, Any, float]] = [
-        (own.boxes[:, :4], ours.boxes[:, :4], PIXELS),
-        (own.scores, ours.scores, SCORES),
+        (own.boxes[:, :4], ours.boxes[:, :4], BOX_TOLERANCE),
+        (own.scores, ours.scores, SCORE_TOLERANCE),
     ]
-    pairs.append((own.boxes[:, 4:], ours.boxes[:, 4:], ANGLES))
+    pairs.append((own.boxes[:, 4:], ours.boxes[:, 4:], ANGLE_TOLERANCE))
     numbers = np.arange(len(own.boxes))
     if late.masks is not None:
         pair = (mask_coefficients(v, 0, layout, numbers) for v, layout in ((got, decoded), (taps, late)))
         pairs.append((next(pair), next(pair), 0.0))
     if late.keypoints is not None:
         pair = (keypoints(v, 0, layout, size, numbers) for v, layout in ((got, decoded), (taps, late)))
-        pairs.append((next(pair), next(pair), PIXELS))
+        pairs.append((next(pair), next(pair), BOX_TOLERANCE))
     return all(np.abs(a - b).max(initial=0) <= tolerance for a, b, tolerance in pairs)

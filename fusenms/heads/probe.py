@@ -1,4 +1,4 @@
-"""What a raw ONNX model shows of its head: shapes, the parts its outputs are joined from, values on a test picture.
+"""What a raw ONNX model shows of its head: shapes, the parts its outputs are joined from, values on a test image.
 
 Node and tensor names play no part. The model is run once in ONNX Runtime.
 """
@@ -22,7 +22,7 @@ from fusenms.layout import Join, Layout, Tap, cells_along, other_axis
 from fusenms.onnx_reading.files import read_metadata
 from fusenms.onnx_reading.metadata import parse_literal
 
-LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
+USUAL_STRIDES = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
 """Sets of strides that detectors use, the usual one first."""
 
 MOST_QUERIES = 1000
@@ -41,16 +41,16 @@ PASSES_THROUGH = (
 )
 
 
-COMPUTES = ("Add", "Sub", "Mul", "Div", "Exp", "Sigmoid", "Pow")
+COMPUTING_OPS = ("Add", "Sub", "Mul", "Div", "Exp", "Sigmoid", "Pow")
 """Operators that compute each value by itself, of which decodes are made."""
 
-MOVES = (*PASSES_THROUGH, "Slice", "Split", "Concat")
+MOVING_OPS = (*PASSES_THROUGH, "Slice", "Split", "Concat")
 """Operators that only move values."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One output of the model on the test picture: values ``[1, …]``, and the values of the parts it is joined from."""
+    """One output of the model on the test image: values ``[1, …]``, and the values of the parts it is joined from."""
 
     tensor: str
     value: np.ndarray
@@ -58,7 +58,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Probe:
     """All that a family may look at to recognize its head."""
 
     raw: RawModel
@@ -101,7 +101,7 @@ class Evidence:
         todo, seen, joints = [entry.name for entry in self.raw.model.graph.output], set(), []
         while todo:
             node = producers.get(todo.pop())
-            if node is None or id(node) in seen or node.op_type not in (*MOVES, *COMPUTES):
+            if node is None or id(node) in seen or node.op_type not in (*MOVING_OPS, *COMPUTING_OPS):
                 continue
             seen.add(id(node))
             todo += node.input
@@ -111,12 +111,12 @@ class Evidence:
         return [sorted(_widths([values[part].shape[1:] for part in parts])) for parts in joints]
 
     def head(self, layout: Layout) -> dict[str, np.ndarray]:
-        """Values ``[1, …]`` of the head's tensors on the test picture, joined where the layout joins them."""
+        """Values ``[1, …]`` of the head's tensors on the test image, joined where the layout joins them."""
         values = self.values(layout.sources)
         return values | {join.tensor: joined(values, join) for join in layout.joins}
 
     def values(self, tensors: Sequence[str]) -> dict[str, np.ndarray]:
-        """Values ``[1, …]`` of any tensors of the model on the test picture.
+        """Values ``[1, …]`` of any tensors of the model on the test image.
 
         Raises:
             SourceError: the model does not run.
@@ -143,10 +143,10 @@ class Evidence:
     def _infer(
         self, model: onnx.ModelProto, outputs: list[str], inputs: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Run on these values, and on the test picture where the model asks for one."""
+        """Run on these values, and on the test image where the model asks for one."""
         image, batch = self.raw.image, self.raw.frozen_batch or 1
         session = Session(model, source=self.raw.source, max_seconds=self.raw.limits.max_run_seconds)
-        given = inputs | {image.tensor: np.repeat(picture(image.height, image.width), batch, 0)}
+        given = inputs | {image.tensor: np.repeat(probe_image(image.height, image.width), batch, 0)}
         got = session.run({name: value for name, value in given.items() if name in session.inputs}, outputs)
         for name, value in zip(outputs, got, strict=True):
             if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or not (value.ndim or batch == 1):
@@ -157,7 +157,7 @@ class Evidence:
 
     def strides(self, anchors: int, count: int) -> tuple[int, ...] | None:
         """Strides of the levels of a head with so many anchors per cell and so many candidates; None where none fit."""
-        for strides in LEVELS:
+        for strides in USUAL_STRIDES:
             if anchors * sum(self.cells(strides)) == count:
                 return strides
         return None
@@ -194,9 +194,9 @@ class Pair:
         return Tap(self.score_tensor, self.score_axis, start, stop)
 
 
-def pairs(evidence: Evidence) -> list[Pair] | str:
+def pairs(probe: Probe) -> list[Pair] | str:
     """The ways to read two outputs as boxes and class scores, or why there is none."""
-    samples = evidence.samples
+    samples = probe.samples
     shapes = [list(sample.value.shape) for sample in samples]
     if len(samples) != 2:
         return f"found {len(samples)} outputs of shape {shapes}; expected two, boxes [batch, candidates, 4] and class scores"
@@ -251,7 +251,7 @@ def are_corners(boxes: np.ndarray) -> bool:
 
 
 def are_normalized(boxes: np.ndarray) -> bool:
-    """Whether boxes ``[N, 4]`` are in units of the picture, not in pixels: none reaches far out of 0 to 1."""
+    """Whether boxes ``[N, 4]`` are in units of the image, not in pixels: none reaches far out of 0 to 1."""
     return bool(np.isfinite(boxes).all() and np.abs(boxes).max() <= 2)
 
 
@@ -280,8 +280,8 @@ def width_of(part: np.ndarray, count: int) -> int:
     return int(part.shape[2] if part.ndim == 3 and part.shape[1] == count else part.shape[1])
 
 
-def picture(height: int, width: int) -> np.ndarray:
-    """The test picture ``[1, 3, height, width]``: smooth patches of color under noise, always the same."""
+def probe_image(height: int, width: int) -> np.ndarray:
+    """The test image ``[1, 3, height, width]``: smooth patches of color under noise, always the same."""
     rng = np.random.default_rng(7)
     coarse = rng.random((3, 8, 8))
     patches = np.kron(coarse, np.ones((1, -(-height // 8), -(-width // 8))))[:, :height, :width]
@@ -323,7 +323,7 @@ def inputs_of(op: str, tensor: str, producers: dict[str, onnx.NodeProto]) -> lis
         seen.add(id(node))
         if node.op_type == op:
             found.append(node.input[0])
-        elif node.op_type in MOVES:
+        elif node.op_type in MOVING_OPS:
             todo += node.input
     return found
 

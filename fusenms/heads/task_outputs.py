@@ -1,4 +1,4 @@
-"""What a stranger's head gives beside boxes: mask coefficients, keypoints, an angle. The file's metadata and its outputs say which."""
+"""What a third-party head gives beside boxes: mask coefficients, keypoints, an angle. The file's metadata and its outputs say which."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from fusenms.heads.base import Mismatch
-from fusenms.heads.probe import Evidence, Sample
+from fusenms.heads.probe import Probe, Sample
 from fusenms.layout import AngleTerm, KeypointTerms, MaskTerms, Tap
 
 TASKS = ("detect", "segment", "pose", "obb")
 
 
-def further_channels(evidence: Evidence, maps: list[Sample]) -> int | Mismatch:
+def task_channels(probe: Probe, maps: list[Sample]) -> int | Mismatch:
     """How many channels a candidate has beside box and classes."""
-    task = evidence.raw.task
+    task = probe.raw.task
     if maps and task in ("detect", "segment"):  # a file without metadata counts as detect
         prototypes = maps[0].value
         if prototypes.dtype != np.float32:
@@ -26,7 +26,7 @@ def further_channels(evidence: Evidence, maps: list[Sample]) -> int | Mismatch:
             f"the file says that its task is {task!r}, and it has {len(maps)} outputs that may be prototypes"
         )
     if task == "pose":
-        points = evidence.keypoints
+        points = probe.keypoints
         if points is None:
             return Mismatch(
                 "the file does not say how many keypoints it has; expected kpt_shape in its metadata, as [17, 3]"
@@ -35,24 +35,24 @@ def further_channels(evidence: Evidence, maps: list[Sample]) -> int | Mismatch:
     return 1 if task == "obb" else 0
 
 
-def further_terms(evidence: Evidence, tap: Tap | None, maps: list[Sample]) -> dict[str, Any]:
+def task_terms(probe: Probe, tap: Tap | None, maps: list[Sample]) -> dict[str, Any]:
     """What these channels are, as fields of a layout."""
     if tap is None:
         return {}
     if maps:
         return {"masks": MaskTerms(tap, maps[0].tensor)}
-    if evidence.raw.task == "pose" and evidence.keypoints is not None:
-        return {"keypoints": KeypointTerms(tap, evidence.keypoints[1])}
+    if probe.raw.task == "pose" and probe.keypoints is not None:
+        return {"keypoints": KeypointTerms(tap, probe.keypoints[1])}
     return {"angle": AngleTerm(tap)}
 
 
-def not_terms(evidence: Evidence, rows: np.ndarray) -> str | None:
-    """Why the further channels ``[N, channels]`` are not what the file says they are; None where they may be."""
-    if evidence.raw.task == "pose" and evidence.keypoints is not None and evidence.keypoints[1] == 3:
-        visibility = rows.reshape(len(rows), *evidence.keypoints)[..., 2]
+def not_terms(probe: Probe, rows: np.ndarray) -> str | None:
+    """Why the extra channels ``[N, channels]`` are not what the file says they are; None where they may be."""
+    if probe.raw.task == "pose" and probe.keypoints is not None and probe.keypoints[1] == 3:
+        visibility = rows.reshape(len(rows), *probe.keypoints)[..., 2]
         if not ((visibility >= 0) & (visibility <= 1)).all():
             return (
-                f"the file says that keypoints are {list(evidence.keypoints)}, but every third of their numbers goes from "
+                f"the file says that keypoints are {list(probe.keypoints)}, but every third of their numbers goes from "
                 f"{visibility.min():.3g} to {visibility.max():.3g}; expected visibilities, from 0 to 1"
             )
     return None

@@ -1,4 +1,4 @@
-"""Run fused models on pictures."""
+"""Run fused models on images."""
 
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.detector import Detector

@@ -1,4 +1,4 @@
-"""`Detections`: what was found in one picture."""
+"""`Detections`: what was found in one image."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fusenms.runtime.masks import Masks
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Detections:
-    """What was found in one picture, best first; never optional, empty arrays where nothing was.
+    """What was found in one image, best first; never optional, empty arrays where nothing was.
 
     Attributes:
-        boxes: ``[n, 4]`` float32, xyxy in pixels of the picture; of oriented boxes the smallest upright ones around them.
+        boxes: ``[n, 4]`` float32, xyxy in pixels of the image; of oriented boxes the smallest upright ones around them.
         scores: ``[n]`` float32, 0 to 1.
         labels: ``[n]`` int32, index into ``class_names``.
         class_names: names of all classes.
-        oriented_boxes: ``[n, 5]`` float32: cx, cy, w, h in pixels of the picture, and the angle in radians, from x to y. It is 0 where
+        oriented_boxes: ``[n, 5]`` float32: cx, cy, w, h in pixels of the image, and the angle in radians, from x to y. It is 0 where
             the model gives upright boxes.
-        keypoints: ``[n, P, D]`` float32: x, y in pixels of the picture and, where D is 3, the visibility from 0 to 1; P is 0 where the
+        keypoints: ``[n, P, D]`` float32: x, y in pixels of the image and, where D is 3, the visibility from 0 to 1; P is 0 where the
             model has none.
-        masks: a sequence of n boolean arrays ``[height, width]`` of the picture; of length 0 where the model has none.
+        masks: a sequence of n boolean arrays ``[height, width]`` of the image; of length 0 where the model has none.
         indices: ``[n]`` int32, the candidate that each row came from; -1 where the model does not say.
         oriented: whether the model gives turned boxes.
         converged: false where a model with a fixed number of rounds says that they were too few: boxes may be wrong.
@@ -57,7 +57,7 @@ class Detections:
 
     @property
     def corners(self) -> np.ndarray:
-        """Corner points ``[n, 4, 2]`` of the oriented boxes, around each, in pixels of the picture."""
+        """Corner points ``[n, 4, 2]`` of the oriented boxes, around each, in pixels of the image."""
         return oriented_to_corners(self.oriented_boxes)
 
     def name(self, label: int) -> str:

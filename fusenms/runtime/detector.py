@@ -1,4 +1,4 @@
-"""`Detector`: pictures in, detections out."""
+"""`Detector`: images in, detections out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fusenms.fusion.backends import get_backend
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.detections import Detections
+from fusenms.runtime.images import Placement, is_single, letterbox, read_image, stretched, to_tensor
 from fusenms.runtime.masks import Masks, logits_of
-from fusenms.runtime.pictures import Placement, is_single, letterbox, read_picture, stretched, to_tensor
 from fusenms.safety.files import open_regular
 from fusenms.safety.text import printable
 
@@ -52,7 +52,7 @@ class Detector:
 
         Args:
             providers: ONNX Runtime execution providers, in order of preference.
-            batch_size: most pictures that are run at once; one, for a model in which the pictures of a batch change each other.
+            batch_size: most images that are run at once; one, for a model in which the images of a batch change each other.
             threads: of one run; default: ONNX Runtime's choice.
             limits: bounds on the file, on the images, and on the time of each run.
 
@@ -127,26 +127,26 @@ class Detector:
         """Find objects.
 
         Args:
-            images: pictures, each a path, an array ``[height, width, 3]`` uint8 RGB or a PIL image; or one of these.
+            images: each a path, an array ``[height, width, 3]`` uint8 RGB or a PIL image; or one of these.
 
         Returns:
-            one `Detections` a picture, in order.
+            one `Detections` an image, in order.
 
         Raises:
-            InputError: one of them is not a picture, or exceeds the limits; the memory does not suffice; or the detector is closed.
+            InputError: one of them is not an image, or exceeds the limits; the memory does not suffice; or the detector is closed.
             RunError: the model fails, takes too long, or gives what it does not promise.
         """
         self._open_runner()  # fails before an image is read
         single = is_single(images)
         if not single and not isinstance(images, Iterable):
             raise InputError(
-                f"found {printable(type(images).__name__)}; expected a picture (a path, an array or a PIL image), or several"
+                f"found {printable(type(images).__name__)}; expected an image (a path, an array or a PIL image), or several"
             )
-        pictures: Iterable[Any] = [images] if single else images
+        sources: Iterable[Any] = [images] if single else images
         found: list[Detections] = []
         canvases: list[np.ndarray] = []
         places: list[Placement] = []
-        for source in pictures:
+        for source in sources:
             canvas, place = self._place(source)
             canvases.append(canvas)
             places.append(place)
@@ -157,10 +157,10 @@ class Detector:
 
     def _place(self, source: Any) -> tuple[np.ndarray, Placement]:
         """An image on the canvas that the model takes."""
-        picture = read_picture(source, self.limits)
+        image = read_image(source, self.limits)
         fit = stretched if self._image.stretch else letterbox
         try:
-            return fit(picture, self._image.height, self._image.width)
+            return fit(image, self._image.height, self._image.width)
         except MemoryError as error:
             raise InputError("not enough memory for the image; expected a smaller one") from error
 
@@ -193,7 +193,7 @@ class Detector:
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
         if not converged.all():
             _LOG.warning(
-                "%d of %d pictures need more rounds of suppression than the model has: boxes may be wrong; fuse it with more --rounds",
+                "%d of %d images need more rounds of suppression than the model has: boxes may be wrong; fuse it with more --rounds",
                 (~converged).sum(), len(converged),
             )  # fmt: skip
         return [
@@ -226,14 +226,14 @@ class Detector:
             )
 
     def _found(self, outputs: dict[str, np.ndarray], count: int, place: Placement, converged: bool) -> Detections:
-        """What was found in one picture, given its outputs."""
+        """What was found in one image, given its outputs."""
         boxes, scores, labels = (outputs[name][:count] for name in self._names[1:])
         turned = boxes.shape[1] == 5
         if turned:
-            oriented = place.oriented_to_picture(boxes)
+            oriented = place.oriented_to_image(boxes)
             boxes = upright_around(oriented_to_corners(oriented))
         else:
-            boxes = place.to_picture(boxes)
+            boxes = place.to_image(boxes)
             sides = boxes[:, 2:] - boxes[:, :2]
             oriented = np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, sides, np.zeros_like(boxes[:, :1])), 1)
         points = outputs.get(contract.KEYPOINTS, np.zeros((count, 0, 2), np.float32))[:count]
@@ -243,7 +243,7 @@ class Detector:
             labels=labels.copy(),
             class_names=self.class_names,
             oriented_boxes=oriented,
-            keypoints=place.points_to_picture(points),
+            keypoints=place.points_to_image(points),
             masks=Masks(self._mask_logits(outputs, count), boxes, place, (self._image.height, self._image.width)),
             indices=outputs.get(contract.INDICES, np.full(count, -1, np.int32))[:count].copy(),
             oriented=turned,

@@ -1,4 +1,4 @@
-"""Draw detections onto a picture."""
+"""Draw detections onto an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from fusenms.errors import InputError
 from fusenms.runtime.detections import Detections
-from fusenms.runtime.pictures import opencv
+from fusenms.runtime.images import opencv
 from fusenms.safety.files import write_atomically
 from fusenms.safety.text import printable
 
@@ -27,12 +27,12 @@ def color_of(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw(picture: np.ndarray, detections: Detections) -> np.ndarray:
-    """A copy of a picture ``[height, width, 3]`` uint8 RGB with masks, boxes (turned ones as they lie), keypoints, names and scores, the
+def draw(image: np.ndarray, detections: Detections) -> np.ndarray:
+    """A copy of an image ``[height, width, 3]`` uint8 RGB with masks, boxes (turned ones as they lie), keypoints, names and scores, the
     best on top."""
     cv2 = opencv()
-    canvas = np.array(picture, order="C")
-    unit = max(1, round(min(picture.shape[:2]) / 320))
+    canvas = np.array(image, order="C")
+    unit = max(1, round(min(image.shape[:2]) / 320))
     scale = 0.45 * unit
     corners = detections.corners
     for i, (box, score, label) in reversed(list(enumerate(detections))):
@@ -47,7 +47,7 @@ def draw(picture: np.ndarray, detections: Detections) -> np.ndarray:
                 cv2.circle(canvas, (round(float(point[0])), round(float(point[1]))), 2 * unit, color, -1, cv2.LINE_AA)
         text = f"{printable(detections.name(label))[:LONGEST_NAME]} {score:.2f}"
         (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, unit)
-        left, top = max(0, min(x1, picture.shape[1] - width)), max(0, y1 - height - base)
+        left, top = max(0, min(x1, image.shape[1] - width)), max(0, y1 - height - base)
         cv2.rectangle(canvas, (left, top), (left + width, top + height + base), color, -1)
         dark = sum(color) < 380
         cv2.putText(
@@ -63,8 +63,8 @@ def draw(picture: np.ndarray, detections: Detections) -> np.ndarray:
     return canvas
 
 
-def save_picture(path: Path, picture: np.ndarray) -> Path:
-    """Write a picture ``[height, width, 3]`` uint8 RGB; the suffix says the format.
+def save_image(path: Path, image: np.ndarray) -> Path:
+    """Write an image ``[height, width, 3]`` uint8 RGB; the suffix says the format.
 
     Raises:
         InputError: the format is unknown.
@@ -73,8 +73,8 @@ def save_picture(path: Path, picture: np.ndarray) -> Path:
     cv2 = opencv()
     try:
         quality = [cv2.IMWRITE_JPEG_QUALITY, 92] if path.suffix.lower() in (".jpg", ".jpeg") else []
-        done, data = cv2.imencode(path.suffix, picture[..., ::-1], quality)
+        done, data = cv2.imencode(path.suffix, image[..., ::-1], quality)
     except cv2.error as error:
-        raise InputError(f"{printable(path)}: unknown picture format {path.suffix!r}; expected .jpg or .png") from error
+        raise InputError(f"{printable(path)}: unknown image format {path.suffix!r}; expected .jpg or .png") from error
     assert done
     return write_atomically(path, data.tobytes())

@@ -54,17 +54,17 @@ def read_header(data: bytes, name: str, limits: Limits) -> Header:
     """
     kind = next((kind for kind in _READERS if _is(kind, data)), None)
     if kind is None:
-        raise InputError(f"{name}: not a readable picture ({len(data)} bytes); expected {FORMATS}")
+        raise InputError(f"{name}: not a readable image ({len(data)} bytes); expected {FORMATS}")
     try:
         header = _READERS[kind](data)
     except (_Unreadable, struct.error, IndexError, OverflowError) as error:
         said = error if isinstance(error, _Unreadable) else "it ends in its header"
         raise InputError(
-            f"{name}: not a readable picture ({kind}, {len(data)} bytes: {said}); it is damaged or cut short"
+            f"{name}: not a readable image ({kind}, {len(data)} bytes: {said}); it is damaged or cut short"
         ) from error
     if header.height < 1 or header.width < 1:
         raise InputError(
-            f"{name}: not a readable picture ({kind} of {header.width} x {header.height} pixels); it is damaged"
+            f"{name}: not a readable image ({kind} of {header.width} x {header.height} pixels); it is damaged"
         )
     check_pixels(header.height, header.width, name, limits)
     if header.pixels > limits.max_pixels:

@@ -1,4 +1,4 @@
-"""`Masks`: the masks of one picture's detections, made at the picture's size when asked for."""
+"""`Masks`: the masks of one image's detections, made at the image's size when asked for."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from fusenms.runtime.pictures import Placement, opencv
+from fusenms.runtime.images import Placement, opencv
 
 
 @dataclass(frozen=True, eq=False)
 class Masks(Sequence[np.ndarray]):
-    """Masks as boolean arrays ``[height, width]`` of the picture: ``masks[i]``, or ``np.asarray(masks)``, ``[n, height, width]``.
+    """Masks as boolean arrays ``[height, width]`` of the image: ``masks[i]``, or ``np.asarray(masks)``, ``[n, height, width]``.
 
-    They are enlarged when asked for, so a large picture with many objects costs memory for those that are looked at.
+    They are enlarged when asked for, so a large image with many objects costs memory for those that are looked at.
 
     Attributes:
         logits: ``[n, h, w]`` float32 at the size of the prototypes, above 0 inside.
-        boxes: ``[n, 4]`` xyxy in pixels of the picture; a mask ends at its box.
-        place: where the picture lies in the model's input.
+        boxes: ``[n, 4]`` xyxy in pixels of the image; a mask ends at its box.
+        place: where the image lies in the model's input.
         size: (height, width) of the model's input.
     """
 
@@ -55,7 +55,7 @@ class Masks(Sequence[np.ndarray]):
         return np.stack(list(self)).astype(dtype or bool) if len(self) else np.zeros(shape, dtype or bool)
 
     def polygons(self) -> list[list[np.ndarray]]:
-        """Of each mask its outlines ``[m, 2]`` float32 (x, y in pixels of the picture), the largest first; without holes, and without
+        """Of each mask its outlines ``[m, 2]`` float32 (x, y in pixels of the image), the largest first; without holes, and without
         specks of fewer than three points, which are no polygons."""
         cv2, found = opencv(), []
         for mask in self:
@@ -65,8 +65,8 @@ class Masks(Sequence[np.ndarray]):
         return found
 
     def _enlarged(self, logits: np.ndarray) -> np.ndarray:
-        """Logits ``[h, w]`` at the picture's size, ``[height, width]`` float32, in the steps that Ultralytics takes (process_mask_native):
-        enlarged until the picture's edge falls on whole pixels, cut to the picture, resized; the threshold comes after that."""
+        """Logits ``[h, w]`` at the image's size, ``[height, width]`` float32, in the steps that Ultralytics takes (process_mask_native):
+        enlarged until the image's edge falls on whole pixels, cut to the image, resized; the threshold comes after that."""
         cv2, place = opencv(), self.place
         (height, width), (rows, columns) = self.size, logits.shape
         edges = [place.top * rows / height, (place.top + place.inner_height) * rows / height]

@@ -36,7 +36,7 @@ def printable(value: Any) -> str:
 
 
 def printable_lines(value: Any) -> str:
-    r"""The same for text of several lines: line ends stay, and each further line is indented by at least two spaces.
+    r"""The same for text of several lines: line ends stay, and each other line is indented by at least two spaces.
 
     A line end in a name therefore never starts a line that looks like one of ours.
 

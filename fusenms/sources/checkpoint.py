@@ -148,7 +148,7 @@ class Checkpoint:
         module: takes images ``[B, 3, height, width]`` float32 (RGB, 0 to 1), returns the head's taps.
         class_names: by index.
         strides: stride of each level, in pixels.
-        size: side of the square picture it was trained on, in pixels, where the checkpoint says so.
+        size: side of the square image it was trained on, in pixels, where the checkpoint says so.
         task: ``detect``, ``segment``, ``pose`` or ``obb``.
     """
 

@@ -161,18 +161,18 @@ def _layout(checkpoint: Checkpoint) -> Layout:
         boxes, classes = Tap(HEAD_BOXES, 1, 0, 4 * head.reg_max), Tap(HEAD_CLASSES, 1, 0, count)
         plain = head.bin_values == tuple(map(float, range(head.reg_max)))
         decode = Distances(checkpoint.strides, head.reg_max, values=() if plain else head.bin_values)
-        further = _further(head)
+        task_terms = _task_terms(head)
         return Layout(
-            "yolov8", boxes, classes, None, Activation.SIGMOID, decode, suppress=not head.one_to_one, **further
+            "yolov8", boxes, classes, None, Activation.SIGMOID, decode, suppress=not head.one_to_one, **task_terms
         )
     pixels = head.anchors.double() * torch.tensor(checkpoint.strides, dtype=torch.float64)[:, None, None]
     anchors = tuple(tuple((round(w, 4), round(h, 4)) for w, h in level) for level in pixels.tolist())
     boxes, objectness, classes = Tap(HEAD, 1, 0, 4), Tap(HEAD, 1, 4, 5), Tap(HEAD, 1, 5, 5 + count)
     anchored = AnchorBoxes(checkpoint.strides, anchors)
-    return Layout("yolov5", boxes, classes, objectness, Activation.SIGMOID, anchored, **_further(head))
+    return Layout("yolov5", boxes, classes, objectness, Activation.SIGMOID, anchored, **_task_terms(head))
 
 
-def _further(head: nn.Module) -> dict[str, Any]:
+def _task_terms(head: nn.Module) -> dict[str, Any]:
     """What the head gives beside boxes, as `Layout` has it."""
     if isinstance(head, (tasks.AnchorFreeSegment, tasks.AnchorSegment)):
         return {"masks": MaskTerms(Tap(HEAD_COEFFICIENTS, 1, 0, int(head.nm)), HEAD_PROTOTYPES)}

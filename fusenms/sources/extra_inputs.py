@@ -1,6 +1,6 @@
-"""Inputs beside the pictures, of models that scale their own boxes: the pictures' size, or the factor they were scaled by.
+"""Inputs beside the images, of models that scale their own boxes: the images' size, or the factor they were scaled by.
 
-A fused model takes pictures alone and gives boxes in pixels of its input, so such an input becomes a constant. What it means is found
+A fused model takes images alone and gives boxes in pixels of its input, so such an input becomes a constant. What it means is found
 out by changing it: boxes that grow with it are scaled by the size, in the order that the axes show; boxes that shrink are
 divided by a factor.
 """
@@ -24,12 +24,12 @@ SEEN = 1000.0
 
 
 def fill_extra_inputs(
-    path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int], limits: Limits
+    path: Path, model: onnx.ModelProto, image: str, shape: tuple[int, int, int], limits: Limits
 ) -> tuple[list[str], bool]:
-    """Make every input but the pictures a constant, in place; return a note on each, and whether one was the pictures' size.
+    """Make every input but the images a constant, in place; return a note on each, and whether one was the images' size.
 
     Args:
-        picture: name of the picture input.
+        image: name of the image input.
         shape: its batch, and its height and width in pixels.
         limits: bounds of each run.
 
@@ -37,38 +37,38 @@ def fill_extra_inputs(
         SourceError: an input is of another shape, or what it does is not understood.
     """
     constants = {item.name for item in model.graph.initializer}
-    extra = [entry for entry in model.graph.input if entry.name not in constants and entry.name != picture]
+    extra = [entry for entry in model.graph.input if entry.name not in constants and entry.name != image]
     notes = []
     for entry in extra:
         found = [dim.dim_value or dim.dim_param or "?" for dim in entry.type.tensor_type.shape.dim]
         number = NUMBERS.get(entry.type.tensor_type.elem_type)
         if len(found) != 2 or found[1] != 2 or number is None:
             raise SourceError(
-                f"{path}: found an input {entry.name} {found} beside the pictures; expected none, or numbers [batch, 2]: "
-                "the size of the pictures, or the factor they were scaled by. Export the model without it"
+                f"{path}: found an input {entry.name} {found} beside the images; expected none, or numbers [batch, 2]: "
+                "the size of the images, or the factor they were scaled by. Export the model without it"
             )
     batch, height, width = shape
     meanings = []
     for entry in extra:  # all of them before any is filled
         others = {other.name: np.full((batch, 2), SEEN) for other in extra if other is not entry}
-        meanings.append(_meaning(path, model, picture, shape, entry, others, limits))
+        meanings.append(_meaning(path, model, image, shape, entry, others, limits))
     for entry, meaning in zip(extra, meanings, strict=True):
         values = {"factor": (1, 1), "height, width": (height, width), "width, height": (width, height)}[meaning]
-        notes.append(f"input {entry.name} is {meaning} of the pictures: constant {values[0]}, {values[1]}")
-        _fill(model, entry, picture, np.array([values], NUMBERS[entry.type.tensor_type.elem_type]))
+        notes.append(f"input {entry.name} is {meaning} of the images: constant {values[0]}, {values[1]}")
+        _fill(model, entry, image, np.array([values], NUMBERS[entry.type.tensor_type.elem_type]))
         model.graph.input.remove(entry)
     return notes, any(meaning != "factor" for meaning in meanings)
 
 
 def _meaning(
-    path: Path, model: onnx.ModelProto, picture: str, shape: tuple[int, int, int], entry: onnx.ValueInfoProto,
+    path: Path, model: onnx.ModelProto, image: str, shape: tuple[int, int, int], entry: onnx.ValueInfoProto,
     others: dict[str, np.ndarray], limits: Limits,
 ) -> str:  # fmt: skip
     """What the input does to the boxes: "factor", "height, width" or "width, height"."""
     kinds = {
         e.name: NUMBERS[e.type.tensor_type.elem_type] for e in model.graph.input if e.name in (entry.name, *others)
     }
-    image = np.random.default_rng(7).random((shape[0], 3, *shape[1:]), dtype=np.float32)
+    values = np.random.default_rng(7).random((shape[0], 3, *shape[1:]), dtype=np.float32)
     try:
         session = Session(model, source=path.name, max_seconds=limits.max_run_seconds)
         boxes = []
@@ -77,7 +77,7 @@ def _meaning(
                 name: value.astype(kinds[name])
                 for name, value in (others | {entry.name: np.array([told] * shape[0])}).items()
             }
-            outputs = session.run({picture: image, **given})
+            outputs = session.run({image: values, **given})
             boxes.append(next(value for value in outputs if value.ndim == 3 and value.shape[2] == 4)[0])
     except (SourceError, StopIteration) as error:
         said = first_line(error) if isinstance(error, SourceError) else "no output holds boxes [batch, candidates, 4]"
@@ -99,12 +99,12 @@ def _meaning(
         return "factor"
     raise SourceError(
         f"{path}: its input {entry.name} [batch, 2] changes x and y of the boxes by {grown} when either number is doubled; expected "
-        "the size of the pictures, or the factor they were scaled by. Export the model without it"
+        "the size of the images, or the factor they were scaled by. Export the model without it"
     )
 
 
-def _fill(model: onnx.ModelProto, entry: onnx.ValueInfoProto, picture: str, values: np.ndarray) -> None:
-    """Add nodes that make the input's tensor: these values, once for each picture."""
+def _fill(model: onnx.ModelProto, entry: onnx.ValueInfoProto, image: str, values: np.ndarray) -> None:
+    """Add nodes that make the input's tensor: these values, once for each image."""
     name = entry.name
     model.graph.initializer.extend([
         numpy_helper.from_array(values, f"{name}_values"),
@@ -112,7 +112,7 @@ def _fill(model: onnx.ModelProto, entry: onnx.ValueInfoProto, picture: str, valu
         numpy_helper.from_array(np.array([1], np.int64), f"{name}_one"),
     ])  # fmt: skip
     nodes = [
-        helper.make_node("Shape", [picture], [f"{name}_shape"]),
+        helper.make_node("Shape", [image], [f"{name}_shape"]),
         helper.make_node("Gather", [f"{name}_shape", f"{name}_first"], [f"{name}_batch"], axis=0),
         helper.make_node("Concat", [f"{name}_batch", f"{name}_one"], [f"{name}_target"], axis=0),
         helper.make_node("Expand", [f"{name}_values", f"{name}_target"], [name]),

@@ -254,7 +254,7 @@ def _load(path: Path, settings: dict[str, Any], limits: Limits) -> Any:
 def _preprocessing(
     path: Path, config: dict[str, Any], limits: Limits
 ) -> tuple[Pixels, tuple[int, int] | None, bool, tuple[str, ...]]:
-    """How the model wants its pictures: pixels, (height, width), whether they are stretched to that; and notes on it.
+    """How the model wants its images: pixels, (height, width), whether they are stretched to that; and notes on it.
 
     Raises:
         SourceError: the settings are there, but cannot be used.

@@ -100,7 +100,7 @@ def outputs_of(found: Any, tensors: tuple[str, ...]) -> tuple[Tensor, ...]:
 
 
 def _check_scores(title: str, head: nn.Module, layout: Layout, size: tuple[int, int]) -> None:
-    """Refuse logits that the layout calls probabilities, where random pictures show them."""
+    """Refuse logits that the layout calls probabilities, where random images show them."""
     tensors = dict(zip(layout.sources, head(torch.rand(2, 3, *size)), strict=True))
     tap = layout.classes
     if layout.activation is not Activation.NONE or tap.tensor not in tensors:

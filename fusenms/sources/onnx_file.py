@@ -1,4 +1,4 @@
-"""Read a raw `.onnx`, our own or a stranger's, and make sure that its batch is dynamic."""
+"""Read a raw `.onnx`, our own or a third party's, and make sure that its batch is dynamic."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
             "Export again with a newer opset, or convert it with onnx.version_converter"
         )
     _refuse_nan(path, model)
-    entry = _picture_input(path, model)
+    entry = _image_input(path, model)
     dims = entry.type.tensor_type.shape.dim
     frozen = [dim.dim_value or None for dim in dims]
     if frozen[0] is not None and not options.make_dynamic:
@@ -64,17 +64,17 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     shape = (frozen[0] or 1, 3, image.height, image.width)
     if math.prod(shape) > limits.max_tensor_elements:
         raise SourceError(
-            f"{path}: takes pictures {list(shape)}; expected at most {limits.max_tensor_elements} numbers (max_tensor_elements)"
+            f"{path}: takes images {list(shape)}; expected at most {limits.max_tensor_elements} numbers (max_tensor_elements)"
         )
     refuse_cost(path, model, {entry.name: shape}, limits)
     if dynamic_size and len(_inputs(model)) > 1:
         raise ConfigError(
-            f"{path}: asks for the pictures' size as an input, which becomes a constant; leave --dynamic-size out"
+            f"{path}: asks for the images' size as an input, which becomes a constant; leave --dynamic-size out"
         )
     notes, asks_for_size = fill_extra_inputs(
         path, model, entry.name, (frozen[0] or 1, image.height, image.width), limits
     )
-    dims = _picture_input(path, model).type.tensor_type.shape.dim
+    dims = _image_input(path, model).type.tensor_type.shape.dim
     if not image.dynamic_size:
         dims[2].dim_value, dims[3].dim_value = image.height, image.width
     sides = "height,width" if image.dynamic_size else f"{image.height},{image.width}"
@@ -86,7 +86,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
         raise SourceError(f"{path}: {error}; correct its metadata") from error
     stretch = (
         True if asks_for_size else None
-    )  # who gives boxes in the picture's own size has had it stretched to the input's
+    )  # who gives boxes in the image's own size has had it stretched to the input's
     return RawModel(
         model=model,
         image=image,
@@ -128,21 +128,21 @@ def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     return [entry for entry in model.graph.input if entry.name not in constants]
 
 
-def _picture_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    """The one input that takes pictures."""
+def _image_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    """The one input that takes images."""
     inputs = _inputs(model)
     found = ", ".join(f"{entry.name} {_shape_text(entry)}" for entry in inputs) or "none"
-    pictures = [entry for entry in inputs if len(entry.type.tensor_type.shape.dim) == 4]
-    if len(pictures) != 1:
+    images = [entry for entry in inputs if len(entry.type.tensor_type.shape.dim) == 4]
+    if len(images) != 1:
         raise SourceError(
-            f"{path}: found {len(inputs)} inputs ({found}); expected one batch of pictures [batch, 3, height, width]"
+            f"{path}: found {len(inputs)} inputs ({found}); expected one batch of images [batch, 3, height, width]"
         )
-    tensor = pictures[0].type.tensor_type
+    tensor = images[0].type.tensor_type
     if tensor.elem_type != onnx.TensorProto.FLOAT:
         raise SourceError(f"{path}: input {found} is {type_name(tensor.elem_type)}; expected FLOAT (float32)")
     if (tensor.shape.dim[1].dim_value or 3) != 3:
-        raise SourceError(f"{path}: input {found}; expected a batch of pictures [batch, 3, height, width]")
-    return pictures[0]
+        raise SourceError(f"{path}: input {found}; expected a batch of images [batch, 3, height, width]")
+    return images[0]
 
 
 def _shape_text(entry: onnx.ValueInfoProto) -> str:
@@ -161,13 +161,13 @@ def _image(
     stride, asked = _metadata_stride(metadata), _metadata_size(metadata)
     if max(stride, *(asked or ()), fixed[0] or 0, fixed[1] or 0) > limits.max_image_side:
         raise SourceError(
-            f"{path}: asks for pictures of {fixed[0] or asked}x{fixed[1] or asked}, stride {stride}; expected at most "
+            f"{path}: asks for images of {fixed[0] or asked}x{fixed[1] or asked}, stride {stride}; expected at most "
             f"{limits.max_image_side} pixels (max_image_side)"
         )
     if fixed[0] and fixed[1]:
         if size is not None and size != fixed:
             raise ConfigError(
-                f"{path}: takes {fixed[0]}x{fixed[1]} pictures, but size is {size[0]}x{size[1]}; "
+                f"{path}: takes {fixed[0]}x{fixed[1]} images, but size is {size[0]}x{size[1]}; "
                 "leave the size out, or export the model at that size"
             )
         if dynamic_size:

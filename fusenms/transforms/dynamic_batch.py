@@ -1,4 +1,4 @@
-"""Open the batch of a model that was exported for a fixed number of pictures, and show that its pictures stay independent.
+"""Open the batch of a model that was exported for a fixed number of images, and show that its images stay independent.
 
 What is shown is shown of the tensors that the head consists of; what a file does behind them is not kept.
 """
@@ -27,7 +27,7 @@ def open_batch(raw: RawModel, layout: Layout) -> RawModel:
     """The same model with a dynamic batch, up to the tensors that the layout names; itself where its batch is open.
 
     Raises:
-        SourceError: the opened graph does not run, or mixes the pictures of a batch.
+        SourceError: the opened graph does not run, or mixes the images of a batch.
     """
     if raw.frozen_batch is None:
         return raw
@@ -95,27 +95,27 @@ def _open_sizes(graph: onnx.GraphProto, node: onnx.NodeProto, sizes: np.ndarray,
 def _show_independence(
     raw: RawModel, model: onnx.ModelProto, opened: onnx.ModelProto, tensors: Sequence[str]
 ) -> tuple[str, bool]:
-    """Run both models: what was found, as a note, and whether each picture's tensors are those of the original alone.
+    """Run both models: what was found, as a note, and whether each image's tensors are those of the original alone.
 
-    Dynamic quantization takes its ranges over the batch; there copies of a picture must give what the picture gives.
+    Dynamic quantization takes its ranges over the batch; there copies of an image must give what the image gives.
 
     Raises:
-        SourceError: the opened graph does not run, or mixes pictures for another reason.
+        SourceError: the opened graph does not run, or mixes images for another reason.
     """
     frozen, image, failed = raw.frozen_batch or 1, raw.image, f"{raw.source}: the batch cannot be opened"
-    pictures = np.random.default_rng(0).random((3 * frozen, 3, image.height, image.width), dtype=np.float32)
+    images = np.random.default_rng(0).random((3 * frozen, 3, image.height, image.width), dtype=np.float32)
     try:
         alone = [
-            np.concatenate(parts) for parts in zip(*(_run(model, raw, p) for p in np.split(pictures, 3)), strict=True)
+            np.concatenate(parts) for parts in zip(*(_run(model, raw, p) for p in np.split(images, 3)), strict=True)
         ]
-        together = _run(opened, raw, pictures)
-        copies = _run(opened, raw, np.tile(pictures[:frozen], (3, 1, 1, 1)))
+        together = _run(opened, raw, images)
+        copies = _run(opened, raw, np.tile(images[:frozen], (3, 1, 1, 1)))
     except SourceError as error:
-        message = f"the graph does not run at batch {len(pictures)} ({first_line(error)})"
+        message = f"the graph does not run at batch {len(images)} ({first_line(error)})"
         raise SourceError(f"{failed}, {message}. {CURE}") from error
     for name, got, expected in zip(tensors, together, alone, strict=True):
         if got.shape != expected.shape:
-            message = f"tensor {name} keeps the shape {list(got.shape)} at batch {len(pictures)}"
+            message = f"tensor {name} keeps the shape {list(got.shape)} at batch {len(images)}"
             raise SourceError(f"{failed}, {message}. {CURE}")
     drift = _worst(together, alone)
     if drift <= ROUNDING:
@@ -129,9 +129,9 @@ def _show_independence(
     ), False
 
 
-def _run(model: onnx.ModelProto, raw: RawModel, pictures: np.ndarray) -> list[np.ndarray]:
+def _run(model: onnx.ModelProto, raw: RawModel, images: np.ndarray) -> list[np.ndarray]:
     session = Session(model, source=raw.source, max_seconds=raw.limits.max_run_seconds)
-    return session.run({raw.image.tensor: pictures})
+    return session.run({raw.image.tensor: images})
 
 
 def _worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:

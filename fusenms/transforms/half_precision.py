@@ -1,7 +1,7 @@
 """Half precision as a typed graph: the network in float16, from its input to its head; what comes after stays float32.
 
 TensorRT 11 and TensorRT-RTX compute in the types of the graph, so a half-precision engine needs a half-precision graph. What decides,
-the decode and the suppression, is float32 in any case: float16 holds pixels of a large picture to a half only, and 80 class offsets not
+the decode and the suppression, is float32 in any case: float16 holds pixels of a large image to a half only, and 80 class offsets not
 at all.
 """
 

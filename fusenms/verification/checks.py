@@ -1,8 +1,8 @@
 """Prove a fused model: run it in ONNX Runtime at several batch sizes and compare every row with the reference.
 
 Two things are run. The *tail*, cut out of the model behind its head, on made-up head tensors
-(`scenes.py`): random, dense, empty, tied, at the thresholds, crowded, unusable. And the *whole* model on pictures,
-with the head's tensors as further outputs, so that the reference works on exactly what the tail saw.
+(`synthetic_heads`): random, dense, empty, tied, at the thresholds, crowded, unusable. And the *whole* model on images,
+with the head's tensors as outputs too, so that the reference works on exactly what the tail saw.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fusenms.errors import FusenmsError, InputError, RunError, SourceError, firs
 from fusenms.fusion.backends import get_backend
 from fusenms.graph.model import cut_before, with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
-from fusenms.heads.probe import picture
+from fusenms.heads.probe import probe_image
 from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
 from fusenms.verification.diagnosis import explain
-from fusenms.verification.synthetic_heads import SCENES, Stage, heads
-from fusenms.verification.task_outputs import further_differences
+from fusenms.verification.synthetic_heads import SYNTHETIC_HEADS, Stage, heads
+from fusenms.verification.task_outputs import task_output_differences
 
 BATCHES = (1, 2, 7)
 OnProgress = Callable[[str, int, int], None]
@@ -43,7 +43,7 @@ def verify(
 
     Args:
         model: a fused model, or the path of its file.
-        images: pictures ``[n, 3, height, width]`` float32 (RGB, 0 to 1, at the model's size); default: a made-up one.
+        images: ``[n, 3, height, width]`` float32 (RGB, 0 to 1, at the model's size); default: a made-up one.
         batches: batch sizes to run.
         progress: told of each step.
 
@@ -54,15 +54,15 @@ def verify(
     fused = model if isinstance(model, FusedModel) else load_fused(model)
     if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
         raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
-    sizes = [(fused, pictures_for(fused, images))]
+    sizes = [(fused, images_for(fused, images))]
     if fused.image.dynamic_size:  # another size, where the candidates stand elsewhere
         image = fused.image
         other = replace(image, height=image.height + image.stride, width=image.width + 2 * image.stride)
-        sizes.append((replace(fused, image=other), picture(other.height, other.width)))
+        sizes.append((replace(fused, image=other), probe_image(other.height, other.width)))
     checks: list[Check] = []
-    for sized, pictures in sizes:
+    for sized, own in sizes:
         try:
-            checks += _Verification(sized, progress).run(pictures, tuple(batches))
+            checks += _Verification(sized, progress).run(own, tuple(batches))
         except FusenmsError:
             raise
         except Exception as error:  # the graph, or the layout that its file holds, may be anybody's
@@ -71,15 +71,15 @@ def verify(
     return Report(tuple(checks), tuple(batches))
 
 
-def pictures_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
-    """These pictures, checked; a made-up one where there are none.
+def images_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
+    """These images, checked; a made-up one where there are none.
 
     Raises:
         InputError: they do not fit the model.
     """
     size = (fused.image.height, fused.image.width)
     if images is None:
-        return picture(*size)
+        return probe_image(*size)
     if (
         not isinstance(images, np.ndarray)
         or images.ndim != 4
@@ -102,7 +102,7 @@ class _Verification:
         self.progress = progress or (lambda *_: None)
         self.checks: list[Check] = []
 
-    def run(self, pictures: np.ndarray, batches: tuple[int, ...]) -> list[Check]:
+    def run(self, images: np.ndarray, batches: tuple[int, ...]) -> list[Check]:
         produced = {name for node in self.model.graph.node for name in node.output}
         if lost := [name for name in self.layout.tensors if name not in produced]:
             raise SourceError(
@@ -110,17 +110,17 @@ class _Verification:
                 "it was changed after it was written: fuse the model again"
             )
         whole = self._open(with_outputs(self.model, self.layout.tensors))
-        shapes = self._on_pictures(whole, pictures, batches)
+        shapes = self._on_images(whole, images, batches)
         whole.close()
         if shapes:
-            self._on_scenes(shapes, batches)
+            self._on_synthetic_heads(shapes, batches)
         unsettled = sum(not check.converged for check in self.checks)
         if 2 * unsettled > len(self.checks):
             problem = f"{unsettled} of {len(self.checks)} images did not converge, so too little was compared: take more rounds"
-            self.checks.append(Check(batch=0, image=0, scene="all", problems=(problem,)))
+            self.checks.append(Check(batch=0, image=0, case="all", problems=(problem,)))
         if not any(check.detections or check.problems for check in self.checks) and self.config.score_threshold < 1:
-            problem = "no detection in any picture or scene: nothing was proven"
-            self.checks.append(Check(batch=0, image=0, scene="all", problems=(problem,)))
+            problem = "no detection in any image or synthetic head: nothing was proven"
+            self.checks.append(Check(batch=0, image=0, case="all", problems=(problem,)))
         return self.checks
 
     def _open(self, model: onnx.ModelProto) -> OnnxRuntimeRunner:
@@ -129,34 +129,32 @@ class _Verification:
             self.backend.to_standard(model, self.fused), source=self.fused.source, max_seconds=limit
         )
 
-    def _on_pictures(
-        self, whole: OnnxRuntimeRunner, pictures: np.ndarray, batches: tuple[int, ...]
+    def _on_images(
+        self, whole: OnnxRuntimeRunner, images: np.ndarray, batches: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """Run pictures at each batch size, all of them at the largest; return the shapes of the head's tensors."""
+        """Run images at each batch size, all of them at the largest; return the shapes of the head's tensors."""
         shapes: dict[str, tuple[int, ...]] = {}
-        starts = [(b, 0) for b in batches] + [
-            (max(batches), i) for i in range(max(batches), len(pictures), max(batches))
-        ]
+        starts = [(b, 0) for b in batches] + [(max(batches), i) for i in range(max(batches), len(images), max(batches))]
         for step, (batch, start) in enumerate(starts):
-            self.progress("pictures", step, len(starts))
-            images = pictures[(start + np.arange(batch)) % len(pictures)]
-            outputs = self._infer(whole, {self.fused.image.tensor: images}, batch, "picture")
+            self.progress("images", step, len(starts))
+            filled = images[(start + np.arange(batch)) % len(images)]
+            outputs = self._infer(whole, {self.fused.image.tensor: filled}, batch, "image")
             if outputs is None:
                 continue
             head = {name: outputs[name] for name in self.layout.tensors}
             shapes = {name: values.shape[1:] for name, values in head.items()}
-            self._compare(head, outputs, tuple(f"picture {(start + i) % len(pictures)}" for i in range(batch)))
+            self._compare(head, outputs, tuple(f"image {(start + i) % len(images)}" for i in range(batch)))
         return shapes
 
-    def _on_scenes(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> None:
-        """Run the tail on made-up heads: every scene at every batch size, a different one for each image."""
+    def _on_synthetic_heads(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> None:
+        """Run the tail on made-up heads: each at every batch size, a different one for each image."""
         tap = self.layout.classes
         stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][tap.candidate_axis - 1])
         tail = self._open(cut_before(self.model, shapes))
-        names = tuple(SCENES)
+        names = tuple(SYNTHETIC_HEADS)
         runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
         for step, (batch, some) in enumerate(runs):
-            self.progress("scenes", step, len(runs))
+            self.progress("synthetic heads", step, len(runs))
             batch_names = tuple(np.resize(np.array(some), batch).tolist())
             head = heads(stage, batch_names, shapes, seed=batch)
             inputs = dict(head)
@@ -170,7 +168,7 @@ class _Verification:
         tail.close()
 
     def _infer(
-        self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, scene: str
+        self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, case: str
     ) -> dict[str, np.ndarray] | None:
         """Run; a failure or a wrong shape is a problem of the whole batch."""
         try:
@@ -182,7 +180,7 @@ class _Verification:
                 else ""
             )
             problem = f"does not run at batch {batch}{frozen}: {first_line(error)}"
-            self.checks.append(Check(batch=batch, image=0, scene=scene, problems=(problem,)))
+            self.checks.append(Check(batch=batch, image=0, case=case, problems=(problem,)))
             return None
         for name, spec in self.layout.outputs(self.config):
             expected = spec.shape_for(batch, self.config.max_detections, *self._prototype_sides(outputs, inputs))
@@ -191,18 +189,18 @@ class _Verification:
                 found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
                 frozen = " (the batch is frozen)" if got is not None and got.shape[:1] != (batch,) else ""
                 problem = f"output {name}: found {found}, expected {spec.dtype}{list(expected)}{frozen}"
-                self.checks.append(Check(batch=batch, image=0, scene=scene, problems=(problem,)))
+                self.checks.append(Check(batch=batch, image=0, case=case, problems=(problem,)))
                 return None
         return outputs
 
-    def _compare(self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], scenes: tuple[str, ...]) -> None:
+    def _compare(self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], cases: tuple[str, ...]) -> None:
         counts, boxes, scores, labels = (outputs[name] for name in self.config.output_names)
         size = (self.fused.image.height, self.fused.image.width)
         first: Rows | None = None
         converged = outputs.get(contract.CONVERGED) if self.config.rounds is not None else None
-        for i, scene in enumerate(scenes):
+        for i, case in enumerate(cases):
             if converged is not None and converged[i, 0] == 0:
-                self.checks.append(Check(batch=len(scenes), image=i, scene=scene, converged=False))
+                self.checks.append(Check(batch=len(cases), image=i, case=case, converged=False))
                 continue
             count = int(np.clip(counts[i, 0], 0, len(scores[i])))
             observed = Rows(
@@ -220,8 +218,8 @@ class _Verification:
                 problems.append(f"rows past num_detections ({count}) are not blank (zeros, label {contract.NO_LABEL})")
             close_calls = expected.close_calls
             if not problems:
-                further, doubtful = further_differences(head, outputs, i, self.layout, self.config, size, expected)
-                problems, close_calls = problems + further, close_calls + doubtful
+                others, doubtful = task_output_differences(head, outputs, i, self.layout, self.config, size, expected)
+                problems, close_calls = problems + others, close_calls + doubtful
             elif cause := self._explain(observed, expected, found, first):
                 problems[0] += cause
             first = observed if first is None else first
@@ -230,9 +228,9 @@ class _Verification:
             worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
             self.checks.append(
                 Check(
-                    batch=len(scenes),
+                    batch=len(cases),
                     image=i,
-                    scene=scene,
+                    case=case,
                     detections=len(observed),
                     close_calls=close_calls,
                     worst_box=worst_box,

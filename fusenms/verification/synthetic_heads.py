@@ -18,7 +18,7 @@ LOW = -9.0  # logit of "nothing here"
 
 @dataclass(frozen=True)
 class Stage:
-    """What scenes are made for: a layout, its settings, the picture size, the number of candidates."""
+    """What synthetic heads are made for: a layout, its settings, the image size, the number of candidates."""
 
     layout: Layout
     config: PostprocessConfig
@@ -27,7 +27,7 @@ class Stage:
 
 
 @dataclass
-class Scene:
+class SyntheticHead:
     """One image's head: class logits ``[N, C]``, objectness logits ``[N]``, box terms ``[N, channels]``."""
 
     classes: np.ndarray
@@ -35,82 +35,82 @@ class Scene:
     boxes: np.ndarray
 
 
-def random(stage: Stage, rng: np.random.Generator) -> Scene:
+def random(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """Objects here and there."""
-    scene = empty(stage, rng)
-    _raise_some(stage, scene, rng, min(stage.count, 250), -3.0, 5.0)
-    return scene
+    head = empty(stage, rng)
+    _raise_some(stage, head, rng, min(stage.count, 250), -3.0, 5.0)
+    return head
 
 
-def dense(stage: Stage, rng: np.random.Generator) -> Scene:
+def dense(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """Clusters of neighboring candidates with much overlap, of few classes."""
-    scene = empty(stage, rng)
+    head = empty(stage, rng)
     middle = rng.integers(stage.count, size=24)
     rows = np.unique((middle[:, None] + np.arange(-20, 20)[None]).clip(0, stage.count - 1))
     label = (rows // 160) % min(3, stage.layout.classes.channels)
-    scene.classes[rows, label] = rng.uniform(-1, 5, len(rows))
-    scene.objectness[rows] = rng.uniform(0, 4, len(rows))
-    return scene
+    head.classes[rows, label] = rng.uniform(-1, 5, len(rows))
+    head.objectness[rows] = rng.uniform(0, 4, len(rows))
+    return head
 
 
-def empty(stage: Stage, rng: np.random.Generator) -> Scene:
+def empty(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """Nothing above any usual threshold."""
     classes = rng.normal(LOW, 0.5, (stage.count, stage.layout.classes.channels))
-    return Scene(classes, rng.normal(LOW, 0.5, stage.count), _random_boxes(stage, rng))
+    return SyntheticHead(classes, rng.normal(LOW, 0.5, stage.count), _random_boxes(stage, rng))
 
 
-def ties(stage: Stage, rng: np.random.Generator) -> Scene:
+def ties(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """Many equal scores, within a box's classes too, and equal boxes."""
-    scene = Scene(
+    head = SyntheticHead(
         np.full((stage.count, stage.layout.classes.channels), LOW), np.full(stage.count, 3.0), _even_boxes(stage)
     )
     rows = rng.choice(stage.count, min(stage.count, 400), replace=False)
-    scene.classes[rows] = rng.choice([LOW, 1.0, 2.0], (len(rows), stage.layout.classes.channels), p=[0.9, 0.05, 0.05])
-    return scene
+    head.classes[rows] = rng.choice([LOW, 1.0, 2.0], (len(rows), stage.layout.classes.channels), p=[0.9, 0.05, 0.05])
+    return head
 
 
-def thresholds(stage: Stage, rng: np.random.Generator) -> Scene:
+def thresholds(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """Scores at the threshold and one float to either side; pairs of boxes with IoU at the threshold, where it can be hit exactly."""
-    scene = empty(stage, rng)
-    scene.boxes = _even_boxes(stage)
+    head = empty(stage, rng)
+    head.boxes = _even_boxes(stage)
     at = strict_threshold(stage.config.score_threshold, Activation.SIGMOID)
     scores = [at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf))]
     rows = rng.choice(stage.count, min(stage.count, 60), replace=False)
-    scene.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = np.resize(
+    head.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = np.resize(
         np.clip(scores, -80, 80), len(rows)
     )
-    scene.objectness[rows] = 40.0
-    _place_pairs(stage, scene)
-    return scene
+    head.objectness[rows] = 40.0
+    _place_pairs(stage, head)
+    return head
 
 
-def crowded(stage: Stage, rng: np.random.Generator) -> Scene:
+def crowded(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """Every candidate above the threshold: more than `max_candidates` where there are that many."""
-    scene = empty(stage, rng)
-    _raise_some(stage, scene, rng, stage.count, 1.0, 6.0)
-    return scene
+    head = empty(stage, rng)
+    _raise_some(stage, head, rng, stage.count, 1.0, 6.0)
+    return head
 
 
-def unusable(stage: Stage, rng: np.random.Generator) -> Scene:
+def unusable(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """NaN and infinities among the class scores and the boxes; few enough that no place is short (see `reference`)."""
-    scene = empty(stage, rng)
-    _raise_some(stage, scene, rng, min(stage.count, 250, stage.config.max_candidates), -3.0, 5.0)
+    head = empty(stage, rng)
+    _raise_some(stage, head, rng, min(stage.count, 250, stage.config.max_candidates), -3.0, 5.0)
     for value in (np.nan, np.inf, -np.inf):
         rows = rng.choice(stage.count, min(stage.count, 40), replace=False)
-        scene.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = value
+        head.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = value
     for value in (np.nan, np.inf):
         rows = rng.choice(stage.count, min(stage.count, 20), replace=False)
-        scene.boxes[rows, rng.integers(scene.boxes.shape[1], size=len(rows))] = value
-    return scene
+        head.boxes[rows, rng.integers(head.boxes.shape[1], size=len(rows))] = value
+    return head
 
 
-SCENES: dict[str, Callable[[Stage, np.random.Generator], Scene]] = {
-    scene.__name__: scene for scene in (random, dense, empty, ties, thresholds, crowded, unusable)
+SYNTHETIC_HEADS: dict[str, Callable[[Stage, np.random.Generator], SyntheticHead]] = {
+    head.__name__: head for head in (random, dense, empty, ties, thresholds, crowded, unusable)
 }
 
 
 def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """The head's tensors for a batch with one scene an image.
+    """The head's tensors for a batch with another synthetic head for each image.
 
     Args:
         shapes: of each head tensor, without the batch dimension.
@@ -121,11 +121,11 @@ def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...
     layout = stage.layout
     tensors = {name: np.zeros((len(names), *shape), np.float32) for name, shape in shapes.items()}
     for i, name in enumerate(names):
-        scene = SCENES[name](stage, np.random.default_rng([seed, i, list(SCENES).index(name)]))
+        head = SYNTHETIC_HEADS[name](stage, np.random.default_rng([seed, i, list(SYNTHETIC_HEADS).index(name)]))
         activate = layout.activation is Activation.NONE
-        parts = [(layout.boxes, scene.boxes), (layout.classes, _squash(scene.classes) if activate else scene.classes)]
+        parts = [(layout.boxes, head.boxes), (layout.classes, _squash(head.classes) if activate else head.classes)]
         if layout.objectness is not None:
-            objectness = _squash(scene.objectness) if activate else scene.objectness
+            objectness = _squash(head.objectness) if activate else head.objectness
             parts.append((layout.objectness, objectness[:, None]))
         if layout.background is not None:
             parts.append((layout.background, np.zeros((stage.count, 1))))
@@ -153,7 +153,7 @@ def _further(stage: Stage, rng: np.random.Generator) -> list[tuple[Tap, np.ndarr
         parts.append((tap, rng.normal(0, 1, (stage.count, tap.channels))))
     if layout.keypoints is not None:
         tap, sides = layout.keypoints.values, np.array([stage.image.width, stage.image.height])
-        values = rng.normal(0, 2, (stage.count, layout.keypoints.count, layout.keypoints.numbers))
+        values = rng.normal(0, 2, (stage.count, layout.keypoints.count, layout.keypoints.dims))
         if layout.keypoints.factor is None:
             values = rng.random(values.shape)
             values[..., :2] *= sides
@@ -177,10 +177,12 @@ def _squash(logits: np.ndarray) -> np.ndarray:
         return np.where(logits == np.inf, np.inf, 1 / (1 + np.exp(-logits)))
 
 
-def _raise_some(stage: Stage, scene: Scene, rng: np.random.Generator, count: int, low: float, high: float) -> None:
+def _raise_some(
+    stage: Stage, head: SyntheticHead, rng: np.random.Generator, count: int, low: float, high: float
+) -> None:
     rows = rng.choice(stage.count, count, replace=False)
-    scene.classes[rows, rng.integers(stage.layout.classes.channels, size=count)] = rng.uniform(low, high, count)
-    scene.objectness[rows] = rng.uniform(0, 5, count)
+    head.classes[rows, rng.integers(stage.layout.classes.channels, size=count)] = rng.uniform(low, high, count)
+    head.objectness[rows] = rng.uniform(0, 5, count)
 
 
 def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
@@ -224,7 +226,7 @@ def _as_format(stage: Stage, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.concatenate((low, high), 1)
 
 
-def _place_pairs(stage: Stage, scene: Scene) -> None:
+def _place_pairs(stage: Stage, head: SyntheticHead) -> None:
     """Put pairs into the first candidates: the second box lies in the first and has `iou_threshold` of its area, exactly.
 
     The threshold is taken as the fraction that it is meant to be, as 9 / 20; there is none with sides that the head can say for some.
@@ -247,12 +249,12 @@ def _place_pairs(stage: Stage, scene: Scene) -> None:
             for row, ends in ((big, (wide - wide // 2, 2, wide // 2, 2)), (small, (narrow - right, 2, right, 2))):
                 terms = np.zeros((4, decode.bins))
                 terms[np.arange(4), ends] = 1000.0
-                scene.boxes[row] = terms.ravel()
+                head.boxes[row] = terms.ravel()
         else:
             low = np.array([[64.0 * big, 0.0]] * 2)
-            scene.boxes[[big, small]] = _as_format(
+            head.boxes[[big, small]] = _as_format(
                 stage, low, low + np.array([[8.0 * wide, 16.0], [8.0 * narrow, 16.0]])
             )
-        scene.classes[[big, small]] = LOW
-        scene.classes[big, 0], scene.classes[small, 0] = 4.0, 3.0
-        scene.objectness[[big, small]] = 40.0
+        head.classes[[big, small]] = LOW
+        head.classes[big, 0], head.classes[small, 0] = 4.0, 3.0
+        head.objectness[[big, small]] = 40.0

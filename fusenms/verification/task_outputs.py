@@ -31,7 +31,7 @@ class Wanted:
     close_calls: int = 0
 
 
-def further_differences(
+def task_output_differences(
     head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], image: int, layout: Layout, config: PostprocessConfig,
     size: tuple[int, int], expected: Expected,
 ) -> tuple[list[str], int]:  # fmt: skip

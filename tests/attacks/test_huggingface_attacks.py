@@ -37,7 +37,7 @@ Edit = Callable[[Path], Any]
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory) -> Path:
-    """A tiny DETR as transformers saves it, with the settings of its pictures."""
+    """A tiny DETR as transformers saves it, with the settings of its images."""
     path = tmp_path_factory.mktemp("sound")
     made = transformers.DetrConfig(
         backbone_config=transformers.ResNetConfig(**BACKBONE, out_features=["stage4"]),
@@ -216,9 +216,9 @@ TABLE: dict[str, dict[str, Edit]] = {
         "hidden sizes of 60,000": config(backbone_config__hidden_sizes=[60_000] * 4),
         "a million classes": config(id2label={str(i): "a" for i in range(10**6)}),
         "10^9 classes by number": config(num_labels=10**9, id2label=None),
-        "pictures of 10^9": preprocessor(size={"height": 10**9, "width": 10**9}),
-        "pictures of 100,000": preprocessor(size={"height": 100_000, "width": 64}),
-        "pictures of 0": preprocessor(size={"height": 0, "width": 64}),
+        "images of 10^9": preprocessor(size={"height": 10**9, "width": 10**9}),
+        "images of 100,000": preprocessor(size={"height": 100_000, "width": 64}),
+        "images of 0": preprocessor(size={"height": 0, "width": 64}),
         "the shortest edge 10^9": preprocessor(size={"shortest_edge": 10**9}),
     },
     SETTINGS: {

@@ -18,7 +18,7 @@ from PIL import Image
 from fusenms import Detector, fuse
 from fusenms.errors import InputError
 from fusenms.limits import Limits
-from fusenms.runtime.pictures import PIL_FORMATS, read_picture
+from fusenms.runtime.images import PIL_FORMATS, read_image
 
 SECONDS, MEGABYTES = 10, 300
 """An attack may take so long, and so much memory."""
@@ -133,7 +133,7 @@ REFUSED = [
     Attack("format", "HDR", file(b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 99999 +X 99999\n")),
     Attack("format", "OpenEXR", file(b"\x76\x2f\x31\x01" + bytes(100))),
     Attack("format", "SVG", file(b"<svg xmlns='http://www.w3.org/2000/svg' width='99999' height='99999'/>")),
-    Attack("format", "text", file(b"no picture")),
+    Attack("format", "text", file(b"no image")),
     Attack("format", "nothing", file(b"")),
     *[
         Attack("cut short", f"{kind} after {length} bytes", file(pillow(kind)[:length]))
@@ -278,30 +278,30 @@ def test_file_gives_what_opencv_gives(tmp_path):
 
     for kind in ("JPEG", "PNG", "BMP", "WEBP", "TIFF"):
         path = file(pillow(kind))(tmp_path)
-        np.testing.assert_array_equal(read_picture(path), cv2.imread(str(path))[..., ::-1])
+        np.testing.assert_array_equal(read_image(path), cv2.imread(str(path))[..., ::-1])
 
 
 def test_names_in_a_png_do_not_reach_the_terminal(tmp_path, capfd):
     profile = b"\x1b[31mEVIL\0\0" + zlib.compress((2**30).to_bytes(4, "big") + bytes(2**16))
-    read_picture(file(png(8, 8, chunk(b"iCCP", profile)))(tmp_path))
+    read_image(file(png(8, 8, chunk(b"iCCP", profile)))(tmp_path))
     printed = capfd.readouterr()
     assert "\x1b" not in printed.out + printed.err
 
 
 def test_limits_are_those_that_were_given(tmp_path):
     path = file(pillow("PNG"))(tmp_path)
-    assert read_picture(path, Limits(max_pixels=32 * 24)).shape == (24, 32, 3)
+    assert read_image(path, Limits(max_pixels=32 * 24)).shape == (24, 32, 3)
     with pytest.raises(
         InputError, match=r"has 32 x 24 pixels; expected at most 767: make it smaller, or raise max_pixels"
     ):
-        read_picture(path, Limits(max_pixels=32 * 24 - 1))
+        read_image(path, Limits(max_pixels=32 * 24 - 1))
     with pytest.raises(InputError, match="expected at most 100"):
-        read_picture(path, Limits(max_image_file_bytes=100))
+        read_image(path, Limits(max_image_file_bytes=100))
 
 
 @pytest.mark.parametrize(("value", "shown"), [(200, 200), (255, 255), (256, 1), (65_535, 255)])
 def test_mode_i_is_8_or_16_bits_by_its_values(value, shown):
-    assert read_picture(Image.fromarray(np.full((4, 4), value, np.int32))).max() == shown
+    assert read_image(Image.fromarray(np.full((4, 4), value, np.int32))).max() == shown
 
 
 def test_formats_of_pillow_do_not_change_size_when_decoded():

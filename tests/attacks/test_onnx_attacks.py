@@ -626,7 +626,7 @@ TABLE: dict[str, dict[str, Callable[[Path], Path]]] = {
         "nothing": only(b""),
         "zeros": only(b"\0" * 1000),
         "text": only(b"not a model" * 100),
-        "a picture": only(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 20),
+        "an image": only(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 20),
         "cut in half": edited(lambda m: m.SerializeToString()[:60_000]),
         "a number without end": only(b"\x3a" + b"\xff" * 20),
         "a size behind the end": only(b"\x3a" + struct.pack("<B", 0x7F)),

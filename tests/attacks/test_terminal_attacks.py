@@ -143,8 +143,8 @@ def test_drawn_names_are_escaped(attack, monkeypatch):
 
 
 def made(fields: dict) -> Detections:
+    from fusenms.runtime.images import Placement
     from fusenms.runtime.masks import Masks
-    from fusenms.runtime.pictures import Placement
 
     box = fields["boxes"]
     oriented = np.concatenate(((box[:, :2] + box[:, 2:]) / 2, box[:, 2:] - box[:, :2], np.zeros((1, 1), np.float32)), 1)
@@ -214,7 +214,7 @@ def test_output_that_cannot_be_written_ends_no_command(fused_file, tmp_path, cas
     assert done.returncode == status
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == (1 if message else 0)
-    assert fusenms.runtime.pictures.read_picture(tmp_path / "shapes0.jpg").size
+    assert fusenms.runtime.images.read_image(tmp_path / "shapes0.jpg").size
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")

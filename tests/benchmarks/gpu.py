@@ -103,7 +103,7 @@ def crowded(batch: int) -> Arrays:
     return head
 
 
-SCENES: dict[str, Callable[[int], Arrays]] = {"quiet": quiet, "scattered": scattered, "crowded": crowded}
+SYNTHETIC_HEADS: dict[str, Callable[[int], Arrays]] = {"quiet": quiet, "scattered": scattered, "crowded": crowded}
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
@@ -149,7 +149,7 @@ def time_kernels(
     gpu: Gpu, scene: str, batch: int, half: bool, runs: int, speed: float
 ) -> tuple[Result, Arrays, float, int]:
     """Our kernels and their floor, in turn; the head, the worst box error, and how many rows the first image has."""
-    head = SCENES[scene](batch)
+    head = SYNTHETIC_HEADS[scene](batch)
     if half:
         head = {name: values.astype(np.float16) for name, values in head.items()}
     given = dict.fromkeys(INPUTS, head["logits"]) | {"boxes": head["dist"]}
@@ -330,7 +330,7 @@ def main() -> None:
     lines = [f"{gpu.name()}, a head in {kind}; a copy moves {speed / 1e3:.0f} GB/s", f"Python {sys.version.split()[0]}"]
     results, notes = [], []
     for batch in args.batch:
-        for scene in SCENES:
+        for scene in SYNTHETIC_HEADS:
             result, head, error, rows = time_kernels(gpu, scene, batch, args.half, args.runs, speed)
             lines.append(
                 f"{scene}, batch {batch}: equal to the reference, worst box {error:.1e} px; {rows} rows in the first image"

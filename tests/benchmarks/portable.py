@@ -1,6 +1,6 @@
 """Measure the portable backend: rounds that real heads need, time and memory by K beside `ort`, engine build times.
 
-    python tests/benchmarks/portable.py CHECKPOINT.pt --pictures FOLDER [--runs 25]
+    python tests/benchmarks/portable.py CHECKPOINT.pt --images FOLDER [--runs 25]
 
 Prints the tables of docs/portable-nms.md.
 """
@@ -24,7 +24,7 @@ from fusenms.fusion.backends import portable
 from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import candidates
-from fusenms.runtime.pictures import letterbox, list_pictures, read_picture, to_tensor
+from fusenms.runtime.images import letterbox, list_images, read_image, to_tensor
 
 
 def rounds_needed(rivals: np.ndarray) -> int:
@@ -38,7 +38,7 @@ def rounds_needed(rivals: np.ndarray) -> int:
 
 
 def rounds_of(head: dict[str, np.ndarray], fused: FusedModel, score: float, iou: float) -> tuple[int, int, int]:
-    """Candidates of one picture, rounds of all at once, most rounds of a block."""
+    """Candidates of one image, rounds of all at once, most rounds of a block."""
     found = candidates(head, 0, fused.layout, (fused.image.height, fused.image.width))
     best = found.scores.max(1)
     order = np.argsort(-best, kind="stable")
@@ -50,12 +50,12 @@ def rounds_of(head: dict[str, np.ndarray], fused: FusedModel, score: float, iou:
     return len(order), rounds_needed(rivals), max(map(rounds_needed, parts), default=1)
 
 
-def heads_of(raw: RawModel, pictures: list[Path]) -> tuple[FusedModel, list[dict[str, np.ndarray]]]:
+def heads_of(raw: RawModel, images: list[Path]) -> tuple[FusedModel, list[dict[str, np.ndarray]]]:
     fused = fuse(raw, unverified=True)
     runner = OnnxRuntimeRunner(with_outputs(fused.model, fused.layout.tensors))
     heads = []
-    for path in pictures:
-        image = to_tensor([letterbox(read_picture(path), fused.image.height, fused.image.width)[0]])
+    for path in images:
+        image = to_tensor([letterbox(read_image(path), fused.image.height, fused.image.width)[0]])
         outputs = runner.infer(image)
         heads.append({name: outputs[name] for name in fused.layout.tensors})
     return fused, heads
@@ -64,14 +64,14 @@ def heads_of(raw: RawModel, pictures: list[Path]) -> tuple[FusedModel, list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=25)
     args = parser.parse_args()
     raw = load(args.checkpoint, size=640)
-    fused, heads = heads_of(raw, list_pictures(args.pictures))
+    fused, heads = heads_of(raw, list_images(args.images))
 
     print(
-        f"rounds on {len(heads)} pictures (block {portable.BLOCK})\n\n| score | IoU | candidates, most | rounds, all at once | in a block |"
+        f"rounds on {len(heads)} images (block {portable.BLOCK})\n\n| score | IoU | candidates, most | rounds, all at once | in a block |"
     )
     print("|--:|--:|--:|--:|--:|")
     for score, iou in ((0.25, 0.45), (0.25, 0.7), (0.05, 0.45), (0.001, 0.45), (0.001, 0.7)):

@@ -1,6 +1,6 @@
 """Time fusenms beside its peers, in one run, on one checkpoint: the table and the plot of docs/benchmarks.md.
 
-    python tests/benchmarks/run.py CHECKPOINT.pt [--picture FILE] [--runs 25] [--batch 1 8 16] [--out docs]
+    python tests/benchmarks/run.py CHECKPOINT.pt [--image FILE] [--runs 25] [--batch 1 8 16] [--out docs]
 
 The raw model is the checkpoint with its usual decode in the graph: the output ``[B, 4 + C, N]`` that exporters write.
 """
@@ -101,7 +101,7 @@ def tail(name: str, part: str, work: Callable[[np.ndarray], Any], heads: Callabl
 def tail_model(
     name: str, part: str, model: onnx.ModelProto, heads: Callable[[int], np.ndarray], threads: int
 ) -> Contestant:
-    """A graph that starts at the decoded head; pictures, where it asks for their shape, are those given."""
+    """A graph that starts at the decoded head; images, where it asks for their shape, are those given."""
 
     def prepare(images: np.ndarray) -> Callable[[], Any]:
         runner, head = OnnxRuntimeRunner(model, threads=threads), heads(len(images))
@@ -117,7 +117,7 @@ def by_batch(name: str, part: str, make: Callable[[int], Callable[[np.ndarray], 
 
 
 def crowd(taps: dict[str, np.ndarray], fused: FusedModel, count: int) -> dict[str, np.ndarray]:
-    """The head of the picture with ``count`` more candidates above the threshold, near each other."""
+    """The head of the image with ``count`` more candidates above the threshold, near each other."""
     crowded = {name: value.copy() for name, value in taps.items()}
     logits = crowded[fused.layout.classes.tensor]
     rng = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
         raw = raw_model(checkpoint, args.size, work / "raw.onnx")
         fused = fuse(args.checkpoint, size=args.size)
         ours = fused.save(work / "fused.onnx")
-        images = read(args.picture, args.size)
+        images = read(args.image, args.size)
         cut = onnx.ModelProto()
         cut.CopyFrom(with_outputs(fused.model, fused.layout.tensors))
         kept = [entry for entry in cut.graph.output if entry.name in fused.layout.tensors]
@@ -233,10 +233,10 @@ def ultralytics_tail(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.Model
 
 
 def read(path: Path | None, size: int) -> np.ndarray:
-    from fusenms.heads.probe import picture
-    from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+    from fusenms.heads.probe import probe_image
+    from fusenms.runtime.images import letterbox, read_image, to_tensor
 
-    return picture(size, size) if path is None else to_tensor([letterbox(read_picture(path), size, size)[0]])
+    return probe_image(size, size) if path is None else to_tensor([letterbox(read_image(path), size, size)[0]])
 
 
 def markdown(timings: list[Timing], notes: list[str], memory: dict[str, float], args: argparse.Namespace) -> str:
@@ -286,7 +286,7 @@ def markdown(timings: list[Timing], notes: list[str], memory: dict[str, float], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a YOLOv8-style checkpoint")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--image", type=Path)
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--runs", type=int, default=25)

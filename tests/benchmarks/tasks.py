@@ -1,6 +1,6 @@
 """Time masks, keypoints and oriented boxes: whole model beside the raw one, and the tail: the tables of docs/benchmarks-tasks.md.
 
-    python tests/benchmarks/tasks.py CHECKPOINT.pt [CHECKPOINT.pt ...] [--picture FILE] [--runs 25] [--batch 1 8] [--out docs]
+    python tests/benchmarks/tasks.py CHECKPOINT.pt [CHECKPOINT.pt ...] [--image FILE] [--runs 25] [--batch 1 8] [--out docs]
 
 The checkpoints have YOLOv8's head, one of each task or so. The raw model is the checkpoint with its usual decode in the graph, all
 channels of a candidate in one output, prototypes in another.
@@ -78,7 +78,7 @@ def raw_model(checkpoint: Any, size: int, path: Path) -> onnx.ModelProto:
 def run(path: Path, args: argparse.Namespace) -> tuple[list[Timing], dict[str, float], list[str]]:
     """Timings of one checkpoint, peak memory of each tail at batch 1, and what could not be run."""
     notes: list[str] = []
-    checkpoint, raw, images = load_checkpoint(path), load(path, size=args.size), read(args.picture, args.size)
+    checkpoint, raw, images = load_checkpoint(path), load(path, size=args.size), read(args.image, args.size)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         entries = [whole(RAW, raw_model(checkpoint, args.size, work / "raw.onnx"), None, args.threads)]
@@ -124,7 +124,7 @@ def table(task: str, file: str, timings: list[Timing], memory: dict[str, float])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--image", type=Path)
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--runs", type=int, default=25)

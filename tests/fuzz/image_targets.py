@@ -21,7 +21,7 @@ from encoded import bmp, jpeg, pillow, png, tiff, webp
 from fusenms.errors import FusenmsError
 from fusenms.limits import Limits
 from fusenms.runtime.headers import read_header
-from fusenms.runtime.pictures import letterbox, read_picture, stretched
+from fusenms.runtime.images import letterbox, read_image, stretched
 
 LIMITS = Limits(max_pixels=200_000, max_image_file_bytes=2**20)
 SLOW = 2.0
@@ -105,7 +105,7 @@ def fuzz_image(data: bytes) -> None:
     sources = {5: _array, 6: _pil_mode, 7: _pil_file}
     try:
         source = sources[way](data) if way in sources else _file(build(data) if way == 4 and data else data)
-        image = read_picture(source, LIMITS)
+        image = read_image(source, LIMITS)
     except FusenmsError as error:
         message = str(error)
     else:

@@ -23,7 +23,7 @@ from fusenms.fusion.backends.plugin import INPUTS, PLUGGED, settings_of
 from fusenms.fusion.candidates import Head
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import Rows, candidates, postprocess
-from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+from fusenms.runtime.images import letterbox, read_image, to_tensor
 from fusenms.verification import checks as verification
 from fusenms.verification.agreement import agreement_of
 from fusenms.verification.synthetic_heads import Stage, heads
@@ -35,9 +35,9 @@ BATCH = EngineSettings(batch=(1, 2, 8), compute_capabilities=("current",))
 WEIGHTS = ["yolov8-p", "yolo26-p", "rtdetr-p", "yolov8-p-seg", "yolov8-p-pose", "yolov8-p-obb"]
 
 
-def pictures(size: int) -> np.ndarray:
+def shape_images(size: int) -> np.ndarray:
     files = sorted((ZOO / "shapes" / "images").glob("val*.jpg"))
-    return to_tensor([letterbox(read_picture(file), size, size)[0] for file in files])
+    return to_tensor([letterbox(read_image(file), size, size)[0] for file in files])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -45,7 +45,7 @@ def pictures(size: int) -> np.ndarray:
 def test_rtx_engine_finds_what_its_file_finds(tmp_path, name, precision):
     fused = fuse(ZOO / "shapes" / f"{name}.pt", size=256, backend="portable", precision=precision, unverified=True)
     build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH).save(tmp_path / "m.rtx")
-    for batch, found in compare_engine(tmp_path / "m.rtx", images=pictures(256)):
+    for batch, found in compare_engine(tmp_path / "m.rtx", images=shape_images(256)):
         assert found.before > 5 * batch, found.summary
         assert found.same >= 0.98 * found.before, f"batch {batch}: {found.summary}"
         assert found.worst_box < 2, f"batch {batch}: {found.summary}"
@@ -55,7 +55,7 @@ def test_engine_with_rounds_needs_no_control_flow_and_finds_the_same(tmp_path):
     fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend="portable", rounds=12, unverified=True)
     engine = build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH)
     runner = EngineRunner(engine, load_rtx())
-    images = pictures(256)
+    images = shape_images(256)
     found = agreement_of(fused, images, fused, runner.infer(images))
     assert found.before == found.after == found.same > 40, found.summary
 
@@ -63,7 +63,7 @@ def test_engine_with_rounds_needs_no_control_flow_and_finds_the_same(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_onnxruntime_on_cuda_finds_the_same(precision):
     fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, precision=precision, unverified=True)
-    images = pictures(256)
+    images = shape_images(256)
     got = OnnxRuntimeRunner(fused.model, ("CUDAExecutionProvider",)).infer(images)
     found = agreement_of(fused, images, fused, got)
     assert found.same >= 0.98 * found.before > 40, found.summary
@@ -76,7 +76,7 @@ def test_tensorrt_engine_with_a_plugin_finds_what_its_file_finds(tmp_path, backe
     fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend=backend, precision=precision, unverified=True)
     path = fused.save(tmp_path / "m.onnx", unverified=True)
     build_tensorrt(str(path), EngineSettings(batch=(1, 2, 8))).save(tmp_path / "m.engine")
-    for batch, found in compare_engine(tmp_path / "m.engine", images=pictures(256)):
+    for batch, found in compare_engine(tmp_path / "m.engine", images=shape_images(256)):
         assert found.same >= 0.98 * found.before > 5 * batch, f"batch {batch}: {found.summary}"
 
 

@@ -1,6 +1,6 @@
 """Run fused files in every runtime that is installed, and compare each row with what ONNX Runtime on CPU gives.
 
-    python tests/runtimes/compare.py FILE.onnx ... [--picture FILE ...] [--node FOLDER] [--json]
+    python tests/runtimes/compare.py FILE.onnx ... [--image FILE ...] [--node FOLDER] [--json]
 
 OpenVINO and tract come from PyPI, onnxruntime-node and onnxruntime-web from npm (`npm install --ignore-scripts` in FOLDER).
 Exit status 1 where a runtime gives other detections.
@@ -25,8 +25,8 @@ from fusenms import contract
 from fusenms.artifacts.fused import FusedModel, load_fused
 from fusenms.errors import first_line
 from fusenms.graph.session import OnnxRuntimeRunner
-from fusenms.heads.probe import picture
-from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
+from fusenms.heads.probe import probe_image
+from fusenms.runtime.images import letterbox, read_image, to_tensor
 
 Outputs = dict[str, np.ndarray]
 Run = Callable[[Path, np.ndarray], Outputs]
@@ -143,7 +143,7 @@ def _pairs(fused: FusedModel, expected: Outputs, got: Outputs) -> list[tuple[int
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--picture", nargs="+", type=Path, default=[])
+    parser.add_argument("--image", nargs="+", type=Path, default=[])
     parser.add_argument("--node", type=Path, metavar="FOLDER")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -151,9 +151,9 @@ def main() -> int:
     rows = []
     for path in args.files:
         image = load_fused(path).image
-        images = picture(image.height, image.width)
-        if args.picture:
-            images = to_tensor([letterbox(read_picture(p), image.height, image.width)[0] for p in args.picture])
+        images = probe_image(image.height, image.width)
+        if args.image:
+            images = to_tensor([letterbox(read_image(p), image.height, image.width)[0] for p in args.image])
         rows += [compare(path, name, run, images) for name, run in found.items()]
     if args.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "missing": missing}))

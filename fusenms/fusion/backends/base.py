@@ -11,18 +11,18 @@ import onnx
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel
 from fusenms.config import PostprocessConfig
-from fusenms.fusion.candidates import Chosen, Head, choose
+from fusenms.fusion.candidates import CandidateTensors, Head, emit_candidates
 from fusenms.graph.builder import INT32, Graph, Tensor
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What is left of the chosen candidates after suppression, best first: K rows an image, the valid ones before the others.
+class SelectionTensors:
+    """What suppression keeps of the candidates, best first: K rows per image, the valid ones first.
 
     Attributes:
         valid: ``[B, K]`` bool.
-        place: ``[B, K]`` int32, where each stands among the chosen; some place where a row is not valid.
-        boxes: ``[B, K, 4 or 5]`` float32, as `Chosen.rows` gives them; anything where a row is not valid.
+        place: ``[B, K]`` int32, where each stands among the candidates; some place where a row is not valid.
+        boxes: ``[B, K, 4 or 5]`` float32, as `CandidateTensors.decode` gives them; anything where a row is not valid.
         labels: ``[B, K]`` int32; the same.
         converged: ``[B, 1]`` int32, with ``config.rounds``: 1 where those were enough.
     """
@@ -35,7 +35,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectionTensors:
     """Detections of every image, best first: K rows, blank past the count (0; labels and indices -1).
 
     Attributes:
@@ -45,7 +45,7 @@ class Found:
         scores: ``[B, K]`` float32.
         labels: ``[B, K]`` int32.
         indices: ``[B, K]`` int32, the candidates' numbers, as `fusenms.layout` counts them.
-        converged: as in `Kept`.
+        converged: as in `SelectionTensors`.
     """
 
     valid: Tensor
@@ -57,7 +57,7 @@ class Found:
     converged: Tensor | None = None
 
 
-Find = Callable[[Graph, Head, PostprocessConfig], Found]
+EmitDetections = Callable[[Graph, Head, PostprocessConfig], DetectionTensors]
 """Emit all that lies between a head and its detections."""
 
 
@@ -69,7 +69,7 @@ class Backend:
         name: what ``--backend`` says.
         suffix: of the files it makes.
         suppresses_by: the operator, for people.
-        find: emit choice, decoding, suppression and selection; raises UnsupportedByBackendError.
+        find: emit candidates, decoding, suppression and selection; raises UnsupportedByBackendError.
         to_standard: a model, or a part of it, for ONNX Runtime: plugins get a body of standard operators, for checking only.
         runs_on_onnxruntime: whether the file itself runs there.
         adaptive: whether the number of candidates may depend on the data; else it is fixed.
@@ -81,7 +81,7 @@ class Backend:
     name: str
     suffix: str
     suppresses_by: str
-    find: Find
+    find: EmitDetections
     to_standard: Callable[[onnx.ModelProto, FusedModel], onnx.ModelProto]
     runs_on_onnxruntime: bool
     adaptive: bool
@@ -90,41 +90,43 @@ class Backend:
     in_float: Callable[[onnx.ModelProto], onnx.ModelProto] = lambda model: model
 
 
-def by_choosing(suppress: Callable[[Graph, Chosen, PostprocessConfig], Kept], adaptive: bool) -> Find:
-    """Choose and decode by tensor operators, and suppress what was chosen."""
+def by_candidates(
+    suppress: Callable[[Graph, CandidateTensors, PostprocessConfig], SelectionTensors], adaptive: bool
+) -> EmitDetections:
+    """Score, select and decode candidates by tensor operators, then suppress."""
 
-    def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
-        chosen = choose(g, head, config, adaptive)
-        kept = suppress(g, chosen, config)
-        valid = kept.valid
-        scores = g.op("GatherElements", chosen.scores, kept.place, axis=1)
+    def find(g: Graph, head: Head, config: PostprocessConfig) -> DetectionTensors:
+        candidates = emit_candidates(g, head, config, adaptive)
+        selection = suppress(g, candidates, config)
+        valid = selection.valid
+        scores = g.op("GatherElements", candidates.scores, selection.place, axis=1)
         blank = g.ints(contract.NO_LABEL)
-        return Found(
+        return DetectionTensors(
             valid,
             g.reduce("ReduceSum", g.cast(valid, INT32), 1, keepdims=True),
-            g.where(g.unsqueeze(valid, 2), kept.boxes, g.floats(0.0)),
+            g.where(g.unsqueeze(valid, 2), selection.boxes, g.floats(0.0)),
             g.where(valid, scores, g.floats(0.0)),
-            g.where(valid, kept.labels, blank),
-            g.where(valid, chosen.numbers(kept.place), blank),
-            kept.converged,
+            g.where(valid, selection.labels, blank),
+            g.where(valid, candidates.indices(selection.place), blank),
+            selection.converged,
         )
 
     return find
 
 
-def select(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
-    """What is left where nothing is to be suppressed: the chosen ones, at most K, and blank rows after them."""
-    assert chosen.count is not None and chosen.count <= config.max_detections
-    boxes, labels, valid = chosen.rows(None)
-    falling = g.const(np.arange(chosen.count, 0, -1)[None], np.float32)
+def select(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) -> SelectionTensors:
+    """The selection of a head that needs no suppression: its candidates, at most K, then blank rows."""
+    assert candidates.count is not None and candidates.count <= config.max_detections
+    boxes, labels, valid = candidates.decode(None)
+    falling = g.const(np.arange(candidates.count, 0, -1)[None], np.float32)
     rank = g.where(valid, falling, g.floats(0.0))  # valid ones first
-    if lacking := config.max_detections - chosen.count:
+    if lacking := config.max_detections - candidates.count:
         rank = g.op("Pad", rank, g.const([0, 0, 0, lacking], np.int64), g.floats(0.0))
     rank, row = g.top_k(rank, g.const([config.max_detections], np.int64))
     valid = g.op("Greater", rank, g.floats(0.0))
     place = g.where(valid, row, g.ints(0))
-    return Kept(
-        valid, place, g.take_rows(boxes, place, 1, chosen.box_size), g.op("GatherElements", labels, place, axis=1)
+    return SelectionTensors(
+        valid, place, g.take_rows(boxes, place, 1, candidates.box_size), g.op("GatherElements", labels, place, axis=1)
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fusenms.boxes import FARTHEST_EPSILON, THINNEST
+from fusenms.boxes import PROBIOU_EPSILON, THINNEST
 from fusenms.graph.builder import Graph, Tensor
 
 SLACK = 2.0**-21
@@ -81,7 +81,7 @@ def overlap_oriented(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor]
 
 def farthest_overlapping(threshold: float) -> float:
     """The Bhattacharyya distance at which the probabilistic IoU is the threshold."""
-    return -math.log(1 + FARTHEST_EPSILON - (1 - threshold) ** 2)
+    return -math.log(1 + PROBIOU_EPSILON - (1 - threshold) ** 2)
 
 
 def _gaussian(g: Graph, box: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -7,12 +7,12 @@ import onnx
 
 from fusenms.artifacts.fused import FusedModel
 from fusenms.config import PostprocessConfig
-from fusenms.fusion.backends.base import Backend, Kept, by_choosing, one_class_each
-from fusenms.fusion.candidates import Chosen
+from fusenms.fusion.backends.base import Backend, SelectionTensors, by_candidates, one_class_each
+from fusenms.fusion.candidates import CandidateTensors
 from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 
 
-def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
+def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) -> SelectionTensors:
     """Emit suppression and selection.
 
     The operator is given ranks as scores (the best candidate's is k, the last one's 1), so that its order is
@@ -20,24 +20,26 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
     there. It lists its picks by image, then class, then score; scattered back onto the candidates, the first K picked ones of
     each image are taken.
     """
-    boxes, labels, valid = chosen.rows(None)
-    rank = _descending(g, chosen)
-    if config.class_agnostic or chosen.num_classes == 1:
+    boxes, labels, valid = candidates.decode(None)
+    rank = _descending(g, candidates)
+    if config.class_agnostic or candidates.num_classes == 1:
         scores = g.unsqueeze(g.where(valid, rank, g.floats(-1.0)), 1)
     else:
-        scores = one_class_each(g, rank, labels, valid, _present(g, labels, chosen.num_classes), 1)
+        scores = one_class_each(g, rank, labels, valid, _present(g, labels, candidates.num_classes), 1)
     most = g.const([config.max_detections], np.int64)
     limits = (g.const([config.iou_threshold], np.float32), g.const([-0.5], np.float32))
     picks = g.op("NonMaxSuppression", boxes, scores, most, *limits)  # rows of (image, class, candidate)
     places = g.concat([g.slice(picks, 1, 0, 1), g.slice(picks, 1, 2, 3)], 1)
     picked = g.op("ScatterND", g.op("Mul", rank, g.floats(0.0)), places, g.op("GatherND", rank, places))
-    if chosen.count is None or chosen.count < config.max_detections:  # fewer candidates than rows: add blank ones
-        lacking = config.max_detections - (chosen.count or 0)
+    if (
+        candidates.count is None or candidates.count < config.max_detections
+    ):  # fewer candidates than rows: add blank ones
+        lacking = config.max_detections - (candidates.count or 0)
         picked = g.op("Pad", picked, g.const([0, 0, 0, lacking], np.int64), g.floats(0.0))
     value, row = g.top_k(picked, most)
     valid = g.op("Greater", value, g.floats(0.0))
     row = g.where(valid, row, g.ints(0))
-    return Kept(valid, row, g.take_rows(boxes, row, 1, 4), g.op("GatherElements", labels, row, axis=1))
+    return SelectionTensors(valid, row, g.take_rows(boxes, row, 1, 4), g.op("GatherElements", labels, row, axis=1))
 
 
 def _present(g: Graph, labels: Tensor, num_classes: int) -> Tensor:
@@ -47,11 +49,11 @@ def _present(g: Graph, labels: Tensor, num_classes: int) -> Tensor:
     return g.reshape(g.cast(g.op("NonZero", seen), INT32), 1, -1, 1)
 
 
-def _descending(g: Graph, chosen: Chosen) -> Tensor:
+def _descending(g: Graph, candidates: CandidateTensors) -> Tensor:
     """``[B, k]`` float32: k, k - 1, …, 1 in each row (exact, since k is far below 2^24)."""
-    ones = g.cast(g.op("Equal", chosen.scores, chosen.scores), FLOAT)
-    if chosen.count is not None:
-        return g.op("Mul", ones, g.const(np.arange(chosen.count, 0, -1)[None], np.float32))
+    ones = g.cast(g.op("Equal", candidates.scores, candidates.scores), FLOAT)
+    if candidates.count is not None:
+        return g.op("Mul", ones, g.const(np.arange(candidates.count, 0, -1)[None], np.float32))
     return g.op("CumSum", ones, g.const(1, np.int64), reverse=1)
 
 
@@ -64,7 +66,7 @@ ORT = Backend(
     "ort",
     ".ort.onnx",
     "NonMaxSuppression",
-    by_choosing(suppress, adaptive=True),
+    by_candidates(suppress, adaptive=True),
     to_standard,
     runs_on_onnxruntime=True,
     adaptive=True,

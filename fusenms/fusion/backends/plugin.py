@@ -15,13 +15,14 @@ import onnx
 
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.raw import ImageInput
+from fusenms.boxes import MAX_REACH, MAX_REACH_ORIENTED
 from fusenms.config import PostprocessConfig
 from fusenms.errors import SourceError, UnsupportedByBackendError
-from fusenms.fusion.backends.base import Backend, Found
+from fusenms.fusion.backends.base import Backend, DetectionTensors
 from fusenms.fusion.backends.iou import SLACK, farthest_overlapping
 from fusenms.fusion.backends.ort import ORT
 from fusenms.fusion.backends.portable import PORTABLE
-from fusenms.fusion.candidates import FARTHEST, FARTHEST_ORIENTED, Head, strict_threshold
+from fusenms.fusion.candidates import Head, strict_threshold
 from fusenms.graph.builder import FLOAT, Graph, Tensor
 from fusenms.graph.model import sorted_model
 from fusenms.layout import (
@@ -39,8 +40,8 @@ from fusenms.layout import (
 PLUGIN = "FusedNMS"
 DOMAIN = "fusenms"
 VERSION = "1"
-INPUTS = ("picture", "classes", "boxes", "objectness", "background", "angle")
-"""Of the node. One that the head does not have is given `classes` again; so is the picture, where its size is fixed."""
+INPUTS = ("image", "classes", "boxes", "objectness", "background", "angle")
+"""Of the node. One that the head does not have is given `classes` again; so is the image, where its size is fixed."""
 OUTPUTS = ("num_detections", "boxes", "scores", "labels", "indices")
 IN_HALF = "/float16"
 """After the name of a head's tensor: the same, as the network in half precision gives it, before it is cast to float32."""
@@ -143,7 +144,7 @@ def settings_of(head: Head, config: PostprocessConfig) -> Settings:
         overlap_limit=2 * farthest_overlapping(config.iou_threshold)
         if oriented
         else config.iou_threshold * (1 + SLACK),
-        farthest=FARTHEST_ORIENTED if oriented else FARTHEST,
+        farthest=MAX_REACH_ORIENTED if oriented else MAX_REACH,
         max_candidates=config.max_candidates,
         max_detections=config.max_detections,
     )
@@ -152,7 +153,7 @@ def settings_of(head: Head, config: PostprocessConfig) -> Settings:
             setattr(s, name, (tap.channel_axis, head.widths[tap.tensor], tap.start))
     if isinstance(decode, Distances):
         s.bins, s.point = decode.bins, decode.point
-        _fill(s.values, decode.numbers, f"{decode.bins} bins")
+        _fill(s.values, decode.bin_values, f"{decode.bins} bins")
     if not isinstance(decode, Decoded):
         s.levels, s.anchors = len(decode.strides), 1
         _fill(s.strides, decode.strides, f"{len(decode.strides)} levels")
@@ -198,7 +199,7 @@ def _take_half(g: Graph, layout: Layout) -> bool:
     return True
 
 
-def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
+def find(g: Graph, head: Head, config: PostprocessConfig) -> DetectionTensors:
     """Emit the plugin's node.
 
     Raises:
@@ -226,7 +227,7 @@ def find(g: Graph, head: Head, config: PostprocessConfig) -> Found:
         (indices, np.int32),
     ):
         tensor.dtype = dtype
-    return Found(g.op("Not", g.op("Less", indices, g.ints(0))), count, boxes, scores, labels, indices)
+    return DetectionTensors(g.op("Not", g.op("Less", indices, g.ints(0))), count, boxes, scores, labels, indices)
 
 
 def in_float(model: onnx.ModelProto) -> onnx.ModelProto:

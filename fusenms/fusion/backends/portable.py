@@ -26,24 +26,24 @@ import onnx
 
 from fusenms.artifacts.fused import FusedModel
 from fusenms.config import PostprocessConfig
-from fusenms.fusion.backends.base import Backend, Kept, by_choosing
+from fusenms.fusion.backends.base import Backend, SelectionTensors, by_candidates
 from fusenms.fusion.backends.iou import overlap_oriented, overlap_upright
-from fusenms.fusion.candidates import Chosen
+from fusenms.fusion.candidates import CandidateTensors
 from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 
 BLOCK, UNROLLED_BLOCK = 64, 960
 """Most candidates of a block: with a `Loop`, whose rounds cost little; unrolled, where each one makes the graph longer."""
 
 
-def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
+def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) -> SelectionTensors:
     """Emit suppression and selection. Candidates are decoded block by block.
 
     Without ``config.rounds`` `Loop` nodes run until nothing changes. With it, so many rounds are unrolled for every block, and a
-    further output says which images had settled by then.
+    extra output says which images had settled by then.
     """
-    assert chosen.count is not None
-    count = math.ceil(chosen.count / (BLOCK if config.rounds is None else UNROLLED_BLOCK))
-    blocks = _Blocks(g, chosen, config, chosen.count, math.ceil(chosen.count / count))
+    assert candidates.count is not None
+    count = math.ceil(candidates.count / (BLOCK if config.rounds is None else UNROLLED_BLOCK))
+    blocks = _Blocks(g, candidates, config, candidates.count, math.ceil(candidates.count / count))
     if config.rounds is None and count > 1:
         found, converged = blocks.while_any_is_open(count), None
     else:
@@ -51,12 +51,12 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
         for i in range(1, count):
             found, settled = blocks.one(g.ints(i), found)
             converged = g.op("Mul", converged, settled)
-    boxes = g.op("Transpose", g.slice(found, 1, 0, chosen.box_size), perm=[0, 2, 1])
+    boxes = g.op("Transpose", g.slice(found, 1, 0, candidates.box_size), perm=[0, 2, 1])
     rank = blocks.row(found, blocks.rank)
     valid = g.op("Greater", rank, g.floats(0.0))
-    place = g.where(valid, g.op("Sub", g.ints(chosen.count), g.cast(rank, INT32)), g.ints(0))
+    place = g.where(valid, g.op("Sub", g.ints(candidates.count), g.cast(rank, INT32)), g.ints(0))
     labels = g.cast(blocks.row(found, blocks.label), INT32)
-    return Kept(valid, place, boxes, labels, None if config.rounds is None else converged)
+    return SelectionTensors(valid, place, boxes, labels, None if config.rounds is None else converged)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Blocks:
     """
 
     g: Graph
-    chosen: Chosen
+    candidates: CandidateTensors
     config: PostprocessConfig
     total: int
     size: int
@@ -76,7 +76,7 @@ class _Blocks:
     @property
     def label(self) -> int:
         """Which row of what was found holds the labels."""
-        return self.chosen.box_size
+        return self.candidates.box_size
 
     @property
     def rank(self) -> int:
@@ -92,15 +92,15 @@ class _Blocks:
         place = g.op("Add", g.op("Mul", number, g.ints(self.size)), g.const(np.arange(self.size), np.int32))
         inside = g.op("Less", place, g.ints(self.total))
         place = g.where(inside, place, g.ints(self.total - 1))
-        boxes, labels, valid = self.chosen.rows(place)
+        boxes, labels, valid = self.candidates.decode(place)
         alive = g.op("And", valid, inside)
         own = g.concat([boxes, g.unsqueeze(g.cast(labels, FLOAT), 2)], 2)  # [B, b, box + 1]
         across = g.op("Transpose", own, perm=[0, 2, 1])
         everyone = across if found is None else g.concat([g.slice(found, 1, 0, self.rank), across], 2)
         rivals = self._rivals(own, everyone)  # of what was found before, then of the block itself
         if found is not None:
-            kept = g.op("Greater", self.row(found, self.rank), g.floats(0.0))
-            alive = g.op("And", alive, g.op("Not", self._any(g.slice(rivals, 2, 0, most), kept)))
+            selection = g.op("Greater", self.row(found, self.rank), g.floats(0.0))
+            alive = g.op("And", alive, g.op("Not", self._any(g.slice(rivals, 2, 0, most), selection)))
             rivals = g.slice(rivals, 2, most, most + self.size)
         earlier = g.op("Less", g.unsqueeze(place, 0), g.unsqueeze(place, 1))
         keep, settled = self._settle(alive, g.op("And", rivals, earlier))
@@ -117,7 +117,7 @@ class _Blocks:
     def while_any_is_open(self, count: int) -> Tensor:
         """What was found after all blocks; they end where no image can gain another row."""
         g, most = self.g, self.config.max_detections
-        passing = g.cast(self.chosen.passing, FLOAT)
+        passing = g.cast(self.candidates.passing, FLOAT)
         last = g.reduce("ReduceSum", passing, 1)  # [B]: those that pass stand first
         start = g.unsqueeze(g.slice(passing, 1, 0, 1), 2)
         nothing = g.op("Mul", start, g.const(np.zeros((1, self.rank + 1, most)), np.float32))
@@ -156,11 +156,11 @@ class _Blocks:
     def _rivals(self, own: Tensor, others: Tensor) -> Tensor:
         """Of boxes and labels ``[B, b, box + 1]`` and others ``[B, box + 1, n]``: do they overlap too much, is the class one?
         ``[B, b, n]`` bool."""
-        g, overlap = self.g, overlap_oriented if self.chosen.oriented else overlap_upright
+        g, overlap = self.g, overlap_oriented if self.candidates.oriented else overlap_upright
         *box, label = g.split(own, 2, self.label + 1)  # [B, b, 1]
         *other, other_label = g.split(others, 1, self.label + 1)  # [B, 1, n]
         close = overlap(g, box, other, self.config.iou_threshold)
-        if self.config.class_agnostic or self.chosen.num_classes == 1:
+        if self.config.class_agnostic or self.candidates.num_classes == 1:
             return close
         return g.op("And", close, g.op("Equal", label, other_label))
 
@@ -180,7 +180,7 @@ PORTABLE = Backend(
     "portable",
     ".portable.onnx",
     "tensor operators",
-    by_choosing(suppress, adaptive=False),
+    by_candidates(suppress, adaptive=False),
     to_standard,
     runs_on_onnxruntime=True,
     adaptive=False,

@@ -9,7 +9,7 @@ Facts from its published source (plugin/efficientNMSPlugin, TensorRT open source
   kept: everything else about those, the true score first, is gathered by it;
 - it keeps scores >= score_threshold: the threshold was applied before, what failed it has no rank;
 - it drops boxes with IoU >= iou_threshold: the next float above the threshold is emitted;
-- every class of every box is a candidate: only the chosen class of each has a rank;
+- every class of every box is a candidate: only the selected class of each has a rank;
 - it looks at the best 5000 (2000 on Jetson TX1 and TX2). At most 3840 get here;
 - below a score_threshold of 0.007 it sorts everything and counts rows that it had filtered out: the threshold on ranks is higher;
 - it swaps the corners of boxes of negative size: there are none, see `decoding`.
@@ -24,8 +24,8 @@ from onnx import parser
 from fusenms.artifacts.fused import FusedModel
 from fusenms.config import MAX_CANDIDATES_LIMIT, PostprocessConfig
 from fusenms.errors import UnsupportedByBackendError
-from fusenms.fusion.backends.base import Backend, Kept, by_choosing, one_class_each
-from fusenms.fusion.candidates import Chosen
+from fusenms.fusion.backends.base import Backend, SelectionTensors, by_candidates, one_class_each
+from fusenms.fusion.candidates import CandidateTensors
 from fusenms.graph.builder import INT32, Graph
 
 PLUGIN = "EfficientNMS_TRT"
@@ -33,22 +33,22 @@ DOMAIN = "TRT"
 RANKS = 8192  # ranks are multiples of its reciprocal
 
 
-def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
+def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) -> SelectionTensors:
     """Emit the plugin node on ranks, which say afterwards what it kept.
 
     Raises:
         UnsupportedByBackendError: more candidates than TensorRT's TopK takes.
     """
-    assert chosen.count is not None
-    if chosen.count > MAX_CANDIDATES_LIMIT:
+    assert candidates.count is not None
+    if candidates.count > MAX_CANDIDATES_LIMIT:
         raise UnsupportedByBackendError(
-            f"backend trt: found {chosen.count} candidates; TensorRT's TopK takes at most {MAX_CANDIDATES_LIMIT}: "
+            f"backend trt: found {candidates.count} candidates; TensorRT's TopK takes at most {MAX_CANDIDATES_LIMIT}: "
             f"lower --max-candidates to {MAX_CANDIDATES_LIMIT}"
         )
     g.import_domain(DOMAIN, 1)
-    decoded, own, alive = chosen.rows(None)
-    classes = g.const(np.arange(chosen.num_classes).reshape(1, 1, -1), np.int32)
-    ranks = g.const(1 - np.arange(chosen.count)[None] / RANKS, np.float32)
+    decoded, own, alive = candidates.decode(None)
+    classes = g.const(np.arange(candidates.num_classes).reshape(1, 1, -1), np.int32)
+    ranks = g.const(1 - np.arange(candidates.count)[None] / RANKS, np.float32)
     count, boxes, kept_ranks, labels = g.add(
         PLUGIN,
         [decoded, one_class_each(g, ranks, own, alive, classes, 2)],
@@ -68,7 +68,7 @@ def suppress(g: Graph, chosen: Chosen, config: PostprocessConfig) -> Kept:
         tensor.dtype = dtype
     valid = g.op("Less", g.const(np.arange(config.max_detections)[None], np.int32), count)
     place = g.op("Mul", g.op("Sub", g.floats(1.0), kept_ranks), g.floats(float(RANKS)))
-    return Kept(valid, g.cast(g.where(valid, place, g.floats(0.0)), INT32), boxes, labels)
+    return SelectionTensors(valid, g.cast(g.where(valid, place, g.floats(0.0)), INT32), boxes, labels)
 
 
 def _next_above(threshold: float) -> float:
@@ -190,7 +190,7 @@ TRT = Backend(
     "trt",
     ".trt.onnx",
     PLUGIN,
-    by_choosing(suppress, adaptive=False),
+    by_candidates(suppress, adaptive=False),
     to_standard,
     runs_on_onnxruntime=False,
     adaptive=False,

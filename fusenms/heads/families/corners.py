@@ -9,20 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
-from fusenms.heads.probe import Evidence, Pair, are_corners, are_normalized, are_probabilities, follows_grid, sum_to_one
+from fusenms.heads.probe import Pair, Probe, are_corners, are_normalized, are_probabilities, follows_grid, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout
 
 NAME = "corners"
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize boxes on a grid, and as many rows of probabilities."""
-    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair))
+    return match_pairs(probe, lambda pair: _match_pair(probe, pair))
 
 
-def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:
+def _match_pair(probe: Probe, pair: Pair) -> Layout | Mismatch:
     count, classes = pair.scores.shape
-    if (grid := evidence.grid(1, count)) is None:
+    if (grid := probe.grid(1, count)) is None:
         return Mismatch(f"found {count} candidates; expected one per cell of levels with strides such as 8, 16, 32")
     if not are_probabilities(pair.scores):
         return Mismatch(
@@ -30,17 +30,17 @@ def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:
         )
     if sum_to_one(pair.scores):
         return Mismatch("the class scores of each candidate sum to 1, so one of them is the background")
-    names = evidence.raw.class_names
+    names = probe.raw.class_names
     if names and len(names) != classes:
         return Mismatch(f"found {classes} classes, but {len(names)} class names in the metadata")
     normalized = are_normalized(pair.boxes)
-    boxes = pair.boxes * evidence.sides if normalized else pair.boxes.astype(np.float64)
+    boxes = pair.boxes * probe.sides if normalized else pair.boxes.astype(np.float64)
     if are_corners(boxes) and follows_grid((boxes[:, :2] + boxes[:, 2:]) / 2, grid):
         form = BoxFormat.XYXY
     elif (boxes[:, 2:] >= 0).all() and follows_grid(boxes[:, :2], grid):
         form = BoxFormat.CXCYWH
     else:
-        return Mismatch("the boxes do not follow the cells of the picture")
+        return Mismatch("the boxes do not follow the cells of the image")
     return Layout(NAME, pair.box_tap, pair.classes(0, classes), None, Activation.NONE, Decoded(form, normalized))
 
 

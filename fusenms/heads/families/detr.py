@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
-from fusenms.heads.probe import Evidence, Pair, background_of, not_queries, sum_to_one
+from fusenms.heads.probe import Pair, Probe, background_of, not_queries, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout
 
 NAME = "detr"
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize queries whose last class is "no object"."""
-    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair, certain))
+    return match_pairs(probe, lambda pair: _match_pair(probe, pair, certain))
 
 
-def _match_pair(evidence: Evidence, pair: Pair, certain: bool) -> Layout | Mismatch:
+def _match_pair(probe: Probe, pair: Pair, certain: bool) -> Layout | Mismatch:
     if reason := not_queries(pair.boxes):
         return Mismatch(reason)
     every = pair.scores.shape[1]
-    names = evidence.raw.class_names
+    names = probe.raw.class_names
     if every < 2 or (names and len(names) != every - 1):
         return Mismatch(
             f"found {every} classes{f' and {len(names)} class names' if names else ''}; expected one more, for no object"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.probe import Evidence, Sample, are_probabilities, as_probabilities
+from fusenms.heads.probe import Probe, Sample, are_probabilities, as_probabilities
 from fusenms.layout import Activation, Distances, Join, Layout, Tap, cells_along
 
 NAME = "levels"
@@ -33,9 +33,9 @@ class Level:
     values: np.ndarray
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize levels of distances and classes."""
-    layout = match_levels(evidence, NAME)
+    layout = match_levels(probe, NAME)
     if isinstance(layout, Layout) and is_nanodet(layout):
         return Mismatch(f"found {NANODET_BINS} bins and class probabilities, as NanoDet has them")
     return layout
@@ -47,12 +47,12 @@ def is_nanodet(layout: Layout) -> bool:
     return layout.decode.bins == NANODET_BINS and layout.activation is Activation.NONE
 
 
-def match_levels(evidence: Evidence, name: str) -> Layout | Mismatch:
+def match_levels(probe: Probe, name: str) -> Layout | Mismatch:
     """Recognize levels of distances and classes, of any family."""
-    shapes = [list(sample.value.shape) for sample in evidence.samples]
-    if evidence.raw.task != "detect":
-        return Mismatch(f"the file says that its task is {evidence.raw.task!r}; expected 'detect'")
-    levels = [level for sample in evidence.samples if (level := _level(evidence, sample)) is not None]
+    shapes = [list(sample.value.shape) for sample in probe.samples]
+    if probe.raw.task != "detect":
+        return Mismatch(f"the file says that its task is {probe.raw.task!r}; expected 'detect'")
+    levels = [level for sample in probe.samples if (level := _level(probe, sample)) is not None]
     wide = [level for level in levels if level.values.shape[1] > 1 or len(levels) <= 6]
     strides = sorted({level.stride for level in wide})
     if len(levels) != len(shapes) or len(wide) not in (len(strides), 2 * len(strides)) or len(wide) < 2:
@@ -66,13 +66,13 @@ def match_levels(evidence: Evidence, name: str) -> Layout | Mismatch:
     if groups is None:
         return Mismatch(f"found outputs of shape {shapes}; expected every level with the same channels")
     if len(groups) == 1:
-        return _match_joined(evidence, name, groups[0])
-    return _match_apart(evidence, name, groups)
+        return _match_joined(probe, name, groups[0])
+    return _match_apart(probe, name, groups)
 
 
-def _level(evidence: Evidence, sample: Sample) -> Level | None:
+def _level(probe: Probe, sample: Sample) -> Level | None:
     """An output as a level: ``[1, C, rows, columns]``, ``[1, rows, columns, C]``, ``[1, n, C]`` or ``[1, C, n]``."""
-    shape, image = sample.value.shape, evidence.raw.image
+    shape, image = sample.value.shape, probe.raw.image
     for stride in STRIDES:
         rows, columns = cells_along(image.height, stride), cells_along(image.width, stride)
         if len(shape) == 4 and shape[2:] == (rows, columns):
@@ -94,10 +94,10 @@ def _groups(by_stride: Sequence[Sequence[Level]]) -> list[list[Level]] | None:
     return None
 
 
-def _match_joined(evidence: Evidence, name: str, group: list[Level]) -> Layout | Mismatch:
+def _match_joined(probe: Probe, name: str, group: list[Level]) -> Layout | Mismatch:
     """One output a level: 4 * 16 channels of distances, then the classes."""
     width, start = group[0].values.shape[1], 4 * USUAL_BINS
-    names = evidence.raw.class_names
+    names = probe.raw.class_names
     if width <= start or (names and len(names) != width - start):
         expected = (
             f"{start} of distances and {len(names)} of classes"
@@ -114,13 +114,13 @@ def _match_joined(evidence: Evidence, name: str, group: list[Level]) -> Layout |
     return Layout(name, boxes, classes, None, _activation(values[:, start:]), decode, (join,))
 
 
-def _match_apart(evidence: Evidence, name: str, groups: list[list[Level]]) -> Layout | Mismatch:
+def _match_apart(probe: Probe, name: str, groups: list[list[Level]]) -> Layout | Mismatch:
     """Two outputs a level. Which is which is told by their values, and by the number of class names where there are some."""
     found, reasons = [], []
     for distances, classes in (groups, groups[::-1]):
         widths = distances[0].values.shape[1], classes[0].values.shape[1]
         far, near = (np.concatenate([level.values for level in some]) for some in (distances, classes))
-        names = evidence.raw.class_names
+        names = probe.raw.class_names
         reason = _not_distances(far) or _not_classes(near)
         if names and len(names) != widths[1]:
             reason = f"found {widths[1]} classes, but {len(names)} class names in the metadata"

@@ -9,31 +9,31 @@ from __future__ import annotations
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.families.levels import NANODET_BINS, is_nanodet, match_levels
-from fusenms.heads.probe import Evidence, are_probabilities, width_of
+from fusenms.heads.probe import Probe, are_probabilities, width_of
 from fusenms.layout import Activation, Distances, Layout, Tap
 
 NAME = "nanodet"
 CHANNELS = 4 * NANODET_BINS
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize either form."""
-    if len(evidence.samples) == 1:
-        return _match_plus(evidence, certain)
-    layout = match_levels(evidence, NAME)
+    if len(probe.samples) == 1:
+        return _match_plus(probe, certain)
+    layout = match_levels(probe, NAME)
     if isinstance(layout, Layout) and not is_nanodet(layout):
         return Mismatch(f"found no {NANODET_BINS} bins with class probabilities")
     return layout
 
 
-def _match_plus(evidence: Evidence, certain: bool) -> Layout | Mismatch:
-    sample = evidence.samples[0]
+def _match_plus(probe: Probe, certain: bool) -> Layout | Mismatch:
+    sample = probe.samples[0]
     shape = list(sample.value.shape)
-    strides = evidence.strides(1, shape[1]) if len(shape) == 3 else None
+    strides = probe.strides(1, shape[1]) if len(shape) == 3 else None
     classes = shape[-1] - CHANNELS
     if strides is None or classes < 1:
         return Mismatch(f"found an output of shape {shape}; expected [batch, candidates, classes + {CHANNELS}]")
-    rows, names = sample.value[0], evidence.raw.class_names
+    rows, names = sample.value[0], probe.raw.class_names
     if names and len(names) != classes:
         return Mismatch(
             f"found {classes} channels before {CHANNELS} of distances, but {len(names)} class names in the metadata"

@@ -10,34 +10,34 @@ from __future__ import annotations
 import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
-from fusenms.heads.probe import Evidence, Pair, are_probabilities, as_probabilities, not_queries, sum_to_one
+from fusenms.heads.probe import Pair, Probe, are_probabilities, as_probabilities, not_queries, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
 NAME = "rtdetr"
 MOST_OF_A_CLASS = 0.2
-"""Of any class, on average over the queries of the test picture, where most find nothing."""
+"""Of any class, on average over the queries of the test image, where most find nothing."""
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize queries with independent classes."""
-    if len(evidence.samples) == 1:
-        return _match_joined(evidence)
-    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair, certain))
+    if len(probe.samples) == 1:
+        return _match_joined(probe)
+    return match_pairs(probe, lambda pair: _match_pair(probe, pair, certain))
 
 
-def _match_pair(evidence: Evidence, pair: Pair, certain: bool) -> Layout | Mismatch:
-    if reason := not_queries(pair.boxes) or _not_sigmoid(evidence, pair.scores, certain):
+def _match_pair(probe: Probe, pair: Pair, certain: bool) -> Layout | Mismatch:
+    if reason := not_queries(pair.boxes) or _not_sigmoid(probe, pair.scores, certain):
         return Mismatch(reason)
     return _layout(pair.box_tap, pair.classes(0, pair.scores.shape[1]), pair.scores)
 
 
-def _match_joined(evidence: Evidence) -> Layout | Mismatch:
-    sample = evidence.samples[0]
+def _match_joined(probe: Probe) -> Layout | Mismatch:
+    sample = probe.samples[0]
     shape = list(sample.value.shape)
     if len(shape) != 3 or shape[2] < 5:
         return Mismatch(f"found an output of shape {shape}; expected [batch, queries, 4 + classes]")
     boxes, scores = sample.value[0, :, :4], sample.value[0, :, 4:]
-    if reason := not_queries(boxes) or _not_sigmoid(evidence, scores, True):
+    if reason := not_queries(boxes) or _not_sigmoid(probe, scores, True):
         return Mismatch(reason)
     if not are_probabilities(scores):
         return Mismatch("the channels after the box are no probabilities")
@@ -50,9 +50,9 @@ def _layout(boxes: Tap, classes: Tap, scores: np.ndarray) -> Layout:
     return Layout(NAME, boxes, classes, None, activation, decode, suppress=False)
 
 
-def _not_sigmoid(evidence: Evidence, scores: np.ndarray, certain: bool) -> str | None:
+def _not_sigmoid(probe: Probe, scores: np.ndarray, certain: bool) -> str | None:
     """Why these are no class scores of their own sigmoids; None where they may be."""
-    names = evidence.raw.class_names
+    names = probe.raw.class_names
     if names and len(names) != scores.shape[1]:
         return f"found {scores.shape[1]} classes, but {len(names)} class names in the metadata"
     if sum_to_one(scores):

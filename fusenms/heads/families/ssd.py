@@ -7,18 +7,18 @@ of which one, the first or the last, says "nothing here".
 from __future__ import annotations
 
 from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
-from fusenms.heads.probe import Evidence, Pair, are_corners, are_normalized, background_of, sum_to_one
+from fusenms.heads.probe import Pair, Probe, are_corners, are_normalized, background_of, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout
 
 NAME = "ssd"
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize corners, and as many rows of a softmax."""
-    return match_pairs(evidence, lambda pair: _match_pair(evidence, pair))
+    return match_pairs(probe, lambda pair: _match_pair(probe, pair))
 
 
-def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:
+def _match_pair(probe: Probe, pair: Pair) -> Layout | Mismatch:
     if not sum_to_one(pair.scores):
         return Mismatch(
             "the class scores of a candidate do not sum to 1; expected a softmax over classes and background"
@@ -31,7 +31,7 @@ def _match_pair(evidence: Evidence, pair: Pair) -> Layout | Mismatch:
             "neither the first nor the last class is the best one of most candidates; expected the background there"
         )
     classes = pair.scores.shape[1] - 1
-    names = evidence.raw.class_names
+    names = probe.raw.class_names
     if names and len(names) != classes:
         return Mismatch(f"found {classes} classes beside the background, but {len(names)} class names in the metadata")
     scores = pair.classes(1, 1 + classes) if place == 0 else pair.classes(0, classes)

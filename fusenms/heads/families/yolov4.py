@@ -7,7 +7,7 @@ Tianxiaomo/pytorch-YOLOv4, `yolo_forward_dynamic`.
 from __future__ import annotations
 
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.probe import Evidence, are_corners, are_normalized, are_probabilities, follows_grid
+from fusenms.heads.probe import Probe, are_corners, are_normalized, are_probabilities, follows_grid
 from fusenms.layout import Activation, BoxFormat, Decoded, Join, Layout, Tap
 
 NAME = "yolov4"
@@ -15,17 +15,17 @@ ANCHORS = 3
 BOXES = "fusenms/head_boxes"
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize corners with a dimension of one, and as many rows of scores."""
-    shapes = [list(sample.value.shape) for sample in evidence.samples]
-    boxes = [s for s in evidence.samples if s.value.ndim == 4 and s.value.shape[2:] == (1, 4)]
-    scores = [s for s in evidence.samples if s.value.ndim == 3]
+    shapes = [list(sample.value.shape) for sample in probe.samples]
+    boxes = [s for s in probe.samples if s.value.ndim == 4 and s.value.shape[2:] == (1, 4)]
+    scores = [s for s in probe.samples if s.value.ndim == 3]
     if len(shapes) != 2 or len(boxes) != 1 or len(scores) != 1 or boxes[0].value.shape[1] != scores[0].value.shape[1]:
         return Mismatch(
             f"found outputs of shape {shapes}; expected boxes [batch, candidates, 1, 4] and scores [batch, candidates, classes]"
         )
-    corners, values, names = boxes[0].value[0, :, 0], scores[0].value[0], evidence.raw.class_names
-    grid = evidence.grid(ANCHORS, len(corners))
+    corners, values, names = boxes[0].value[0, :, 0], scores[0].value[0], probe.raw.class_names
+    grid = probe.grid(ANCHORS, len(corners))
     if grid is None:
         return Mismatch(
             f"found {len(corners)} candidates; expected three per cell of levels with strides such as 8, 16, 32"
@@ -34,7 +34,7 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
         return Mismatch(f"found {values.shape[1]} classes, but {len(names)} class names in the metadata")
     if not are_probabilities(values):
         return Mismatch(f"found scores from {values.min():.3g} to {values.max():.3g}; expected probabilities")
-    center = (corners[:, :2] + corners[:, 2:]) / 2 * evidence.sides[:2]
+    center = (corners[:, :2] + corners[:, 2:]) / 2 * probe.sides[:2]
     if not are_corners(corners) or not are_normalized(corners) or not follows_grid(center, grid):
         return Mismatch("the boxes are no corners in units of the input that follow its cells")
     join = Join(BOXES, (boxes[0].tensor,), 2, 4)

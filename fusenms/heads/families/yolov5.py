@@ -9,29 +9,29 @@ from __future__ import annotations
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.late_decode import earliest_anchors
-from fusenms.heads.probe import Evidence, follows_grid
-from fusenms.heads.task_outputs import further_channels, further_terms
+from fusenms.heads.probe import Probe, follows_grid
+from fusenms.heads.task_outputs import task_channels, task_terms
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
 NAME = "yolov5"
 ANCHORS = 3
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
-    """Recognize the decoded output of an export of this family; further outputs (raw levels) are left aside."""
-    _, maps = evidence.split_prototypes()
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
+    """Recognize the decoded output of an export of this family; other outputs (raw levels) are left aside."""
+    _, maps = probe.split_prototypes()
     maps = maps if len(maps) == 1 else []  # several are raw levels
-    further = further_channels(evidence, maps)
-    if isinstance(further, Mismatch):
-        return further
-    shapes = [list(sample.value.shape) for sample in evidence.samples]
-    for sample in evidence.samples:
+    extra = task_channels(probe, maps)
+    if isinstance(extra, Mismatch):
+        return extra
+    shapes = [list(sample.value.shape) for sample in probe.samples]
+    for sample in probe.samples:
         shape = sample.value.shape
-        grid = evidence.grid(ANCHORS, shape[1]) if len(shape) == 3 and shape[2] > 5 + further else None
+        grid = probe.grid(ANCHORS, shape[1]) if len(shape) == 3 and shape[2] > 5 + extra else None
         if grid is None:
             continue
-        rows, names = sample.value[0], evidence.raw.class_names
-        classes = rows.shape[1] - 5 - further
+        rows, names = sample.value[0], probe.raw.class_names
+        classes = rows.shape[1] - 5 - extra
         if names and len(names) != classes:
             return Mismatch(
                 f"found {classes} channels after box and objectness, but {len(names)} class names in the metadata"
@@ -42,9 +42,9 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
         if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
             return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
         boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 5 + classes)))
-        terms = further_terms(evidence, Tap(sample.tensor, 2, 5 + classes, shape[2]) if further else None, maps)
+        terms = task_terms(probe, Tap(sample.tensor, 2, 5 + classes, shape[2]) if extra else None, maps)
         decoded = Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH), **terms)
-        return decoded if further else earliest_anchors(evidence, decoded, ANCHORS)
+        return decoded if extra else earliest_anchors(probe, decoded, ANCHORS)
     return Mismatch(
         f"found outputs of shape {shapes}; expected [batch, candidates, 5 + classes] with three candidates "
         "per cell of levels with strides such as 8, 16, 32"

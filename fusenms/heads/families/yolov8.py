@@ -10,30 +10,30 @@ import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.late_decode import earliest_distances
-from fusenms.heads.probe import Evidence, Sample, follows_grid, width_of
-from fusenms.heads.task_outputs import TASKS, further_channels, further_terms, not_terms
+from fusenms.heads.probe import Probe, Sample, follows_grid, width_of
+from fusenms.heads.task_outputs import TASKS, not_terms, task_channels, task_terms
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap, other_axis
 
 NAME = "yolov8"
 EXPECTED = "one [batch, 4 + classes, candidates], or that with mask coefficients and [batch, prototypes, height, width]"
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize the decoded output of an export of this family."""
-    rows, maps = evidence.split_prototypes()
+    rows, maps = probe.split_prototypes()
     if len(rows) != 1 or len(maps) > 1:
-        return Mismatch(f"found {len(evidence.samples)} outputs; expected {EXPECTED}")
-    further = further_channels(evidence, maps)
-    if isinstance(further, Mismatch):
-        return further
+        return Mismatch(f"found {len(probe.samples)} outputs; expected {EXPECTED}")
+    extra = task_channels(probe, maps)
+    if isinstance(extra, Mismatch):
+        return extra
     sample = rows[0]
     shape = sample.value.shape
     if len(shape) != 3:
         return Mismatch(f"found an output of shape {list(shape)}; expected [batch, 4 + classes, candidates]")
     results = [
-        _match_channels(evidence, certain, sample, axis, grid, further, maps)
+        _match_channels(probe, certain, sample, axis, grid, extra, maps)
         for axis in (1, 2)  # as many channels as candidates: the values tell
-        if (grid := evidence.grid(1, shape[other_axis(axis)])) is not None and shape[axis] > 4 + further
+        if (grid := probe.grid(1, shape[other_axis(axis)])) is not None and shape[axis] > 4 + extra
     ]
     layouts = [result for result in results if isinstance(result, Layout)]
     if results:
@@ -46,11 +46,11 @@ def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
 
 
 def _match_channels(
-    evidence: Evidence, certain: bool, sample: Sample, axis: int, grid: np.ndarray, further: int, maps: list[Sample]
+    probe: Probe, certain: bool, sample: Sample, axis: int, grid: np.ndarray, extra: int, maps: list[Sample]
 ) -> Layout | Mismatch:
-    names = evidence.raw.class_names
+    names = probe.raw.class_names
     rows = sample.value[0].T if axis == 1 else sample.value[0]
-    classes = rows.shape[1] - 4 - further
+    classes = rows.shape[1] - 4 - extra
     if names and len(names) != classes:
         return Mismatch(f"found {classes} channels after the box, but {len(names)} class names in the metadata")
     scores = rows[:, 4 : 4 + classes]
@@ -61,23 +61,23 @@ def _match_channels(
         )
     if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
         return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
-    if reason := not_terms(evidence, rows[:, 4 + classes :]):
+    if reason := not_terms(probe, rows[:, 4 + classes :]):
         return Mismatch(reason)
-    if certain and classes > 1 and sorted((4, 1, classes - 1)) in evidence.joins:
+    if certain and classes > 1 and sorted((4, 1, classes - 1)) in probe.joins:
         return Mismatch(f"the output is joined from 4, 1 and {classes - 1} channels, so channel 5 is objectness")
     if certain and not names:
         widths = sorted(width_of(part, len(rows)) for part in sample.parts if part.ndim > 1)
-        apart = sorted((4, classes, further) if further else (4, classes))
-        if widths != apart and sorted((4, classes)) not in evidence.joins and classes > 1:
+        apart = sorted((4, classes, extra) if extra else (4, classes))
+        if widths != apart and sorted((4, classes)) not in probe.joins and classes > 1:
             return Mismatch(
                 f"nothing shows whether channel 5 is objectness (no class names in the metadata; the output is joined "
                 f"from {widths or 'unknown'} channels); if it is a class, say --family {NAME}"
             )
     last = 4 + classes
     boxes, class_tap = Tap(sample.tensor, axis, 0, 4), Tap(sample.tensor, axis, 4, last)
-    terms = further_terms(evidence, Tap(sample.tensor, axis, last, last + further) if further else None, maps)
+    terms = task_terms(probe, Tap(sample.tensor, axis, last, last + extra) if extra else None, maps)
     decoded = Layout(NAME, boxes, class_tap, None, Activation.NONE, Decoded(BoxFormat.CXCYWH), **terms)
-    return earliest_distances(evidence, decoded)
+    return earliest_distances(probe, decoded)
 
 
 YOLOV8 = HeadSpec(NAME, match, tasks=TASKS)

@@ -8,47 +8,47 @@ from __future__ import annotations
 
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.probe import Evidence, are_probabilities, follows_grid
+from fusenms.heads.probe import Probe, are_probabilities, follows_grid
 from fusenms.layout import Activation, BoxFormat, Decoded, GridOffsets, Layout, Tap
 
 NAME = "yolox"
-FARTHEST, LARGEST = 20.0, 8.0
+MAX_CELL_OFFSET, MAX_LOG_SIZE = 20.0, 8.0
 """How far raw offsets and logarithms of sizes may reach: a center 20 cells away, a box of e^8 strides, are none."""
 
 
-def match(evidence: Evidence, certain: bool) -> Layout | Mismatch:
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize an output with one candidate per cell and objectness."""
-    if evidence.raw.task != "detect":
-        return Mismatch(f"the file says that its task is {evidence.raw.task!r}; expected 'detect'")
-    shapes = [list(sample.value.shape) for sample in evidence.samples]
+    if probe.raw.task != "detect":
+        return Mismatch(f"the file says that its task is {probe.raw.task!r}; expected 'detect'")
+    shapes = [list(sample.value.shape) for sample in probe.samples]
     if len(shapes) != 1 or len(shapes[0]) != 3:
         return Mismatch(f"found outputs of shape {shapes}; expected one [batch, candidates, 5 + classes]")
-    sample, (_, count, width) = evidence.samples[0], shapes[0]
-    strides = evidence.strides(1, count)
+    sample, (_, count, width) = probe.samples[0], shapes[0]
+    strides = probe.strides(1, count)
     if strides is None or width < 6:
         return Mismatch(
             f"found an output of shape {shapes[0]}; expected [batch, candidates, 5 + classes] with one candidate "
             "per cell of levels with strides such as 8, 16, 32"
         )
-    rows, names, classes = sample.value[0], evidence.raw.class_names, width - 5
+    rows, names, classes = sample.value[0], probe.raw.class_names, width - 5
     if names and len(names) != classes:
         return Mismatch(
             f"found {classes} channels after box and objectness, but {len(names)} class names in the metadata"
         )
     if not are_probabilities(rows[:, 4:]):
         return Mismatch(f"found scores from {rows[:, 4:].min():.3g} to {rows[:, 4:].max():.3g}; expected probabilities")
-    if certain and not names and sorted((4, 1, classes)) not in evidence.joins:
+    if certain and not names and sorted((4, 1, classes)) not in probe.joins:
         return Mismatch(
             "nothing shows that channel 5 is objectness (no class names in the metadata; the output is joined from "
-            f"{evidence.joins or 'unknown'} channels); if it is, say --family {NAME}"
+            f"{probe.joins or 'unknown'} channels); if it is, say --family {NAME}"
         )
     boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, width)))
-    grid = evidence.grid(1, count)
+    grid = probe.grid(1, count)
     assert grid is not None
     if (rows[:, 2:4] >= 0).all() and follows_grid(rows[:, :2], grid):
         return Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH))
     moves = (rows[:, :4].std(0) > 0).all()
-    if moves and abs(rows[:, :2]).max() <= FARTHEST and abs(rows[:, 2:4]).max() <= LARGEST:
+    if moves and abs(rows[:, :2]).max() <= MAX_CELL_OFFSET and abs(rows[:, 2:4]).max() <= MAX_LOG_SIZE:
         return Layout(NAME, boxes, scores, objectness, Activation.NONE, GridOffsets(strides))
     return Mismatch("the first four channels are neither boxes in pixels of the input nor offsets to the cells")
 

@@ -230,7 +230,7 @@ class C2PSA(Block):
 
 
 class AAttn(Block):
-    """Attention within each of `area` strips of the picture, with a convolution for where cells are (YOLO12)."""
+    """Attention within each of `area` strips of the image, with a convolution for where cells are (YOLO12)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"qkv", "proj", "pe"})
     attributes: ClassVar[Mapping[str, Field]] = {

@@ -18,7 +18,7 @@ from fusenms.sources.torch_modules.blocks import Block
 from fusenms.sources.torch_modules.fields import Field
 
 GRID_SIZE, MARGIN = 0.05, 1e-2
-"""Side of the anchors of the finest level, in units of the picture; how near to its edge they may be."""
+"""Side of the anchors of the finest level, in units of the image; how near to its edge they may be."""
 
 
 class HGStem(Block):
@@ -195,7 +195,7 @@ class MSDeformAttn(Block):
 
 
 class DeformableTransformerDecoderLayer(Block):
-    """Queries look at each other, then at the picture."""
+    """Queries look at each other, then at the image."""
 
     parts: ClassVar[frozenset[str]] = frozenset({
         "self_attn", "dropout1", "norm1", "cross_attn", "dropout2", "norm2", "linear1", "act", "dropout3", "linear2", "dropout4", "norm3",

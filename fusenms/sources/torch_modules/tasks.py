@@ -24,9 +24,9 @@ class Proto(Block):
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "upsample", "cv2", "cv3"})
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        return self.cv3(self.cv2(self.upsample(self.cv1(self._picture(levels)))))
+        return self.cv3(self.cv2(self.upsample(self.cv1(self._image(levels)))))
 
-    def _picture(self, levels: list[Tensor]) -> Tensor:
+    def _image(self, levels: list[Tensor]) -> Tensor:
         return levels[0]
 
 
@@ -35,7 +35,7 @@ class Proto26(Proto):
 
     parts = Proto.parts | {"feat_refine", "feat_fuse", "semseg"}
 
-    def _picture(self, levels: list[Tensor]) -> Tensor:
+    def _image(self, levels: list[Tensor]) -> Tensor:
         finest, *coarser = levels
         for i, (refine, level) in enumerate(zip(self.feat_refine, coarser, strict=True)):
             finest = finest + functional.interpolate(refine(level), scale_factor=2 ** (i + 1), mode="nearest")
@@ -57,11 +57,11 @@ class FurtherBranch(AnchorFreeDetect):
     one2one_cv4: nn.ModuleList
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return box distances and class logits as `AnchorFreeDetect` does, and the further channels ``[B, channels, N]``."""
-        return (*super().forward(levels), torch.cat([self.further(i, x).flatten(2) for i, x in enumerate(levels)], 2))
+        """Return box distances and class logits as `AnchorFreeDetect` does, and the extra channels ``[B, channels, N]``."""
+        return (*super().forward(levels), torch.cat([self.extra(i, x).flatten(2) for i, x in enumerate(levels)], 2))
 
-    def further(self, level: int, x: Tensor) -> Tensor:
-        """The further channels ``[B, channels, height, width]`` of one level."""
+    def extra(self, level: int, x: Tensor) -> Tensor:
+        """The extra channels ``[B, channels, height, width]`` of one level."""
         return self.branch("cv4")[level](x)
 
     def branch(self, name: str) -> Any:
@@ -97,8 +97,8 @@ class AnchorFreePose26(AnchorFreePose):
     }
     factor, point = 1.0, 0.5
 
-    def further(self, level: int, x: Tensor) -> Tensor:
-        return self.branch("cv4_kpts")[level](super().further(level, x))
+    def extra(self, level: int, x: Tensor) -> Tensor:
+        return self.branch("cv4_kpts")[level](super().extra(level, x))
 
 
 class AnchorFreeOriented(FurtherBranch):

@@ -1,4 +1,4 @@
-"""Pictures of any kind to arrays, and arrays into the square that a model takes."""
+"""Images of any kind to arrays, and arrays into the square that a model takes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def opencv() -> Any:
         import cv2
     except ModuleNotFoundError as error:
         raise BackendUnavailableError(
-            "reading pictures needs OpenCV; install it with: pip install 'fusenms[images]'"
+            "reading images needs OpenCV; install it with: pip install 'fusenms[images]'"
         ) from error
     return cv2
 
@@ -42,7 +42,7 @@ def is_single(value: Any) -> bool:
     return isinstance(value, (str, bytes, os.PathLike, np.ndarray)) or hasattr(value, "convert")
 
 
-def read_picture(source: Any, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+def read_image(source: Any, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """A path, an array or a PIL image to an array ``[height, width, 3]`` uint8 RGB.
 
     A file is JPEG, PNG, BMP, WebP or TIFF; its content says which. Its size is read from its header before it is decoded. An array is
@@ -151,43 +151,43 @@ def _read_file(path: Path, limits: Limits) -> np.ndarray:
     header = read_header(data, name, limits)
     cv2 = opencv()
     try:
-        picture = cv2.imdecode(np.frombuffer(without_notes(data), np.uint8), cv2.IMREAD_COLOR)
+        image = cv2.imdecode(np.frombuffer(without_notes(data), np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
             raise MemoryError from error
-        picture = None
-    if picture is None:
+        image = None
+    if image is None:
         raise InputError(
-            f"{name}: not a readable picture ({header.format}, {len(data)} bytes); it is damaged or cut short"
+            f"{name}: not a readable image ({header.format}, {len(data)} bytes); it is damaged or cut short"
         )
-    if sorted(picture.shape[:2]) != sorted((header.height, header.width)):
+    if sorted(image.shape[:2]) != sorted((header.height, header.width)):
         raise InputError(
-            f"{name}: not a readable picture (its header says {header.width} x {header.height} pixels, but it has {picture.shape[1]} x "
-            f"{picture.shape[0]}); it is damaged"
+            f"{name}: not a readable image (its header says {header.width} x {header.height} pixels, but it has {image.shape[1]} x "
+            f"{image.shape[0]}); it is damaged"
         )
-    return np.ascontiguousarray(picture[..., ::-1])
+    return np.ascontiguousarray(image[..., ::-1])
 
 
-def list_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name.
+def list_images(folder: Path) -> list[Path]:
+    """The images in a folder, by name.
 
     Raises:
         InputError: it is no folder, cannot be read, or has none.
     """
     if not is_folder(folder):
-        raise InputError(f"{printable(folder)}: is not a folder; expected a folder of pictures")
+        raise InputError(f"{printable(folder)}: is not a folder; expected a folder of images")
     try:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError as error:
         raise InputError(f"{printable(folder)}: cannot be read ({error.strerror or error})") from error
     if not found:
-        raise InputError(f"{printable(folder)}: has no pictures; expected {', '.join(SUFFIXES)}")
+        raise InputError(f"{printable(folder)}: has no images; expected {', '.join(SUFFIXES)}")
     return found
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture of ``height`` x ``width`` lies in the model's input: its corner and its size there, in whole pixels.
+    """Where an image of ``height`` x ``width`` lies in the model's input: its corner and its size there, in whole pixels.
 
     Each axis has its own scale, since the size is rounded.
     """
@@ -199,20 +199,20 @@ class Placement:
     inner_height: int
     inner_width: int
 
-    def to_picture(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes ``[n, 4]`` xyxy in pixels of the input to pixels of the picture, clipped to it; float32."""
+    def to_image(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes ``[n, 4]`` xyxy in pixels of the input to pixels of the image, clipped to it; float32."""
         gain = np.array([self.inner_width / self.width, self.inner_height / self.height] * 2)
         moved = (boxes - np.array([self.left, self.top] * 2)) / gain
         return np.clip(moved, 0, [self.width, self.height] * 2).astype(np.float32)
 
-    def points_to_picture(self, points: np.ndarray) -> np.ndarray:
-        """Points ``[..., 2 or more]``, x and y first, in pixels of the input to pixels of the picture, clipped to it; float32."""
+    def points_to_image(self, points: np.ndarray) -> np.ndarray:
+        """Points ``[..., 2 or more]``, x and y first, in pixels of the input to pixels of the image, clipped to it; float32."""
         gain = np.array([self.inner_width / self.width, self.inner_height / self.height])
         moved = np.clip((points[..., :2] - np.array([self.left, self.top])) / gain, 0, [self.width, self.height])
         return np.concatenate((moved, points[..., 2:]), -1).astype(np.float32)
 
-    def oriented_to_picture(self, boxes: np.ndarray) -> np.ndarray:
-        """Oriented boxes ``[n, 5]`` in pixels of the input to pixels of the picture; float32. They may reach out of it.
+    def oriented_to_image(self, boxes: np.ndarray) -> np.ndarray:
+        """Oriented boxes ``[n, 5]`` in pixels of the input to pixels of the image; float32. They may reach out of it.
 
         As in Ultralytics, sides are scaled as if upright: exact where both axes have the same scale.
         """
@@ -221,49 +221,49 @@ class Placement:
         return np.concatenate((moved, boxes[:, 2:4] / gain, boxes[:, 4:]), 1).astype(np.float32)
 
 
-def letterbox(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
-    """Scale a picture ``[h, w, 3]`` uint8 to fit, and center it on grey.
+def letterbox(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
+    """Scale an image ``[h, w, 3]`` uint8 to fit, and center it on grey.
 
-    Returns ``[height, width, 3]`` uint8, and where the picture lies in it. The rounding is that of Ultralytics, whose
+    Returns ``[height, width, 3]`` uint8, and where the image lies in it. The rounding is that of Ultralytics, whose
     models are trained and measured with it.
     """
-    gain = min(height / picture.shape[0], width / picture.shape[1])
-    inner = (max(1, round(picture.shape[1] * gain)), max(1, round(picture.shape[0] * gain)))
+    gain = min(height / image.shape[0], width / image.shape[1])
+    inner = (max(1, round(image.shape[1] * gain)), max(1, round(image.shape[0] * gain)))
     left, top = (round((side - part) / 2 - 0.1) for side, part in zip((width, height), inner, strict=True))
-    scaled = picture if inner == (picture.shape[1], picture.shape[0]) else _resize(picture, inner)
+    scaled = image if inner == (image.shape[1], image.shape[0]) else _resize(image, inner)
     canvas = np.full((height, width, 3), GREY, np.uint8)
     canvas[top : top + inner[1], left : left + inner[0]] = scaled
-    return canvas, Placement(picture.shape[0], picture.shape[1], left, top, inner[1], inner[0])
+    return canvas, Placement(image.shape[0], image.shape[1], left, top, inner[1], inner[0])
 
 
-def stretched(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
-    """Scale a picture ``[h, w, 3]`` uint8 to ``[height, width, 3]``, whatever its sides, and say so."""
-    whole = Placement(picture.shape[0], picture.shape[1], 0, 0, height, width)
-    if picture.shape[:2] == (height, width):
-        return picture, whole
-    return _resize(picture, (width, height)), whole
+def stretched(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
+    """Scale an image ``[h, w, 3]`` uint8 to ``[height, width, 3]``, whatever its sides, and say so."""
+    whole = Placement(image.shape[0], image.shape[1], 0, 0, height, width)
+    if image.shape[:2] == (height, width):
+        return image, whole
+    return _resize(image, (width, height)), whole
 
 
-def _resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     cv2 = opencv()
     try:
-        return cv2.resize(picture, size, interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
     except cv2.error as error:
         raise InputError(
-            f"an image of {picture.shape[1]} x {picture.shape[0]} pixels cannot be scaled to {size[0]} x {size[1]} ({error.err})"
+            f"an image of {image.shape[1]} x {image.shape[0]} pixels cannot be scaled to {size[0]} x {size[1]} ({error.err})"
         ) from error
 
 
 def to_tensor(canvases: list[np.ndarray]) -> np.ndarray:
-    """Pictures ``[height, width, 3]`` uint8 RGB of one size to ``[B, 3, height, width]`` float32, 0 to 1."""
+    """Images ``[height, width, 3]`` uint8 RGB of one size to ``[B, 3, height, width]`` float32, 0 to 1."""
     return np.ascontiguousarray(np.stack(canvases).transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
 
 
 def load_tensor(folder: Path, height: int, width: int, stretch: bool, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """All pictures of a folder, letterboxed or stretched: ``[n, 3, height, width]`` float32, 0 to 1.
+    """All images of a folder, letterboxed or stretched: ``[n, 3, height, width]`` float32, 0 to 1.
 
     Raises:
-        InputError: the folder has no pictures, or one of them is unreadable.
+        InputError: the folder has no images, or one of them is unreadable.
     """
     fit = stretched if stretch else letterbox
-    return to_tensor([fit(read_picture(path, limits), height, width)[0] for path in list_pictures(folder)])
+    return to_tensor([fit(read_image(path, limits), height, width)[0] for path in list_images(folder)])
