@@ -100,7 +100,7 @@ def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: boo
         fused = load_fused(path) if contract.KEY_BACKEND in read_metadata(model) else None
         if fused is not None and not get_backend(fused.backend).runs_on_onnxruntime:
             raise UnsupportedByBackendError(
-                f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; fuse it with --backend ort"
+                f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; fuse it with backend='ort'"
             )
         whole = runner(model)
         run = lambda images, whole=whole: lambda: whole.infer(images)  # noqa: E731
@@ -203,7 +203,7 @@ def peak_memory(
         temporary = tempfile.TemporaryDirectory()
     except OSError as error:
         raise InputError(
-            f"there is no folder for temporary files ({error.strerror or error}); set TMPDIR, or leave the memory out (--no-memory)"
+            f"there is no folder for temporary files ({error.strerror or error}); set TMPDIR, or leave the memory out (memory=False)"
         ) from error
     with temporary as folder:
         file = Path(folder) / "images.npy"

@@ -176,7 +176,7 @@ def test_one_suppression_node_and_no_loop(backend):
 
 def test_error_when_trt_has_too_many_candidates():
     layout = LAYOUTS["distances"](80)
-    with pytest.raises(UnsupportedByBackendError, match="lower --max-candidates to 3840"):
+    with pytest.raises(UnsupportedByBackendError, match="lower max_candidates to 3840"):
         fused_model(layout, "trt", multi_label=True, max_candidates=5000)
     assert verify(fused_model(layout, "ort", multi_label=True, max_candidates=5000))
 

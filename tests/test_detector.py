@@ -132,7 +132,7 @@ def test_error_when_not_a_image(detect, image, message):
 
 def test_error_when_backend_does_not_run_here(tmp_path, shapes_raw):
     file = fuse(shapes_raw, backend="trt").save(tmp_path / "f.onnx")
-    with pytest.raises(UnsupportedByBackendError, match="fuse the weights again with --backend ort"):
+    with pytest.raises(UnsupportedByBackendError, match="fuse the weights again with backend='ort'"):
         Detector(file)
 
 

@@ -94,7 +94,7 @@ def test_open_size_builds(tmp_path):
 )
 def test_refusal_names_the_node_and_the_cure(tmp_path, backend, operator, class_agnostic):
     path = fuse(SHAPES / "shapes.pt", size=64, backend=backend, class_agnostic=class_agnostic).save(tmp_path / "m.onnx")
-    with pytest.raises(UnsupportedByBackendError, match=rf"{operator} \(node 'fusenms/.*--backend portable"):
+    with pytest.raises(UnsupportedByBackendError, match=rf"{operator} \(node 'fusenms/.*backend='portable'"):
         build_rtx(str(path), BATCH)
 
 
@@ -137,7 +137,7 @@ def test_refusal_of_a_stranger_says_what_to_do(zoo):
 
 def test_error_when_topk_is_too_large(tmp_path):
     model = fused_model(LAYOUTS["decoded"](80), "portable", multi_label=True, max_candidates=3841).model
-    with pytest.raises(EngineBuildError, match=r"TopK.* lower --max-candidates"):
+    with pytest.raises(EngineBuildError, match=r"TopK.* lower max_candidates"):
         build_rtx(written(model, tmp_path), BATCH)
 
 

@@ -188,7 +188,7 @@ def test_error_says_how_to_choose_when_two_fit(tmp_path, monkeypatch):
     twin = HeadSpec("twin", heads_module.YOLOV8.match)
     monkeypatch.setattr(heads_module, "HEADS", (*HEADS, twin))
     raw = load(write(Decoded(), tmp_path / "m.onnx"))
-    with pytest.raises(AmbiguousHeadError, match="fits yolov8 and twin; choose one with --family"):
+    with pytest.raises(AmbiguousHeadError, match="fits yolov8 and twin; choose one with family="):
         recognize(raw)
     assert recognize(raw, "twin").num_classes == 3
 
@@ -202,7 +202,7 @@ def test_error_when_family_is_unknown_or_contradicts(shapes_raw):
 
 def test_frozen_batch_is_refused_with_the_cure_or_opened(tmp_path):
     path = write(AnchorDecoded(), tmp_path / "m.onnx", dynamic=False)
-    with pytest.raises(SourceError, match=r"batch size is frozen at 1; .* add --make-dynamic"):
+    with pytest.raises(SourceError, match=r"batch size is frozen at 1; .* add make_dynamic=True"):
         load(path)
     fused = fuse(path, make_dynamic=True)
     assert "3 images equal to running them alone" in fused.notes[-1]

@@ -289,5 +289,5 @@ def test_no_code_of_the_directory_runs(folder, tmp_path):
 
 
 def test_error_when_size_is_left_open(folder):
-    with pytest.raises(ConfigError, match="made for one size; leave --dynamic-size out"):
+    with pytest.raises(ConfigError, match="made for one size; leave dynamic_size out"):
         load(folder("detr")[0], dynamic_size=True)

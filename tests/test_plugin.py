@@ -470,7 +470,7 @@ def test_carried_kernels_are_given_what_they_take(layout):
 def test_version_that_carries_no_plugins_names_the_ways_out():
     model = fused_model(LAYOUTS["distances"](), "plugin").model
     with pytest.raises(
-        UnsupportedByBackendError, match=r"--plugin-library \(make plugin\), or fuse .* --backend portable"
+        UnsupportedByBackendError, match=r"plugin_library \(make plugin\), or fuse .* backend='portable'"
     ):
         carried(onnx, "TensorRT 8.5", "m.onnx", model)  # a module without plugins
 

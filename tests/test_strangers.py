@@ -214,7 +214,7 @@ class SilentRows(Rows):
 
 def test_rows_that_show_nothing_are_refused_unless_named(tmp_path):
     path = write(SilentRows(), tmp_path / "m.onnx")
-    with pytest.raises(HeadNotRecognizedError, match=r"every score is 0 .* say --family rows"):
+    with pytest.raises(HeadNotRecognizedError, match=r"every score is 0 .* say family=.rows"):
         recognize(load(path))
     assert recognize(load(path), "rows").labels is not None
 

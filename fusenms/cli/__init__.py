@@ -13,14 +13,16 @@ from typing import NoReturn
 
 from fusenms._version import __version__
 from fusenms.cli import bench, demo, detect, engine, families, fuse, inspect, verify
+from fusenms.cli.flags import with_flags
 from fusenms.cli.terminal import standard_streams
 from fusenms.errors import FusenmsError
+from fusenms.fusion.backends import BACKENDS
 from fusenms.limits import Limits
 from fusenms.safety.isolation import is_confined, run_isolated
 from fusenms.safety.text import printable, printable_lines
 
 COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, engine, detect, families, bench, demo)}
-USAGE = """fusenms WEIGHTS [--backend ort|trt|portable] [-o FILE] [options]
+USAGE = """fusenms WEIGHTS [--backend {backends}] [-o FILE] [options]
        fusenms {commands} ..."""
 
 
@@ -35,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = Parser(
         prog="fusenms",
-        usage=USAGE.format(commands="|".join(name for name in COMMANDS if name != fuse.NAME)),
+        usage=USAGE.format(
+            backends="|".join(BACKENDS), commands="|".join(name for name in COMMANDS if name != fuse.NAME)
+        ),
         description="Fuse a detector's post-processing (decoding and non-maximum suppression) into its ONNX graph, and prove the result.",
         epilog="Without a subcommand, the first argument is WEIGHTS:  fusenms yolov8n.pt --backend trt",
     )
@@ -111,7 +115,7 @@ def _run(words: list[str]) -> int:
         return int(COMMANDS[args.command].run(args))
     except (FusenmsError, MemoryError) as error:
         message = (
-            str(error)
+            with_flags(str(error))
             if isinstance(error, FusenmsError)
             else "not enough memory; expected a smaller model, size or number of images"
         )

@@ -8,6 +8,10 @@ from dataclasses import MISSING, Field, fields
 from inspect import getdoc
 from typing import Any, get_args, get_type_hints
 
+from fusenms.config import PostprocessConfig
+from fusenms.engines import EngineSettings
+from fusenms.sources import LoadOptions
+
 
 def add_fields(parser: Any, cls: type[Any], names: list[str] | None = None, **changes: dict[str, Any]) -> None:
     """Add a flag for each field of a dataclass, or for those of these names.
@@ -22,7 +26,7 @@ def add_fields(parser: Any, cls: type[Any], names: list[str] | None = None, **ch
         if names is not None and field.name not in names:
             continue
         change = dict(changes.get(field.name, {}))
-        flags = [f"--{field.name.replace('_', '-')}", *change.pop("flags", [])]
+        flags = [_flag(field.name), *change.pop("flags", [])]
         arguments = _arguments(field, hints[field.name], helps[field.name]) | change
         parser.add_argument(*flags, dest=field.name, **arguments)
 
@@ -54,3 +58,25 @@ def _arguments(field: Field[Any], hint: Any, text: str) -> dict[str, Any]:
     if "choices" in field.metadata:
         return arguments | {"choices": list(field.metadata["choices"])}
     return arguments | {"type": next((kind for kind in (int, float) if kind in kinds), str)}
+
+
+def with_flags(message: str) -> str:
+    """A message that names parameters, for the command line: ``family='yolov8'`` becomes ``--family yolov8``."""
+    named = [field.name for cls in (LoadOptions, PostprocessConfig, EngineSettings) for field in fields(cls)]
+    named = [name for name in named if name not in ("limits", "example", "layout", "class_names")]
+    names = "|".join(sorted([*named, *_OTHERS], key=len, reverse=True))
+    message = re.sub(rf"(?<![\w.-])({names})=(True|'[^']*'|NAME)(?!\w)", _as_flag, message)
+    parts = "|".join(name for name in named if "_" in name)
+    return re.sub(rf"(?<![\w./-])({parts})(?![\w=]|\.\w)", lambda found: _flag(found[1]), message)
+
+
+_OTHERS = ("backend", "family", "precision")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_flag(found: re.Match[str]) -> str:
+    value = found[2].strip("'")
+    return _flag(found[1]) if value == "True" else f"{_flag(found[1])} {value}"

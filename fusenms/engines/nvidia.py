@@ -155,7 +155,7 @@ def _check_plugins(library: Library, path: str, model: onnx.ModelProto) -> None:
     if missing := [node for node in wanted if node.op_type not in present]:
         node = missing[0]
         raise UnsupportedByBackendError(
-            f"{path}: {library.name} has no plugin {node.op_type} (node {node.name!r}); fuse the weights again with --backend portable, "
+            f"{path}: {library.name} has no plugin {node.op_type} (node {node.name!r}); fuse the weights again with backend='portable', "
             "which needs none"
         )
 

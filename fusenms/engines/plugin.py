@@ -106,7 +106,7 @@ def carried(trt: Any, name: str, path: str, model: onnx.ModelProto) -> onnx.Mode
     except (ImportError, AttributeError) as error:
         raise UnsupportedByBackendError(
             f"{path}: {name} has no plugin {PLUGIN}, and does not carry plugins in engines (TensorRT 10.9 does); open a library with "
-            "--plugin-library (make plugin), or fuse the weights again with --backend portable, which needs none"
+            "plugin_library (make plugin), or fuse the weights again with backend='portable', which needs none"
         ) from error
     if not hasattr(plugins.op, DOMAIN):
         _register(trt, plugins)

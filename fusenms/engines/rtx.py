@@ -17,12 +17,12 @@ from fusenms.onnx_reading.files import read_onnx
 from fusenms.verification.checks import OnProgress
 
 CURES = {
-    "NonMaxSuppression": "fuse the weights again with --backend portable",
-    "NonZero": "fuse the weights again with --backend portable",
-    "EfficientNMS_TRT": "fuse the weights again with --backend portable",
+    "NonMaxSuppression": "fuse the weights again with backend='portable'",
+    "NonZero": "fuse the weights again with backend='portable'",
+    "EfficientNMS_TRT": "fuse the weights again with backend='portable'",
     "DynamicQuantizeLinear": "dynamic int8 files are for CPUs: take the float file that this one was made from",
     "ConvInteger": "dynamic int8 files are for CPUs: take the float file that this one was made from",
-    "TopK": "TensorRT's TopK takes a fixed number of at most 3840: lower --max-candidates",
+    "TopK": "TensorRT's TopK takes a fixed number of at most 3840: lower max_candidates",
 }
 """What to do about an operator that the parser refuses."""
 

@@ -10,8 +10,8 @@ from fusenms.verification.checks import OnProgress
 CURES = {
     "DynamicQuantizeLinear": "dynamic int8 files are for CPUs: take the float file that this one was made from",
     "ConvInteger": "dynamic int8 files are for CPUs: take the float file that this one was made from",
-    "EfficientNMS_TRT": "fuse the weights again with --backend portable",
-    "TopK": "TensorRT's TopK takes a fixed number of at most 3840: lower --max-candidates",
+    "EfficientNMS_TRT": "fuse the weights again with backend='portable'",
+    "TopK": "TensorRT's TopK takes a fixed number of at most 3840: lower max_candidates",
 }
 """What to do about an operator that the parser refuses."""
 

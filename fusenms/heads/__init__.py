@@ -64,9 +64,7 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
     if len(layouts) == 1:
         return next(iter(layouts.values()))
     if layouts:
-        raise AmbiguousHeadError(
-            f"{raw.source}: fits {' and '.join(layouts)}; choose one with --family NAME (family=NAME)"
-        )
+        raise AmbiguousHeadError(f"{raw.source}: fits {' and '.join(layouts)}; choose one with family=NAME")
     reasons = "".join(f"\n  {name}: {result.reason}" for name, result in found.items() if isinstance(result, Mismatch))
     raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits:{reasons}")
 

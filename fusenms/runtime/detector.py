@@ -74,7 +74,7 @@ class Detector:
         if plugins and not get_backend(fused.backend).runs_on_onnxruntime:
             raise UnsupportedByBackendError(
                 f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; "
-                "fuse the weights again with --backend ort, or build a TensorRT engine of this file (trtexec --onnx=FILE)"
+                "fuse the weights again with backend='ort', or build a TensorRT engine of this file (trtexec --onnx=FILE)"
             )
         self.class_names = fused.class_names
         self._image, self._names = fused.image, fused.config.output_names
@@ -193,7 +193,7 @@ class Detector:
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
         if not converged.all():
             _LOG.warning(
-                "%d of %d images need more rounds of suppression than the model has: boxes may be wrong; fuse it with more --rounds",
+                "%d of %d images need more rounds of suppression than the model has: boxes may be wrong; fuse it with more rounds",
                 (~converged).sum(), len(converged),
             )  # fmt: skip
         return [

@@ -188,7 +188,7 @@ def load_checkpoint(path: Path, one_to_many: bool = False, limits: Limits = DEFA
         except _DAMAGE as error:
             raise SourceError(f"{path}: this checkpoint cannot be used: {error}. Expected {EXPECTED}") from error
     if one_to_many and "one2one_cv2" not in checkpoint.head._modules:
-        raise ConfigError(f"{path}: has one head only; leave one_to_many (--one-to-many) out")
+        raise ConfigError(f"{path}: has one head only; leave one_to_many out")
     return checkpoint
 
 

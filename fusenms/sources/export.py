@@ -120,7 +120,7 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
             f"size is {height}x{width}; expected multiples of the stride {stride}, as {near[0]}x{near[1]}"
         )
     if dynamic_size and not network.open_size:
-        raise ConfigError(f"{source}: this network is made for one size; leave --dynamic-size out")
+        raise ConfigError(f"{source}: this network is made for one size; leave dynamic_size out")
     sizes = [(height, width)] + ([(height + stride, width + 2 * stride)] if dynamic_size else [])
     try:
         model = _to_onnx(network, sizes, opset)

@@ -269,7 +269,9 @@ def _preprocessing(
     size = (sides[0], sides[1]) if sides else None
     if not os.path.lexists(file):
         name = "rgb" if config["model_type"] in NOT_NORMALIZED else "imagenet"
-        note = f"has no {file.name}: pixels as usual for {config['model_type']} ({name}); --pixels and --stretch say otherwise"
+        note = (
+            f"has no {file.name}: pixels as usual for {config['model_type']} ({name}); pixels and stretch say otherwise"
+        )
         return PIXELS[name], size, True, (note,)
     wanted = _read_json(file, limits)
     try:

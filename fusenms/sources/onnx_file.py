@@ -58,7 +58,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     if frozen[0] is not None and not options.make_dynamic:
         raise SourceError(
             f"{path}: the batch size is frozen at {frozen[0]}; expected a dynamic batch. "
-            "Export again with a dynamic batch, or add --make-dynamic (make_dynamic=True) to open it here and have that proven"
+            "Export again with a dynamic batch, or add make_dynamic=True to open it here and have that proven"
         )
     image = _image(path, entry.name, (frozen[2], frozen[3]), metadata, options.sides, dynamic_size, limits)
     shape = (frozen[0] or 1, 3, image.height, image.width)
@@ -69,7 +69,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     refuse_cost(path, model, {entry.name: shape}, limits)
     if dynamic_size and len(_inputs(model)) > 1:
         raise ConfigError(
-            f"{path}: asks for the images' size as an input, which becomes a constant; leave --dynamic-size out"
+            f"{path}: asks for the images' size as an input, which becomes a constant; leave dynamic_size out"
         )
     notes, asks_for_size = fill_extra_inputs(
         path, model, entry.name, (frozen[0] or 1, image.height, image.width), limits
@@ -173,7 +173,7 @@ def _image(
         if dynamic_size:
             raise ConfigError(
                 f"{path}: height and width are frozen at {fixed[0]}x{fixed[1]}; "
-                "leave --dynamic-size out, or export the model with dynamic height and width"
+                "leave dynamic_size out, or export the model with dynamic height and width"
             )
         return ImageInput(tensor, fixed[0], fixed[1], stride)
     height, width = size or asked or (DEFAULT_SIZE, DEFAULT_SIZE)

@@ -66,7 +66,7 @@ class Backend:
     """One way to suppress.
 
     Attributes:
-        name: what ``--backend`` says.
+        name: what ``backend`` says.
         suffix: of the files it makes.
         suppresses_by: the operator, for people.
         find: emit candidates, decoding, suppression and selection; raises UnsupportedByBackendError.

@@ -43,7 +43,7 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
     if candidates.count > MAX_CANDIDATES_LIMIT:
         raise UnsupportedByBackendError(
             f"backend trt: found {candidates.count} candidates; TensorRT's TopK takes at most {MAX_CANDIDATES_LIMIT}: "
-            f"lower --max-candidates to {MAX_CANDIDATES_LIMIT}"
+            f"lower max_candidates to {MAX_CANDIDATES_LIMIT}"
         )
     g.import_domain(DOMAIN, 1)
     decoded, own, alive = candidates.decode(None)

@@ -30,7 +30,7 @@ def _match_pair(probe: Probe, pair: Pair, certain: bool) -> Layout | Mismatch:
         )
     if background_of(pair.scores) != every - 1 and (certain and not names):
         return Mismatch(
-            f"the last class is not the best one of most queries, as no object would be; if it is that, say --family {NAME}"
+            f"the last class is not the best one of most queries, as no object would be; if it is that, say family={NAME!r}"
         )
     scores, last = pair.classes(0, every - 1), pair.classes(every - 1, every)
     decode = Decoded(BoxFormat.CXCYWH, normalized=True)

@@ -44,7 +44,7 @@ def _match_plus(probe: Probe, certain: bool) -> Layout | Mismatch:
     if certain and not names and widths != [classes, CHANNELS]:
         return Mismatch(
             f"nothing shows where the classes end (no class names; joined from {widths or 'unknown'} channels); "
-            f"if the last {CHANNELS} channels are distances, say --family {NAME}"
+            f"if the last {CHANNELS} channels are distances, say family={NAME!r}"
         )
     boxes, scores = Tap(sample.tensor, 2, classes, classes + CHANNELS), Tap(sample.tensor, 2, 0, classes)
     return Layout(NAME, boxes, scores, None, Activation.NONE, Distances(strides, NANODET_BINS, point=0.0))

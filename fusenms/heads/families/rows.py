@@ -90,7 +90,7 @@ def _not_rows(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, probe: 
         return "the last channel holds no class numbers"
     if certain and not scores.any():
         return (
-            f"every score is 0 on the test image, which shows nothing; if these are finished rows, say --family {NAME}"
+            f"every score is 0 on the test image, which shows nothing; if these are finished rows, say family={NAME!r}"
         )
     if probe.raw.task != "obb" and not are_corners(boxes[scores > 0]) and scores.any():
         return "the boxes are no corners: some high corner is below its low one"

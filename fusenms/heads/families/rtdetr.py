@@ -61,7 +61,7 @@ def _not_sigmoid(probe: Probe, scores: np.ndarray, certain: bool) -> str | None:
     if certain and not highest < MOST_OF_A_CLASS:
         return (
             f"a class has a score of {highest:.2g} on average, as no object would have in a softmax; if these are sigmoids, "
-            f"say --family {NAME}"
+            f"say family={NAME!r}"
         )
     return None
 

@@ -71,7 +71,7 @@ def _match_channels(
         if widths != apart and sorted((4, classes)) not in probe.joins and classes > 1:
             return Mismatch(
                 f"nothing shows whether channel 5 is objectness (no class names in the metadata; the output is joined "
-                f"from {widths or 'unknown'} channels); if it is a class, say --family {NAME}"
+                f"from {widths or 'unknown'} channels); if it is a class, say family={NAME!r}"
             )
     last = 4 + classes
     boxes, class_tap = Tap(sample.tensor, axis, 0, 4), Tap(sample.tensor, axis, 4, last)

@@ -40,7 +40,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     if certain and not names and sorted((4, 1, classes)) not in probe.joins:
         return Mismatch(
             "nothing shows that channel 5 is objectness (no class names in the metadata; the output is joined from "
-            f"{probe.joins or 'unknown'} channels); if it is, say --family {NAME}"
+            f"{probe.joins or 'unknown'} channels); if it is, say family={NAME!r}"
         )
     boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, width)))
     grid = probe.grid(1, count)
