@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from fusenms.errors import ConfigError, VerificationError
 from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
 from fusenms.fusion.backends import get_backend
 from fusenms.fusion.tail import fuse_head
-from fusenms.heads import raw_head, recognize
+from fusenms.heads import HeadSpec, raw_head, recognize
 from fusenms.layout import Layout
 from fusenms.runtime.images import list_images, load_tensor
 from fusenms.sources import LoadFields, LoadOptions, load, options_from
@@ -43,6 +44,7 @@ def fuse(
     *,
     backend: str = "ort",
     family: str | None = None,
+    heads: Sequence[HeadSpec] = (),
     precision: str = "fp32",
     images: np.ndarray | str | os.PathLike[str] | None = None,
     unverified: bool = False,
@@ -57,6 +59,7 @@ def fuse(
         weights: a checkpoint (`.pt`), a raw `.onnx`, a directory of a Hugging Face detector, an `nn.Module`, or a loaded `RawModel`.
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``.
         family: name of the detector family, where the file leaves more than one open.
+        heads: families to try beside those that fusenms and installed packages know.
         precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says what that changes on the images.
         images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images.
         unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
@@ -83,10 +86,10 @@ def fuse(
     if isinstance(images, (str, os.PathLike)):
         list_images(Path(images))  # fails early
     raw, layout = _load(weights, options, loading)
-    layout = layout or recognize(raw, family)
+    layout = layout or recognize(raw, family, heads=heads)
     raw = open_batch(raw, layout)
     tell(Recognized(raw=raw, layout=layout))
-    head = raw_head(raw, layout)
+    head = raw_head(raw, layout, heads)
     fused, full = _fuse(raw, head, settings, backend, precision)
     tell(Fused(raw=raw, model=fused))
     arrays = _arrays(fused, images, raw)

@@ -18,7 +18,7 @@ from fusenms.errors import BackendError
 from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
 from fusenms.fusion.backends import BACKENDS, get_backend
 from fusenms.fusion.tail import NO_SUPPRESSION
-from fusenms.heads import HEADS
+from fusenms.heads import known_heads
 from fusenms.pipeline import fuse
 from fusenms.runtime.images import list_images
 from fusenms.safety.files import check_writable
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(model, LoadOptions, LOADING, size={"type": size_argument, "metavar": "N|HxW"})
     model.add_argument(
         "--family",
-        choices=[head.name for head in HEADS],
+        choices=[head.name for head in known_heads()],
         help="detector family, where the file leaves more than one open",
     )
     model.add_argument(

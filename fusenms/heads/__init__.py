@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
-from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError, SourceError
+from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError, SourceError, first_line
 from fusenms.graph.model import declared_shape
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.families.corners import CORNERS
@@ -27,14 +32,48 @@ HEADS: tuple[HeadSpec, ...] = (
     YOLOV8, YOLOV5, YOLOV4, YOLOX, CORNERS, SSD, DETR, RTDETR, ROWS, LEVELS, NANODET, FASTESTDET,
 )  # fmt: skip
 
-__all__ = ["HEADS", "HeadSpec", "Mismatch", "raw_head", "recognize"]
+__all__ = ["ENTRY_POINTS", "HEADS", "HeadSpec", "Mismatch", "Probe", "known_heads", "raw_head", "recognize"]
 
 
-def recognize(raw: RawModel, family: str | None = None) -> Layout:
+ENTRY_POINTS = "fusenms.heads"
+"""Group of entry points of other packages, each a `HeadSpec`."""
+
+
+def known_heads(heads: Sequence[HeadSpec] = ()) -> tuple[HeadSpec, ...]:
+    """Our families, those of installed packages (entry points of the group `ENTRY_POINTS`), and ``heads``.
+
+    Raises:
+        ConfigError: one is no `HeadSpec`, cannot be imported, or has the name of another.
+    """
+    known: dict[str, HeadSpec] = {}
+    for where, head in (*(("fusenms", head) for head in HEADS), *_installed(), *(("heads", head) for head in heads)):
+        if not isinstance(head, HeadSpec):
+            raise ConfigError(f"{where}: is a {type(head).__name__}; expected a fusenms.heads.HeadSpec")
+        if known.setdefault(head.name, head) is not head:
+            raise ConfigError(f"{where}: names its family {head.name!r}, as another one is named; give it another name")
+    return tuple(known.values())
+
+
+@cache
+def _installed() -> tuple[tuple[str, Any], ...]:
+    found = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        where = f"entry point {entry.name} = {entry.value}"
+        try:
+            found.append((where, entry.load()))
+        except Exception as error:  # the package's own
+            raise ConfigError(
+                f"{where}: cannot be imported ({first_line(error)}); repair or uninstall its package"
+            ) from error
+    return tuple(found)
+
+
+def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadSpec] = ()) -> Layout:
     """Find what the head of a raw model means.
 
     Args:
         family: name of a family, to choose where the probe leaves more than one open.
+        heads: families to try beside those that fusenms and installed packages know.
 
     Raises:
         SourceError: the model does not run, or not within its time limit.
@@ -42,7 +81,8 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
         AmbiguousHeadError: more than one fits.
         ConfigError: no family of that name.
     """
-    known = [head.name for head in HEADS]
+    specs = known_heads(heads)
+    known = [head.name for head in specs]
     if family is not None and family not in known:
         raise ConfigError(f"family is {family!r}; expected one of {', '.join(known)}")
     if raw.layout is not None:
@@ -52,13 +92,13 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
             )
         return raw.layout
     probe = Probe(raw)
-    heads = [head for head in HEADS if family in (None, head.name)]
     with untrusted(raw.source, "recognizing its head"):
         found = {
             head.name: head.match(probe, family is None)
             if raw.task in head.tasks
             else Mismatch(f"the file says that its task is {raw.task!r}; expected {' or '.join(map(repr, head.tasks))}")
-            for head in heads
+            for head in specs
+            if family in (None, head.name)
         }
     layouts = {name: result for name, result in found.items() if isinstance(result, Layout)}
     if len(layouts) == 1:
@@ -69,7 +109,7 @@ def recognize(raw: RawModel, family: str | None = None) -> Layout:
     raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits:{reasons}")
 
 
-def raw_head(raw: RawModel, layout: Layout) -> RawHead:
+def raw_head(raw: RawModel, layout: Layout, heads: Sequence[HeadSpec] = ()) -> RawHead:
     """All that fusing needs to know of a head: its layout, what is usual in its family where the model does not say, its shapes.
 
     Shapes are as the model declares them, or as ONNX Runtime finds them at the default image size.
@@ -84,7 +124,7 @@ def raw_head(raw: RawModel, layout: Layout) -> RawHead:
             f"{raw.source}: the layout names {', '.join(lost)}, which is not in the model; its outputs are {outputs}"
         )
     unknown = HeadSpec(layout.family, lambda *_: Mismatch("written by hand"))  # a layout written by hand may name any
-    spec = next((head for head in HEADS if head.name == layout.family), unknown)
+    spec = next((head for head in known_heads(heads) if head.name == layout.family), unknown)
     shapes = {name: declared_shape(raw.model, name) for name in layout.tensors}
     if not all(shapes.values()):
         with untrusted(raw.source, "finding the shapes of its head", trusted=raw.layout is not None):
