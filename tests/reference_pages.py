@@ -45,7 +45,7 @@ def _argument(action: argparse.Action) -> tuple[str, str]:
     else:
         several = " ..." if action.nargs == "+" else ""
         value = f"`{str(action.metavar or action.dest.upper()).replace('|', ' or ')}{several}`"
-    text = (action.help or "") % {"default": action.default, "prog": "fusenms"}
+    text = (action.help or "") % (vars(action) | {"prog": "fusenms"})
     return " ".join(filter(None, (names, value))), text.replace("|", " or ")
 
 

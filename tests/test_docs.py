@@ -185,6 +185,16 @@ def test_only_readme_says_what_has_not_run():
     assert [name for name in where if name != "docs/development/add-a-backend.md"] == ["README.md"]
 
 
+PRIVATE = re.compile(r"\b(pictures?|strangers?)\b", re.I)
+"""Words that the glossary has others for."""
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN)
+def test_pages_say_what_the_glossary_says(page):
+    text = re.sub(r"<!-- \w+: made by .*?<!-- end of", "", PAGES[page], flags=re.S)
+    assert PRIVATE.findall(re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)) == []
+
+
 @cache
 def known_flags() -> set[str]:
     subparsers = next(a for a in build_parser()._actions if a.dest == "command")
