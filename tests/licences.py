@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "licences.md"
-EXTRAS = ("cpu", "export", "hf", "images", "bench", "rtx", "plugin", "dev")
+EXTRAS = ("cpu", "export", "hf", "images", "bench", "rtx", "plugin", "docs", "dev")
 """Those that install without a GPU. `gpu` and `trt` are in `ELSEWHERE`."""
 
 STRONG = re.compile(
@@ -43,6 +43,7 @@ ALLOWED_COPYLEFT = {
     "pathspec": f"of mypy, for development only; {FILE_LEVEL}",
     "tqdm": f"of transformers and huggingface-hub; {FILE_LEVEL}",
     "certifi": f"certificates alone; {FILE_LEVEL}",
+    "docutils": "of the documentation; the GPL is that of an Emacs mode in its sources, which the wheel does not have",
 }
 ALLOWED_PROPRIETARY = {
     "tensorrt-rtx": "builds engines", "tensorrt-rtx-cu13": "builds engines", "tensorrt-rtx-cu13-bindings": "builds engines",

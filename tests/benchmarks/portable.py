@@ -2,7 +2,7 @@
 
     python tests/benchmarks/portable.py CHECKPOINT.pt --images FOLDER [--runs 25]
 
-Prints the tables of docs/portable-nms.md.
+Prints the tables of docs/concepts/portable-nms.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decoding and suppression by one node of our own TensorRT plugin, `FusedNMS`: from the raw head to the detections.
 
-The node's attributes are the settings of the plugin's kernels (plugins/fused_nms.cu). plugins/README.md says how they work, and how the
+The node's attributes are the settings of the plugin's kernels (plugins/fused_nms.cu). docs/how-to/plugin.md says how they work, and how the
 plugin gets into an engine.
 """
 

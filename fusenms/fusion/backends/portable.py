@@ -9,7 +9,7 @@ greedy suppression is the one solution of
 
 since row i asks only the rows before it: row 0 settles at once, then row 1, and so on. Repeating the right side from any
 start reaches it: after n rounds all candidates are right that end a chain of at most n rivals, and a round that changes nothing
-shows that all are. docs/portable-nms.md has the proof and what it costs.
+shows that all are. docs/concepts/portable-nms.md has the proof and what it costs.
 
 M is never made whole. Candidates are taken in blocks, the best first; a block asks the boxes kept so far, at most
 ``max_detections`` of them, and itself. Memory does not grow with the square of the candidates, and where nothing is left to
