@@ -201,10 +201,10 @@ def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
         "fused": (["fused.onnx"], "is a fused model already"),
         "score threshold": (
             [WEIGHTS, "--score-threshold", "1.5"],
-            "score_threshold is 1.5; expected a number from 0 to 1",
+            "--score-threshold is 1.5; expected a number from 0 to 1",
         ),
-        "iou threshold": ([WEIGHTS, "--iou-threshold", "-1"], "iou_threshold is -1.0"),
-        "max detections": ([WEIGHTS, "--max-detections", "0"], "max_detections is 0"),
+        "iou threshold": ([WEIGHTS, "--iou-threshold", "-1"], "--iou-threshold is -1.0"),
+        "max detections": ([WEIGHTS, "--max-detections", "0"], "--max-detections is 0"),
         "size": ([WEIGHTS, "--size", "100"], "expected multiples of the stride 32"),
         "no folder": ([WEIGHTS, "-o", "no/where.onnx"], "the folder no does not exist"),
         "output is a directory": ([WEIGHTS, "-o", "folder"], "is a directory; expected a file to write"),

@@ -202,7 +202,7 @@ def known_flags() -> set[str]:
 
 
 OTHER_FLAGS = {
-    "--tensorrt", "--pictures", "--record", "--calls",  # of the programs in tests/
+    "--tensorrt", "--record", "--calls",  # of the programs in tests/
     "--onnx", "--plugin", "--static",  # of trtexec
     "--ignore-scripts", "--prefix",  # of npm
 }  # fmt: skip

@@ -120,3 +120,11 @@ DISTANCES = ("any", Tap("b", 1, 0, 64), Tap("c", 1, 0, 3), None, Activation.SIGM
 def test_error_when_further_terms_make_no_sense(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_keypoints_are_read_under_their_first_name():
+    """Files of 0.1.0 call ``dims`` ``numbers``."""
+    layout = LAYOUTS["keypoints"]()
+    values = layout.to_dict()
+    values["keypoints"]["numbers"] = values["keypoints"].pop("dims")
+    assert Layout.from_dict(values) == layout

@@ -317,7 +317,7 @@ def replaced(key: str, old: str, new: str):
     [
         (replaced("fusenms.layout", '"keypoints": {', '"keypoints": null, "was": {'), "keypoints too"),
         (replaced("task", "pose", "segment"), "task is 'segment', but its head is one of 'pose'"),
-        (replaced("fusenms.layout", '"numbers": 3', '"numbers": 3.0'), "damaged"),
+        (replaced("fusenms.layout", '"dims": 3', '"dims": 3.0'), "damaged"),
         (replaced("fusenms.layout", '"factor": 2.0', '"factor": "2"'), "damaged"),
         (replaced("fusenms.config", '"indices": true', '"indices": false'), "indices too"),
     ],
