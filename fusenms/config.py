@@ -36,6 +36,14 @@ class PostprocessConfig:
 
     Raises:
         ConfigError: a value is out of its range.
+
+    Example:
+        >>> from fusenms import PostprocessConfig
+        >>> PostprocessConfig(score_threshold=0.4).max_detections
+        300
+        >>> PostprocessConfig(score_threshold=40)
+        Traceback (most recent call last):
+        fusenms.errors.ConfigError: score_threshold is 40; expected a number from 0 to 1
     """
 
     score_threshold: float = 0.25

@@ -77,6 +77,12 @@ def inspect(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) ->
 
     Raises:
         SourceError: the file cannot be read, or is damaged.
+
+    Example:
+        >>> import fusenms
+        >>> found = fusenms.inspect("yolov8n.pt")
+        >>> found.kind, found.layout.family
+        ('checkpoint', 'yolov8')
     """
     path = Path(path)
     if path.suffix.lower() != ".onnx" or not path.is_file():

@@ -312,6 +312,19 @@ class Layout:
         labels: of end-to-end heads that give finished rows, the class's number; `classes` is then one channel, the score.
         objectness_weight: w, where the score is objectness^w * class^(1 - w); None for their product.
         masks, keypoints, angle: of heads that give more of a candidate than its box.
+
+    Example:
+        >>> from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
+        >>> layout = Layout(
+        ...     family="yolov8",
+        ...     boxes=Tap("output0", channel_axis=1, start=0, stop=4),
+        ...     classes=Tap("output0", channel_axis=1, start=4, stop=84),
+        ...     objectness=None,
+        ...     activation=Activation.NONE,
+        ...     decode=Decoded(BoxFormat.CXCYWH),
+        ... )
+        >>> layout.num_classes, layout.task
+        (80, 'detect')
     """
 
     family: str

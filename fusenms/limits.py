@@ -41,6 +41,11 @@ class Limits:
         max_isolated_bytes: memory that a child process of ``isolate`` may take for data, in bytes (Linux).
         max_isolated_seconds: time that it may take, in seconds.
         max_run_operations: multiplications and results of one run of an ONNX graph at its own batch, or 1, as far as shapes show them.
+
+    Example:
+        >>> from fusenms import Limits
+        >>> Limits(max_file_bytes=10**9).max_file_bytes
+        1000000000
     """
 
     max_file_bytes: int = 4096 * MIB

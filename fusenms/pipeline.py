@@ -74,6 +74,14 @@ def fuse(
 
     Raises:
         FusenmsError: as each stage says; VerificationError where the result differs from the reference.
+
+    Example:
+        >>> import fusenms
+        >>> fused = fusenms.fuse("yolov8n.pt", score_threshold=0.3, max_detections=100)
+        >>> fused.report.mismatches
+        0
+        >>> fused.save("yolov8n.ort.onnx").name
+        'yolov8n.ort.onnx'
     """
     tell = _Teller(on_event)
     loading = {name: value for name, value in fields.items() if name in LoadFields.__annotations__}

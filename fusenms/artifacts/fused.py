@@ -109,6 +109,12 @@ def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
 
     Raises:
         SourceError: the file cannot be read, is not a fused model, is damaged, or exceeds a limit.
+
+    Example:
+        >>> import fusenms
+        >>> path = fusenms.fuse("yolov8n.pt", size=64).save("yolov8n.ort.onnx")
+        >>> fusenms.load_fused(path).backend
+        'ort'
     """
     if not isinstance(path, (str, os.PathLike)):
         raise SourceError(f"found a {type(path).__name__}; expected the path of a fused .onnx file")

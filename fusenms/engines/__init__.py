@@ -42,6 +42,13 @@ def build_engine(
         BackendUnavailableError: the builder is not installed, or finds no GPU that it needs.
         UnsupportedByBackendError: the builder does not take the file.
         EngineBuildError: the build fails.
+
+    Example:
+        >>> import fusenms
+        >>> file = fusenms.fuse("yolov8n.pt", size=64, backend="portable").save("yolov8n.portable.onnx")
+        >>> engine = fusenms.build_engine(file, settings=fusenms.EngineSettings(batch=(1, 2, 4)))
+        >>> engine.info["inputs"]["images"]["max"]
+        [4, 3, 64, 64]
     """
     path = Path(file)
     return get_builder(builder or builder_for(path))(str(path), settings or EngineSettings(), progress)

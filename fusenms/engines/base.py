@@ -35,6 +35,11 @@ class EngineSettings:
 
     Raises:
         ConfigError: a value is out of its range.
+
+    Example:
+        >>> from fusenms import EngineSettings
+        >>> EngineSettings(batch=(1, 8, 32)).batch
+        (1, 8, 32)
     """
 
     batch: Sizes | None = None

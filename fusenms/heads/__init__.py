@@ -80,6 +80,12 @@ def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadS
         HeadNotRecognizedError: no family fits; the message lists each one's reason.
         AmbiguousHeadError: more than one fits.
         ConfigError: no family of that name.
+
+    Example:
+        >>> import fusenms
+        >>> layout = fusenms.recognize(fusenms.load("yolov8n.pt", size=64))
+        >>> layout.family, layout.decode_stage
+        ('yolov8', 'late')
     """
     specs = known_heads(heads)
     known = [head.name for head in specs]

@@ -37,6 +37,14 @@ class Detector:
     A pickled detector holds the absolute path of its file, the file's SHA-256, and the settings. Unpickling opens the file again,
     and raises `SourceError` if it is gone or has changed. A copy (`copy.copy`, `copy.deepcopy`) shares the open model, and is closed on its
     own. After a fork, open the file again in the child: the threads of ONNX Runtime stay with the parent. ``threads=1`` needs none.
+
+    Example:
+        >>> import fusenms
+        >>> path = fusenms.fuse("yolov8n.pt").save("yolov8n.ort.onnx")
+        >>> with fusenms.Detector(path) as detect:
+        ...     found = detect("bus.jpg")[0]
+        >>> found.boxes.shape[1], found.boxes.dtype
+        (4, dtype('float32'))
     """
 
     def __init__(

@@ -38,6 +38,12 @@ def load(weights: Any, options: LoadOptions | None = None, **fields: Unpack[Load
         AlreadyFusedError: the `.onnx` already ends in detections.
         ConfigError: a setting does not fit the weights.
         BackendUnavailableError: the weights need a package, such as PyTorch, that is not installed.
+
+    Example:
+        >>> import fusenms
+        >>> raw = fusenms.load("yolov8n.pt", size=64)
+        >>> raw.task, raw.image.height, raw.image.width
+        ('detect', 64, 64)
     """
     options = options_from(options, fields)
     if not isinstance(weights, (str, os.PathLike)):

@@ -34,6 +34,11 @@ class LoadOptions:
 
     Raises:
         ConfigError: a value is out of its range.
+
+    Example:
+        >>> from fusenms import LoadOptions
+        >>> LoadOptions(size=(480, 640)).sides
+        (480, 640)
     """
 
     size: int | tuple[int, int] | None = None

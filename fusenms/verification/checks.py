@@ -50,6 +50,13 @@ def verify(
     Raises:
         SourceError: the file cannot be read, or lacks the head's tensors.
         InputError: the images do not fit the model.
+
+    Example:
+        >>> import fusenms
+        >>> fused = fusenms.fuse("yolov8n.pt", size=64, unverified=True)
+        >>> report = fusenms.verify(fused, batches=(1, 3))
+        >>> bool(report), report.batches
+        (True, (1, 3))
     """
     fused = model if isinstance(model, FusedModel) else load_fused(model)
     if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
