@@ -9,6 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 LOCKED ?=
 LOCK := requirements-dev.lock
 EXTRAS := cpu images hf
+# Threads on cores; which tests run is --scope (tests/scopes.py).
+PYTEST := pytest -q -n auto --maxprocesses 8 --dist worksteal
 LOWEST := .venv-lowest
 # Not YOLOv3-tiny, which ONNX Runtime before 1.32 computes wrong (docs/security.md).
 LOWEST_TESTS = -k "not yolov3" $(addprefix tests/,test_config.py test_layout.py test_boxes.py test_reference.py test_checkpoint.py test_module.py \
@@ -32,7 +34,7 @@ CHECKPOINTS ?=
 PICTURE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-.PHONY: help demo test test-lowest newest test-gpu check fuzz lock licences bench bench-tasks bench-gpu plugin format clean faults soak
+.PHONY: help demo test test-quick test-all test-lowest newest test-gpu check fuzz lock licences bench bench-tasks bench-gpu plugin format clean faults soak
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -50,10 +52,16 @@ demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land 
 	$(BIN)/python -m fusenms demo
 
 test: $(VENV)/.dev ## Run the tests (CPU, no network), a thread for each core; ARGS=-n0 runs them one after the other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(PYTEST) $(ARGS)
+
+test-quick: $(VENV)/.dev ## The short ones, in less than a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(PYTEST) --scope quick $(ARGS)
+
+test-all: $(VENV)/.dev ## All of them: whole products, long searches, checkpoints of ../shared/zoo; ARGS="--scope rest": what test leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(PYTEST) --scope all $(ARGS)
 
 test-lowest: $(LOWEST)/.dev ## Some tests with the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(or $(ARGS),$(LOWEST_TESTS))
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m $(PYTEST) $(or $(ARGS),$(LOWEST_TESTS))
 
 newest: $(VENV)/.dev ## Bring every dependency to its newest version, but PyTorch, which stays TORCH
 	$(BIN)/python -m pip install -q --upgrade --upgrade-strategy eager $(TORCH) -e '.[cpu,images,hf,dev]'

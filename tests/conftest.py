@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+import scopes
 
 from fusenms import RawModel, load
 
@@ -14,8 +16,30 @@ SHAPES = ROOT / "models" / "shapes"
 ZOO = ROOT.parent / "shared" / "zoo"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--scope", choices=scopes.SCOPES, default="default", help="how much of the suite runs")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"scope: {config.getoption('scope')} (--scope {', '.join(scopes.SCOPES)})"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    scopes.deselect(config, items)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests that run beside each other take one thread each: more would wait for one another."""
+    """Marks, how long searches are, and threads.
+
+    Tests that run beside each other take one thread each: more would wait for one another.
+    """
+    for mark in scopes.MARKS:
+        config.addinivalue_line("markers", mark)
+    hypothesis.settings.register_profile(
+        "scope", max_examples=scopes.EXAMPLES[config.getoption("scope")], deadline=None
+    )
+    hypothesis.settings.load_profile("scope")
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     import onnxruntime

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from conftest import SHAPES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import parser
 
@@ -198,7 +198,6 @@ THRESHOLDS = [0.0, 0.1, 0.2, 0.25, 1 / 3, 0.4, 0.45, 0.5, 0.6, 0.65, 0.7, 0.75, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=300, deadline=None)
 @given(st.lists(image, min_size=1, max_size=4), st.sampled_from(THRESHOLDS), st.booleans())
 def test_search_finds_no_difference(backend, images, iou_threshold, class_agnostic):
     """Of whole numbers every area is exact in float32, so nothing is excused: an IoU of 9 / 20 is not above 0.45."""
