@@ -12,9 +12,9 @@ EXTRAS := cpu images hf
 # Threads on cores; which tests run is --scope (tests/scopes.py).
 PYTEST := pytest -q -n auto --maxprocesses 8 --dist worksteal
 LOWEST := .venv-lowest
-# Not YOLOv3-tiny, which ONNX Runtime before 1.32 computes wrong (docs/security.md).
-LOWEST_TESTS = -k "not yolov3" $(addprefix tests/,test_config.py test_layout.py test_boxes.py test_reference.py test_checkpoint.py test_module.py \
-	test_extreme_numbers.py test_files.py test_detector.py test_verification.py)
+# Those that call NumPy, onnx, onnx-graphsurgeon, ONNX Runtime, OpenCV or rich; the short ones, in which every backend and layout occurs.
+LOWEST_TESTS = --scope quick $(addprefix tests/,test_boxes.py test_reference.py test_checkpoint.py test_files.py test_backends.py \
+	test_extreme_numbers.py test_strangers.py test_detector.py test_verification.py test_cli.py)
 # Of make fuzz: seconds for each target, and which targets (all).
 SECONDS ?= 60
 TARGET ?=

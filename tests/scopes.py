@@ -87,9 +87,10 @@ def _covering(cases: list[pytest.Item], scope: str) -> list[pytest.Item]:
     return cases if size is None else [cases[i] for i in covering([values(case) for case in cases], size)]
 
 
-def values(item: pytest.Item) -> list[str]:
-    """Text of the values of a case, one for each parameter."""
-    return [repr(value) for value in item.callspec.params.values()]  # type: ignore[attr-defined]
+def values(item: pytest.Item) -> list[object]:
+    """What tells the values of a case from those of the others, one for each parameter: plain ones by value, others by identity."""
+    plain = (str, bytes, int, float, type(None))
+    return [value if isinstance(value, plain) else ("object", id(value)) for value in item.callspec.params.values()]
 
 
 def deselect(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -147,7 +147,7 @@ def test_more_than_k_keeps_the_best(backend):
     np.testing.assert_allclose(outputs["scores"][0], 1 / (1 + np.exp(-logits[::-1][:5])), rtol=1e-6)
 
 
-@pytest.mark.covering(quick=1)
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_image_is_as_if_alone(backend, layout):

@@ -30,6 +30,7 @@ def commands() -> list[str]:
     return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
+@pytest.mark.slow
 def test_commands_run_in_order(folder, capsys):
     assert len(commands()) >= 7
     for command in commands():
@@ -40,6 +41,7 @@ def test_commands_run_in_order(folder, capsys):
         assert main(words[3:]) == 0, command
 
 
+@pytest.mark.slow
 def test_python_runs(folder, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks

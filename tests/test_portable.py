@@ -21,6 +21,8 @@ from fusenms.graph import cut_before
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 from fusenms.reference import Rows, candidates, matches, postprocess
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 CLASSES = 3
 PLAIN = {
     "Abs", "Add", "And", "ArgMax", "Cast", "Concat", "Equal", "Expand", "Gather", "GatherElements", "Greater", "Less", "Max",
@@ -128,6 +130,8 @@ def flat_scene(rng, count):
 SCENES = (random_scene, dense_scene, chain_scene, tied_scene, threshold_scene, quiet_scene, flat_scene)
 
 
+@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.parametrize("seed", [5, 6, 7, 8])
 @pytest.mark.parametrize(
     "config",
     [
@@ -140,10 +144,10 @@ SCENES = (random_scene, dense_scene, chain_scene, tied_scene, threshold_scene, q
     ],
     ids=str,
 )
-def test_no_row_differs_in_a_thousand_scenes(config):
-    rng = np.random.default_rng(5)
+def test_no_row_differs_in_a_thousand_scenes(config, seed):
+    rng = np.random.default_rng(seed)
     tail, done = Tail(140, **config), 0
-    while done < 200:
+    while done < 50:
         batch = int(rng.integers(1, 17))
         pairs = [SCENES[(done + i) % len(SCENES)](rng, 140) for i in range(batch)]
         tail.compare(np.stack([b for b, _ in pairs]), np.stack([s for _, s in pairs]), excuse=True)
@@ -168,6 +172,7 @@ def test_any_number_of_candidates(count):
         tail.compare(boxes[None], scores[None], excuse=True)
 
 
+@pytest.mark.slow
 def test_blocks_end_where_the_candidates_end():
     """Boxes apart from each other, one more in each image: every one is found, in however many blocks they lie."""
     boxes, scores = np.zeros((131, 130, 4)), np.zeros((131, 130, CLASSES))
@@ -210,6 +215,7 @@ def test_search_finds_no_difference(backend, images, iou_threshold, class_agnost
     TAILS[key].compare(np.array([b for b, _ in images], float), np.array([s for _, s in images], float))
 
 
+@pytest.mark.covering(quick=1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "share", ["1/10", "1/5", "1/4", "3/10", "1/3", "9/20", "1/2", "7/12", "13/22", "3/5", "13/20", "7/10", "9/10"]
@@ -268,6 +274,7 @@ def test_graph_has_plain_operators_only():
     assert unrolled <= PLAIN
 
 
+@pytest.mark.slow
 def test_detector_warns_when_rounds_are_too_few(tmp_path, caplog):
     settings = {"size": 128, "backend": "portable", "score_threshold": 0.01, "unverified": True}
     for rounds, warned in ((1, True), (64, False)):

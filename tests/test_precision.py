@@ -21,6 +21,8 @@ from fusenms.precision import nodes_after_weights, to_half
 from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
 from fusenms.verification import verify
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
+
 HALF = onnx.TensorProto.FLOAT16
 
 

@@ -16,6 +16,8 @@ from fusenms.runtime.pictures import letterbox, read_picture, to_tensor
 sys.path.insert(0, str(ROOT / "tests" / "runtimes"))
 import compare
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
+
 NODE = ROOT / ".node"
 INSTALLED, _ = compare.runtimes(NODE)
 HINT = "pip install openvino tract; npm install --ignore-scripts --prefix .node onnxruntime-node onnxruntime-web"
