@@ -9,10 +9,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 LOCKED ?=
 LOCK := requirements-dev.lock
 EXTRAS := cpu images hf
+# Threads on cores; which tests run is --scope (tests/scopes.py).
+PYTEST := pytest -q -n auto --maxprocesses 8 --dist worksteal
 LOWEST := .venv-lowest
-# Not YOLOv3-tiny, which ONNX Runtime before 1.32 computes wrong (docs/security.md).
-LOWEST_TESTS = -k "not yolov3" $(addprefix tests/,test_config.py test_layout.py test_boxes.py test_reference.py test_checkpoint.py test_module.py \
-	test_extreme_numbers.py test_files.py test_detector.py test_verification.py)
+# Those that call NumPy, onnx, onnx-graphsurgeon, ONNX Runtime, OpenCV or rich; the short ones, in which every backend and layout occurs.
+LOWEST_TESTS = --scope quick $(addprefix tests/,test_boxes.py test_reference.py test_checkpoint.py test_files.py test_backends.py \
+	test_extreme_numbers.py test_strangers.py test_detector.py test_verification.py test_cli.py)
 # Of make fuzz: seconds for each target, and which targets (all).
 SECONDS ?= 60
 TARGET ?=
@@ -32,7 +34,8 @@ CHECKPOINTS ?=
 IMAGE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
-.PHONY: help demo test test-lowest newest test-gpu check docs fuzz lock licences bench bench-tasks bench-gpu plugin format clean faults soak
+.PHONY: help demo test test-quick test-all test-lowest newest test-gpu check docs fuzz lock licences bench bench-tasks bench-gpu plugin format clean \
+	faults soak
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -50,10 +53,16 @@ demo: $(VENV)/.run ## Fuse, verify and run the embedded detector; pictures land 
 	$(BIN)/python -m fusenms demo
 
 test: $(VENV)/.dev ## Run the tests (CPU, no network), a thread for each core; ARGS=-n0 runs them one after the other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(PYTEST) $(ARGS)
+
+test-quick: $(VENV)/.dev ## The short ones, in less than a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(PYTEST) --scope quick $(ARGS)
+
+test-all: $(VENV)/.dev ## All of them: whole products, long searches, checkpoints of ../shared/zoo; ARGS="--scope rest": what test leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(PYTEST) --scope all $(ARGS)
 
 test-lowest: $(LOWEST)/.dev ## Some tests with the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(or $(ARGS),$(LOWEST_TESTS))
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m $(PYTEST) $(or $(ARGS),$(LOWEST_TESTS))
 
 newest: $(VENV)/.dev ## Bring every dependency to its newest version, but PyTorch, which stays TORCH
 	$(BIN)/python -m pip install -q --upgrade --upgrade-strategy eager $(TORCH) -e '.[cpu,images,hf,dev]'

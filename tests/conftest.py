@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+import scopes
+import sharing
 
-from fusenms import RawModel, load
+from fusenms import RawModel, load, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "models" / "shapes"
 ZOO = ROOT.parent / "shared" / "zoo"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--scope", choices=scopes.SCOPES, default="default", help="how much of the suite runs")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"scope: {config.getoption('scope')} (--scope {', '.join(scopes.SCOPES)})"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    scopes.deselect(config, items)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests that run beside each other take one thread each: more would wait for one another."""
+    """Marks, how long searches are, and threads.
+
+    Tests that run beside each other take one thread each: more would wait for one another.
+    """
+    for mark in scopes.MARKS:
+        config.addinivalue_line("markers", mark)
+    hypothesis.settings.register_profile(
+        "scope", max_examples=scopes.EXAMPLES[config.getoption("scope")], deadline=None
+    )
+    hypothesis.settings.load_profile("scope")
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     import onnxruntime
@@ -38,10 +64,31 @@ def zoo() -> Path:
     return ZOO
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _folder_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> None:
+    sharing.start(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def shared_exports() -> Iterator[None]:
+    """Weights with the same content are exported with the same settings once in a run. Not for tests of reading and exporting."""
+    export = sources._export
+
+    def shared(path: Path, *settings: object) -> RawModel:
+        if not (path.is_file() or path.is_dir()):
+            return export(path, *settings)
+        key = repr((path.name, sharing.digest(path), settings))
+        return sharing.once(key, lambda: export(path, *settings))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_export", shared)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shapes_raw() -> RawModel:
     """The embedded detector, exported at 64 x 64."""
-    return load(SHAPES / "shapes.pt", size=64)
+    return sharing.once("shapes_raw", lambda: load(SHAPES / "shapes.pt", size=64))
 
 
 def write_segmenter(path: Path) -> Path:

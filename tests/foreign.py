@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import io
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
+import sharing
 import torch
 from conftest import SHAPES
 from torch import Tensor, nn
@@ -16,12 +21,17 @@ from fusenms.sources.checkpoint import load_checkpoint
 SIZE = 64
 
 
+@cache
+def embedded() -> nn.Module:
+    return load_checkpoint(SHAPES / "shapes.pt").module
+
+
 class Decoded(nn.Module):
     """YOLOv8's decoded output ``[B, 4 + C, N]``, or transposed."""
 
     def __init__(self, transposed: bool = False, objectness: bool = False) -> None:
         super().__init__()
-        self.network = load_checkpoint(SHAPES / "shapes.pt").module
+        self.network = copy.deepcopy(embedded())
         self.transposed, self.objectness = transposed, objectness
         centers, strides = [], []
         for stride in (8, 16, 32):
@@ -120,6 +130,34 @@ class AnchorDecoded(nn.Module):
         return (torch.cat(rows, 1), self.prototypes(images)) if self.masks else torch.cat(rows, 1)
 
 
+def exported(module: nn.Module, dynamic: bool) -> bytes:
+    outputs = ["out", "prototypes"] if isinstance(module.eval()(torch.zeros(1, 3, SIZE, SIZE)), tuple) else ["out"]
+    axes = {name: {0: "batch"} for name in ("images", *outputs)} if dynamic else {}
+    file = io.BytesIO()
+    torch.onnx.export(
+        module.eval(), (torch.zeros(1, 3, SIZE, SIZE),), file, dynamo=False, opset_version=17,
+        input_names=["images"], output_names=outputs, dynamic_axes=axes,
+    )  # fmt: skip
+    return file.getvalue()
+
+
+def key_of(module: nn.Module, dynamic: bool) -> str:
+    """The same of modules that are exported to the same: their classes, weights, and all other attributes."""
+    parts: list[object] = [dynamic]
+    for name, part in module.named_modules():
+        parts += [name, type(part).__module__, type(part).__qualname__]
+        for attribute, value in (
+            *vars(part).items(),
+            *part.named_parameters(recurse=False),
+            *part.named_buffers(recurse=False),
+        ):
+            if isinstance(value, Tensor):
+                value = hashlib.sha256(value.detach().numpy().tobytes()).hexdigest()
+            if attribute not in ("_parameters", "_buffers", "_modules"):
+                parts += [attribute, value]
+    return repr(parts)
+
+
 def write(
     module: nn.Module,
     path: Path,
@@ -129,13 +167,7 @@ def write(
     shuffle: bool = False,
 ) -> Path:
     """Export to a file; with ``shuffle`` every node and inner tensor gets a meaningless name."""
-    outputs = ["out", "prototypes"] if isinstance(module.eval()(torch.zeros(1, 3, SIZE, SIZE)), tuple) else ["out"]
-    axes = {name: {0: "batch"} for name in ("images", *outputs)} if dynamic else {}
-    torch.onnx.export(
-        module.eval(), (torch.zeros(1, 3, SIZE, SIZE),), path, dynamo=False, opset_version=17,
-        input_names=["images"], output_names=outputs, dynamic_axes=axes,
-    )  # fmt: skip
-    model = onnx.load(path)
+    model = onnx.ModelProto.FromString(sharing.once(key_of(module, dynamic), lambda: exported(module, dynamic)))
     onnx.helper.set_model_props(model, metadata or {})
     if shuffle:
         table: dict[str, str] = {}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import sharing
 from driver import Gpu
 
 from fusenms.engines.plugin import (
@@ -48,31 +49,24 @@ def compiler() -> list[str] | None:
     return [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
 
 
+def compiled(command: list[str]) -> str:
+    """The kernels as a library for this CPU."""
+    made = sharing.folder / "kernels.so"
+    source = HERE / "emulation" / "fused_nms_on_cpu.cpp"
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    flags += ["-I", str(SOURCE.parent)]
+    done = subprocess.run([*command, *flags, "-x", "c++", str(source), "-o", str(made)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(made)
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The kernels for this CPU; skips the test where there is no C++ compiler."""
     command = compiler()
     if command is None:
         pytest.skip("no C++ compiler to run the kernels on this CPU; `pip install ziglang` gives one")
-    import tempfile
-
-    made = Path(tempfile.mkdtemp()) / "kernels.so"
-    source = HERE / "emulation" / "fused_nms_on_cpu.cpp"
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-shared",
-        "-fPIC",
-        "-I",
-        str(SOURCE.parent),
-    ]
-    done = subprocess.run([*command, *flags, "-x", "c++", str(source), "-o", str(made)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(made))
+    loaded = ctypes.CDLL(sharing.once("kernels", lambda: compiled(command)))
     loaded.describe_settings.restype = ctypes.c_char_p
     return loaded
 

@@ -5,7 +5,9 @@ Each says itself, in PyTorch, which boxes and scores its output means (`truth`):
 
 from __future__ import annotations
 
+import io
 import random
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -333,18 +335,25 @@ STRANGERS: tuple[type[Stranger], ...] = (
 )  # fmt: skip
 
 
-def write(
-    module: Stranger, path: Path, *, seed: int | None = None, metadata: dict[str, str] | None = None, dynamic: bool = True
-) -> Path:  # fmt: skip
-    """Export; with a ``seed`` every name means nothing, and nodes, outputs and inputs stand in another order."""
+@cache
+def exported(kind: type[Stranger], dynamic: bool) -> bytes:
+    """A network of this class as ONNX; its weights are always the same."""
+    module, file = kind().eval(), io.BytesIO()
     example = module.example(2 if dynamic else 1)
     outputs = module(*example)
     names = [f"output{i}" for i in range(1 if isinstance(outputs, Tensor) else len(outputs))]
     torch.onnx.export(
-        module.eval(), example, path, dynamo=False, opset_version=17, input_names=list(module.inputs), output_names=names,
+        module, example, file, dynamo=False, opset_version=17, input_names=list(module.inputs), output_names=names,
         dynamic_axes={name: {0: "batch"} for name in (*module.inputs, *names)} if dynamic else {},
     )  # fmt: skip
-    model = onnx.load(path)
+    return file.getvalue()
+
+
+def write(
+    module: Stranger, path: Path, *, seed: int | None = None, metadata: dict[str, str] | None = None, dynamic: bool = True
+) -> Path:  # fmt: skip
+    """Export; with a ``seed`` every name means nothing, and nodes, outputs and inputs stand in another order."""
+    model = onnx.ModelProto.FromString(exported(type(module), dynamic))
     helper.set_model_props(model, metadata or {})
     if seed is not None:
         shuffle(model, random.Random(seed))

@@ -31,6 +31,7 @@ SPECIAL = (
 )
 
 
+@pytest.mark.covering(default=2, quick=1)
 @pytest.mark.parametrize(
     ("layout", "settings"),
     [(layout, settings) for layout in LAYOUTS for settings in (MOST_TELLING if layout in SPECIAL else SETTINGS)],
@@ -42,6 +43,7 @@ def test_equals_reference(backend, layout, settings):
     assert report.detections or settings == "nothing"
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_candidates_numbers_equal_the_references(backend, layout):
@@ -51,6 +53,7 @@ def test_candidates_numbers_equal_the_references(backend, layout):
     assert report, report
 
 
+@pytest.mark.covering(default=2, quick=0)
 @pytest.mark.parametrize("rows", [1, 32, 70, 300])
 @pytest.mark.parametrize("layout", ["masks", "masks_end_to_end", "masks_decoded", "masks_anchor_boxes"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -84,6 +87,7 @@ def test_error_when_masks_are_asked_of_a_head_without(layout):
         fused_model(LAYOUTS[layout](), masks="prototype")
 
 
+@pytest.mark.covering(default=2, quick=0)
 @pytest.mark.parametrize("opset", [11, 13, 18])
 @pytest.mark.parametrize("layout", ["masks", "keypoints", "oriented"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -92,12 +96,14 @@ def test_further_outputs_equal_reference_at_every_opset(backend, layout, opset):
     assert verify(fused_model(LAYOUTS[layout](), backend, opset=opset, indices=True, **settings))
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("classes", [1, 2, 80])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_reference_for_any_number_of_classes(backend, classes):
     assert verify(fused_model(LAYOUTS["distances"](classes), backend))
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 20])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_reference_at_every_opset(backend, opset):
@@ -141,6 +147,7 @@ def test_more_than_k_keeps_the_best(backend):
     np.testing.assert_allclose(outputs["scores"][0], 1 / (1 + np.exp(-logits[::-1][:5])), rtol=1e-6)
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_image_is_as_if_alone(backend, layout):

@@ -18,6 +18,8 @@ from fusenms.benchmark import TAIL, WHOLE, Contestant, contestants, default_shap
 from fusenms.cli import main
 from fusenms.errors import InputError, SourceError, UnsupportedByBackendError
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
+
 IMAGES = np.random.default_rng(0).random((1, 3, 64, 64), np.float32)
 
 

@@ -101,6 +101,7 @@ def test_names_strides_and_size_are_kept(zoo):
     assert (shapes.size, shapes.task, shapes.class_names) == (256, "detect", ("circle", "square", "triangle"))
 
 
+@pytest.mark.slow
 def test_no_package_of_the_checkpoint_is_imported():
     code = (
         "import sys; from pathlib import Path; from fusenms.sources.checkpoint import load_checkpoint; "

@@ -21,6 +21,8 @@ import fusenms
 from fusenms import fuse
 from fusenms.cli import main
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 WEIGHTS = str(SHAPES / "shapes.pt")
 
 
@@ -74,6 +76,7 @@ def test_json_is_one_object(capsys):
     assert (values["family"], values["output"]) == ("yolov8", "shapes.ort.onnx")
 
 
+@pytest.mark.slow
 def test_every_setting_reaches_the_file(capsys):
     flags = "--score-threshold 0.1 --iou-threshold 0.6 --max-detections 50 --max-candidates 500 --class-agnostic --multi-label"
     flags += " --backend portable --rounds 9 --indices"
@@ -93,10 +96,11 @@ def test_every_setting_reaches_the_file(capsys):
     assert values["outputs"][4:] == ["converged int32[batch, 1]", "indices int32[batch, 50]"]
 
 
+@pytest.mark.slow
 def test_images_are_verified_on(capsys):
     found = []
     for flags in ([], ["--images", str(SHAPES)]):
-        assert main([WEIGHTS, *flags, "--json"]) == 0
+        assert main([WEIGHTS, "--size", "128", *flags, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["verification"]["detections"])
     assert found[1] != found[0]
 
@@ -108,11 +112,13 @@ def test_unverified_is_said_and_stamped(capsys):
     assert "verified  unverified" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_verify_repeats_the_proof(fused_file, capsys):
     assert main(["verify", str(fused_file), "--batch", "1", "3"]) == 0
     assert capsys.readouterr().out.startswith("verify    batch 1, 3 · ")
 
 
+@pytest.mark.slow
 def test_verify_fails_on_a_changed_file(fused_file, capsys):
     model = onnx.load(fused_file)
     node = next(n for n in model.graph.node if n.op_type == "NonMaxSuppression")
@@ -123,6 +129,7 @@ def test_verify_fails_on_a_changed_file(fused_file, capsys):
     assert "expected" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_detect_prints_and_draws(fused_file, capsys):
     assert main(["detect", str(fused_file), str(SHAPES), "-o", "out"]) == 0
     printed = capsys.readouterr().out
@@ -131,6 +138,7 @@ def test_detect_prints_and_draws(fused_file, capsys):
     assert sorted(os.listdir("out")) == ["shapes0.jpg", "shapes1.jpg"]
 
 
+@pytest.mark.slow
 def test_detect_json_has_boxes_in_pixels_of_the_image(fused_file, capsys):
     assert main(["detect", str(fused_file), str(SHAPES / "shapes0.jpg"), "--json", "--no-draw"]) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]
@@ -138,6 +146,7 @@ def test_detect_json_has_boxes_in_pixels_of_the_image(fused_file, capsys):
     assert max(row["box"][2] for row in image["detections"]) > 256
 
 
+@pytest.mark.slow
 def test_detect_does_not_overwrite_its_input(fused_file, tmp_path):
     (tmp_path / "a.jpg").write_bytes((SHAPES / "shapes0.jpg").read_bytes())
     assert main(["detect", str(fused_file), "a.jpg", "-o", "."]) == 1
@@ -160,6 +169,7 @@ def test_inspect_says_why_no_head_fits(tmp_path, capsys):
     assert "yolov5: found outputs of shape" in printed
 
 
+@pytest.mark.slow
 def test_demo_runs_the_whole_line(capsys):
     assert main(["demo", "-o", "demo"]) == 0
     assert sorted(os.listdir("demo")) == ["shapes.ort.onnx", "shapes0.jpg", "shapes1.jpg"]
@@ -226,6 +236,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
+@pytest.mark.slow
 def test_bad_input_gets_one_message_and_loses_nothing(tmp_path, capsys):
     cases = bad_files(tmp_path)
     (tmp_path / "shapes.ort.onnx").write_text("as it was")
@@ -312,6 +323,7 @@ METADATA = {
 }
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("case", METADATA)
 def test_edited_metadata_is_one_message(tmp_path, capsys, small_file, case):
     key, edit = METADATA[case]
@@ -325,6 +337,7 @@ def test_edited_metadata_is_one_message(tmp_path, capsys, small_file, case):
     assert printed.err.startswith("fusenms: ") or "DIFFERS" in printed.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "metadata",
     [
@@ -342,6 +355,7 @@ def test_odd_metadata_of_a_stranger_does_not_matter(tmp_path, metadata):
     assert main(["m.onnx"]) == 0
 
 
+@pytest.mark.slow
 def test_input_with_the_name_of_an_output_is_renamed(tmp_path):
     from foreign import Decoded, write
 
@@ -353,6 +367,7 @@ def test_input_with_the_name_of_an_output_is_renamed(tmp_path):
     assert main(["m.onnx"]) == 0
 
 
+@pytest.mark.slow
 def test_nan_in_the_weights_of_an_onnx_is_named(tmp_path, capsys):
     from foreign import Decoded, write
 
@@ -366,6 +381,7 @@ def test_nan_in_the_weights_of_an_onnx_is_named(tmp_path, capsys):
     assert f"the weights of {item.name} are not finite (NaN)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_inspect_says_which_decode_stays_and_leaves_constants_out(tmp_path, capsys):
     from foreign import Decoded, write
 
@@ -384,6 +400,7 @@ def test_images_without_verifying_are_refused(capsys):
     assert "unverified leaves that out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_detect_says_in_json_whether_rounds_were_enough(capsys):
     flags = ["--size", "128", "--backend", "portable", "--score-threshold", "0.01", "--unverified"]
     for rounds, enough in (("1", False), ("64", True)):
@@ -404,6 +421,7 @@ def test_families_are_listed_and_searched(capsys):
     assert len(json.loads(capsys.readouterr().out)["families"]) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [

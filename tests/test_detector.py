@@ -22,6 +22,8 @@ from fusenms.limits import Limits
 from fusenms.runtime.drawing import draw
 from fusenms.runtime.images import letterbox, read_image
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 IMAGE = SHAPES / "shapes0.jpg"
 
 
@@ -41,6 +43,7 @@ def detect(path):
         yield detector
 
 
+@pytest.mark.slow
 def test_nothing_found_is_empty_arrays(detect):
     found = detect(np.zeros((40, 60, 3), np.uint8))[0]
     assert (found.boxes.shape, found.scores.shape, found.labels.shape) == ((0, 4), (0,), (0,))
@@ -102,6 +105,7 @@ def test_threads_get_their_own_results(detect):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_names_preset_is_read_from_the_file(tmp_path):
     file = fuse(SHAPES / "shapes.pt", output_preset="tensorrt").save(tmp_path / "f.onnx")
     with Detector(file) as detect:
@@ -130,6 +134,7 @@ def test_error_when_not_a_image(detect, image, message):
         detect(image)
 
 
+@pytest.mark.slow
 def test_error_when_backend_does_not_run_here(tmp_path, shapes_raw):
     file = fuse(shapes_raw, backend="trt").save(tmp_path / "f.onnx")
     with pytest.raises(UnsupportedByBackendError, match="fuse the weights again with backend='ort'"):
@@ -315,6 +320,7 @@ def test_quantized_model_is_run_one_by_one(zoo, tmp_path):
     assert len(alone) == 5
 
 
+@pytest.mark.slow
 def test_fuse_runs_in_several_threads():
     errors: list[Exception] = []
 
@@ -332,6 +338,7 @@ def test_fuse_runs_in_several_threads():
     assert not errors
 
 
+@pytest.mark.slow
 def test_close_while_others_call_gives_results_or_input_error(path):
     image, wrong = read_image(IMAGE), []
     for delay in (0.0, 0.002, 0.005, 0.01, 0.02):
@@ -411,6 +418,7 @@ def test_copy_is_closed_on_its_own(path, copied):
     assert len(other(IMAGE)[0]) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.parametrize(("threads", "said"), [(1, "found"), (2, "forked")])
 def test_forked_child_gets_results_or_a_message(path, threads, said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from fusenms.fusion.backends.trt import PLUGIN
 from fusenms.runtime.images import letterbox, read_image, stretched, to_tensor
 from fusenms.verification.agreement import Agreement
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
+
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
 DTYPES = {"float32": "float", "int32": "int32", "bool": "bool"}
 BATCH = EngineSettings(batch=(1, 2, 7))
@@ -43,6 +46,7 @@ def written(model, tmp_path):
     return str(tmp_path / "m.onnx")
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "settings", [{}, {"rounds": 4}, {"multi_label": True, "class_agnostic": True}, {"max_candidates": 20, "max_detections": 3}], ids=str
@@ -181,6 +185,7 @@ def test_nothing_is_written_when_the_build_fails(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize(
     "settings", [{}, {"class_agnostic": True}, {"multi_label": True}, {"score_threshold": 0.0}], ids=str
 )
@@ -262,12 +267,19 @@ def test_progress_is_told(tmp_path):
     assert np.all([done <= total for _, done, total in told])
 
 
-@pytest.fixture
-def engine(tmp_path):
-    """An engine of the embedded detector, beside its ONNX file."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
     path = fuse(SHAPES / "shapes.pt", size=64, backend="portable", unverified=True)
-    path = path.save(tmp_path / "shapes.portable.onnx", unverified=True)
-    build_rtx(str(path), BATCH).save(tmp_path / "shapes.rtx")
+    path = path.save(folder / "shapes.portable.onnx", unverified=True)
+    build_rtx(str(path), BATCH).save(folder / "shapes.rtx")
+    return folder
+
+
+@pytest.fixture
+def engine(built, tmp_path):
+    """An engine of the embedded detector, beside its ONNX file."""
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     return tmp_path / "shapes.rtx"
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from conftest import SHAPES
@@ -12,6 +14,8 @@ from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.images import read_image, to_tensor
 from fusenms.sources import export as export_module
+
+pytestmark = pytest.mark.slow
 
 
 def dims(model):
@@ -27,6 +31,7 @@ def test_batch_is_dynamic_and_opset_is_17_by_default(shapes_raw):
     assert "equal to PyTorch at batch 1, 2, 3" in shapes_raw.notes[0]
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("opset", [13, 20])
 def test_opset_is_what_was_asked(opset):
     assert [e.version for e in load(SHAPES / "shapes.pt", size=64, opset=opset).model.opset_import] == [opset]
@@ -42,9 +47,15 @@ def test_height_and_width_may_differ():
     assert dims(fused.model)[0] == ["batch", 3, 64, 96]
 
 
+@pytest.fixture(scope="module")
+def open_raw():
+    return cache(lambda *size: load(SHAPES / "shapes.pt", size=size, dynamic_size=True))
+
+
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dynamic_size_equals_reference_at_several_sizes(backend):
-    fused = fuse(SHAPES / "shapes.pt", size=(64, 96), dynamic_size=True, backend=backend)
+def test_dynamic_size_equals_reference_at_several_sizes(open_raw, backend):
+    fused = fuse(open_raw(64, 96), backend=backend)
     assert fused.report
     assert dims(fused.model)[0] == ["batch", 3, "height", "width"]
     for height, width in ((32, 32), (96, 64), (128, 160)):
@@ -89,10 +100,11 @@ def test_parity_sees_a_wrong_weight(monkeypatch):
         load(SHAPES / "shapes.pt", size=64)
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("backend", ["ort", "portable"])
-def test_dynamic_size_finds_the_same_at_sizes_that_are_no_multiple_of_the_stride(backend):
+def test_dynamic_size_finds_the_same_at_sizes_that_are_no_multiple_of_the_stride(open_raw, backend):
     """The last cells of a level then reach over the edge: an image cut to 250 pixels keeps its boxes where they were."""
-    fused = fuse(SHAPES / "shapes.pt", size=256, dynamic_size=True, backend=backend, unverified=True)
+    fused = fuse(open_raw(256, 256), backend=backend, unverified=True)
     runner = OnnxRuntimeRunner(with_outputs(fused.model, fused.layout.tensors))
     image = read_image(SHAPES / "shapes0.jpg")[:256, :256]
     for height, width in ((256, 256), (250, 250), (256, 250), (31, 31)):

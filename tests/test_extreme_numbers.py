@@ -128,6 +128,7 @@ def test_score_of_one_is_above_every_threshold_but_one(backend):
     ]
 
 
+@pytest.mark.covering(quick=1)
 @every_backend
 @pytest.mark.parametrize("value", [88.0, 1000.0, 3.4e38])
 def test_largest_logits_win(backend, value):
@@ -138,6 +139,7 @@ def test_largest_logits_win(backend, value):
     assert rows.scores.tolist() == [1.0]
 
 
+@pytest.mark.covering(default=2, quick=0)
 @every_backend
 @pytest.mark.parametrize("layout", ["distances", "anchor_boxes", "queries", "decoded", "weighted", "oriented"])
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -157,6 +159,7 @@ def test_no_value_that_is_not_finite_wins(backend, layout, multi_label):
     assert all(len(rows) and np.isfinite(rows.scores).all() for rows in found[3:])
 
 
+@pytest.mark.covering(default=1, quick=0)
 @every_backend
 @pytest.mark.parametrize("layout", ["distances", "decoded", "anchor_boxes", "end_to_end"])
 def test_all_scores_equal_are_in_the_order_of_the_candidates(backend, layout):
@@ -182,6 +185,7 @@ def test_equal_boxes_with_equal_scores_leave_the_first(backend):
 # Boxes.
 
 
+@pytest.mark.covering(quick=1)
 @every_backend
 @pytest.mark.parametrize("side", [1e6, 1e-6])
 @pytest.mark.parametrize("layout", ["decoded", "corners_rows"])
@@ -214,6 +218,7 @@ def test_oriented_boxes_of_extreme_size(backend, layout):
     rows_of(layout, backend, head)
 
 
+@pytest.mark.covering(default=2, quick=0)
 @every_backend
 @pytest.mark.parametrize("value", [1e30, -1e30, 3.4e38])
 @pytest.mark.parametrize(
@@ -247,6 +252,7 @@ def test_degenerate_boxes_overlap_nothing_at_threshold_zero(backend):
 # Counts.
 
 
+@pytest.mark.covering(quick=1)
 @every_backend
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("classes", [1, 5000])

@@ -15,6 +15,8 @@ from conftest import ROOT, SHAPES
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import kills
 
+pytestmark = pytest.mark.slow
+
 LONG = bool(os.environ.get("FUSENMS_FAULTS"))
 """Set by `make faults`: more of everything."""
 

@@ -24,6 +24,7 @@ def test_file_of_the_corpus_is_no_find(name, path):
     TARGETS[name](path.read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_is_found_in_a_second(name, tmp_path):
     result = fuzz_run.search(name, 1.0, 1, tmp_path, guided=False)
@@ -58,7 +59,7 @@ def test_find_is_written_with_its_kind(tmp_path, monkeypatch, capsys):
 def test_slow_input_is_a_find(tmp_path, monkeypatch):
     monkeypatch.setattr("targets.targets", lambda: {"slow": lambda data: None})
     monkeypatch.setattr(fuzz_run, "SLOWEST", -1.0)
-    assert fuzz_run.search("slow", 0.01, 1, tmp_path, guided=False)["finds"] == ["slow"]
+    assert fuzz_run.search("slow", 0.5, 1, tmp_path, guided=False)["finds"] == ["slow"]
 
 
 def test_figures_add_up(tmp_path):
@@ -68,6 +69,7 @@ def test_figures_add_up(tmp_path):
     assert json.loads(path.read_text()) == {"t": {"runs": 6, "cpu_seconds": 3.0, "finds": 1}}
 
 
+@pytest.mark.thorough
 def test_command_exits_with_1_on_a_find(tmp_path):
     """A crash of the whole process is one too."""
     words = [sys.executable, FUZZ / "run.py", "metadata", "--random", "--seconds", "0.2", "--finds", tmp_path]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnx
 import pytest
 import torch
@@ -20,6 +22,8 @@ from fusenms.errors import (
 from fusenms.heads import HEADS, HeadSpec
 from fusenms.layout import Activation, Distances
 
+pytestmark = pytest.mark.slow
+
 SHAPE_NAMES = {"names": "{0: 'circle', 1: 'square', 2: 'triangle'}", "task": "detect", "stride": "32"}
 FURTHER_METADATA = {
     task: SHAPE_NAMES | {"task": task} | ({"kpt_shape": "[4, 3]"} if task == "pose" else {})
@@ -27,6 +31,7 @@ FURTHER_METADATA = {
 }
 
 
+@pytest.mark.covering(default=2, quick=0)
 @pytest.mark.parametrize("metadata", [None, SHAPE_NAMES])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -36,6 +41,7 @@ def test_yolov8_is_recognized(tmp_path, transposed, shuffle, metadata):
     assert (layout.family, layout.num_classes, layout.objectness) == ("yolov8", 3, None)
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("classes", [1, 2, 80])
 def test_yolov5_is_recognized(tmp_path, classes, shuffle):
@@ -63,16 +69,17 @@ class LostAnchor(AnchorDecoded):
         return torch.cat((rows[..., :2], rows[..., 2:3] * ~lost[None, :, None], rows[..., 3:]), -1)
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize(
     ("module", "stage"),
     [
-        *((Decoded(), "late"), (Decoded(True), "late"), (AnchorDecoded(), "late")),
-        *((StretchedAnchors(), "full"), (LostAnchor(), "full")),
+        *((Decoded, "late"), (partial(Decoded, True), "late"), (AnchorDecoded, "late")),
+        *((StretchedAnchors, "full"), (LostAnchor, "full")),
     ],
 )
 @pytest.mark.parametrize("backend", ["ort", "trt"])
 def test_foreign_file_equals_reference(tmp_path, module, stage, backend):
-    fused = fuse(write(module, tmp_path / "m.onnx"), backend=backend, score_threshold=0.01)
+    fused = fuse(write(module(), tmp_path / "m.onnx"), backend=backend, score_threshold=0.01)
     assert fused.report
     assert fused.layout.decode_stage == stage
     assert fused.metadata["fusenms.decode"] == stage
@@ -262,6 +269,7 @@ def test_real_file_is_recognized(zoo, file):
     assert (layout.family, layout.num_classes, layout.decode_stage) == REAL[file]
 
 
+@pytest.mark.covering(default=2, quick=0)
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])

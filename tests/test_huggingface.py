@@ -19,6 +19,8 @@ from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.runtime.images import to_tensor
 from fusenms.sources.huggingface import SIGMOID, SOFTMAX
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
+
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'fusenms[hf]')")
 transformers.logging.set_verbosity_error()
 

@@ -13,6 +13,8 @@ from fusenms.errors import ConfigError, SourceError
 from fusenms.limits import Limits
 from fusenms.safety.isolation import run_isolated
 
+pytestmark = pytest.mark.slow
+
 
 def program(folder, monkeypatch, text):
     """A module of Python in a folder that child processes find."""
@@ -43,6 +45,7 @@ def test_an_error_is_the_same(tmp_path, name):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.thorough
 def test_a_setting_that_does_not_fit_is_the_same_error():
     with pytest.raises(ConfigError, match="multiples of the stride"):
         fusenms.load(SHAPES / "shapes.pt", size=65, isolate=True)
@@ -74,6 +77,7 @@ def test_the_command_runs_isolated(tmp_path, monkeypatch, capfd):
     assert "expected at most 30" in capfd.readouterr().err
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("words", [["inspect"], ["verify"]])
 def test_a_fused_file_is_read_within_the_memory_of_an_isolated_command(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,8 @@ from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, MaskTerms, Tap
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 NAMES = ("cat", "dog", "cow")
 

@@ -33,6 +33,8 @@ from fusenms.transforms.half_precision import to_half
 from fusenms.verification import checks as verification
 from fusenms.verification.synthetic_heads import Stage, heads
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
+
 SUPPRESSED = [name for name in LAYOUTS if LAYOUTS[name]().suppress]
 SETTINGS = [
     {"max_detections": 20},
@@ -61,6 +63,7 @@ def node_of(model):
     return next(node for node in model.graph.node if node.op_type == PLUGIN)
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("layout", SUPPRESSED)
 def test_kernels_equal_the_reference(by_kernels, layout, settings):
@@ -69,6 +72,7 @@ def test_kernels_equal_the_reference(by_kernels, layout, settings):
     assert report.detections > 100
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("classes", [79, 81, 200])
 def test_more_classes_and_bins_than_are_loaded_at_once(by_kernels, classes, multi_label):
@@ -78,6 +82,7 @@ def test_more_classes_and_bins_than_are_loaded_at_once(by_kernels, classes, mult
     assert report, str(report)
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("layout", SUPPRESSED)
 def test_standard_operators_in_the_place_of_the_plugin_equal_the_reference(layout):
     report = verification.verify(fused_model(LAYOUTS[layout](), "plugin", indices=True, max_candidates=5000))
@@ -140,6 +145,7 @@ def test_tensor_that_is_not_what_the_plugin_reads_is_refused():
         verification.verify(fused)
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("name", SUPPRESSED)
 def test_every_layout_is_read_in_half_precision(name):
     layout, half = LAYOUTS[name](), name != "oriented"  # a convolution into one channel, the angle's, stays float32
@@ -171,13 +177,13 @@ def big_layout(axis=1, classes=80):
     return Layout("yolov8", boxes, scores, None, Activation.SIGMOID, Distances(STRIDES, 16))
 
 
-def big_run(scenes, layout, seed=0, half=False, schedule=0, side=640, **config):
+def big_run(cases, layout, seed=0, half=False, schedule=0, side=640, **config):
     """Outputs of the kernels on made-up heads of a 640 pixel image, and the reference's detections of each image."""
     settings, count = PostprocessConfig(**config), sum((side // s) ** 2 for s in STRIDES)
     image = ImageInput("images", side, side, 32)
     axis, classes = layout.classes.channel_axis, layout.classes.channels
     shapes = {"dist": (64, count), "logits": (classes, count) if axis == 1 else (count, classes)}
-    head = heads(Stage(layout, settings, image, count), scenes, shapes, seed)
+    head = heads(Stage(layout, settings, image, count), cases, shapes, seed)
     if half:
         head = {name: values.astype(np.float16) for name, values in head.items()}
     s = settings_of(Head(layout, image, {"dist": 64, "logits": classes}, None), settings)
@@ -201,6 +207,7 @@ def assert_equal_to_reference(outputs, head, layout, settings, side=640):
         assert not outputs["boxes"][i, count:].any()
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize(
     "settings",
@@ -363,6 +370,7 @@ def test_boxes_that_are_finished_need_no_image():
 # ---- compiled
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nvrtc_compiles_the_kernels(architecture):
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python (pip install 'fusenms[plugin]')")
@@ -375,6 +383,7 @@ def test_nvrtc_compiles_the_kernels(architecture):
     }
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nvcc_compiles_the_kernels(tmp_path, architecture):
     if shutil.which("nvcc") is None:
@@ -399,6 +408,7 @@ def test_nvcc_compiles_the_kernels(tmp_path, architecture):
     assert max(shared) <= 48 << 10  # what a launch gets without asking for more
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("layout", ["distances", "oriented", "anchor_boxes"])
 def test_kernels_with_their_settings_built_in_compile(layout, half):

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from conftest import SHAPES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import parser
 
@@ -19,6 +19,8 @@ from fusenms.graph.model import cut_before
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 from fusenms.reference import Rows, candidates, matches, postprocess
+
+pytestmark = pytest.mark.usefixtures("shared_exports")
 
 CLASSES = 3
 PLAIN = {
@@ -134,6 +136,8 @@ def flat_case(rng, count):
 CASES = (random_case, dense_case, chain_case, tied_case, threshold_case, quiet_case, flat_case)
 
 
+@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.parametrize("seed", [5, 6, 7, 8])
 @pytest.mark.parametrize(
     "config",
     [
@@ -146,10 +150,10 @@ CASES = (random_case, dense_case, chain_case, tied_case, threshold_case, quiet_c
     ],
     ids=str,
 )
-def test_no_row_differs_in_a_thousand_cases(config):
-    rng = np.random.default_rng(5)
+def test_no_row_differs_in_a_thousand_cases(config, seed):
+    rng = np.random.default_rng(seed)
     tail, done = Tail(140, **config), 0
-    while done < 200:
+    while done < 50:
         batch = int(rng.integers(1, 17))
         pairs = [CASES[(done + i) % len(CASES)](rng, 140) for i in range(batch)]
         tail.compare(np.stack([b for b, _ in pairs]), np.stack([s for _, s in pairs]), excuse=True)
@@ -174,6 +178,7 @@ def test_any_number_of_candidates(count):
         tail.compare(boxes[None], scores[None], excuse=True)
 
 
+@pytest.mark.slow
 def test_blocks_end_where_the_candidates_end():
     """Boxes apart from each other, one more in each image: every one is found, in however many blocks they lie."""
     boxes, scores = np.zeros((131, 130, 4)), np.zeros((131, 130, CLASSES))
@@ -204,7 +209,6 @@ THRESHOLDS = [0.0, 0.1, 0.2, 0.25, 1 / 3, 0.4, 0.45, 0.5, 0.6, 0.65, 0.7, 0.75, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=300, deadline=None)
 @given(st.lists(image, min_size=1, max_size=4), st.sampled_from(THRESHOLDS), st.booleans())
 def test_search_finds_no_difference(backend, images, iou_threshold, class_agnostic):
     """Of whole numbers every area is exact in float32, so nothing is excused: an IoU of 9 / 20 is not above 0.45."""
@@ -217,6 +221,7 @@ def test_search_finds_no_difference(backend, images, iou_threshold, class_agnost
     TAILS[key].compare(np.array([b for b, _ in images], float), np.array([s for _, s in images], float))
 
 
+@pytest.mark.covering(quick=1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "share", ["1/10", "1/5", "1/4", "3/10", "1/3", "9/20", "1/2", "7/12", "13/22", "3/5", "13/20", "7/10", "9/10"]
@@ -275,6 +280,7 @@ def test_graph_has_plain_operators_only():
     assert unrolled <= PLAIN
 
 
+@pytest.mark.slow
 def test_detector_warns_when_rounds_are_too_few(tmp_path, caplog):
     settings = {"size": 128, "backend": "portable", "score_threshold": 0.01, "unverified": True}
     for rounds, warned in ((1, True), (64, False)):

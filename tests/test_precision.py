@@ -20,6 +20,8 @@ from fusenms.transforms.half_precision import nodes_after_weights, to_half
 from fusenms.verification.agreement import agreement
 from fusenms.verification.checks import verify
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
+
 HALF = onnx.TensorProto.FLOAT16
 
 

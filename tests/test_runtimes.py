@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SHAPES
-from test_portable import SYNTHETIC_HEADS, Tail, tied_scene
+from test_portable import CASES, Tail, tied_case
 
 from fusenms import fuse
 from fusenms.runtime.images import letterbox, read_image, to_tensor
 
 sys.path.insert(0, str(ROOT / "tests" / "runtimes"))
 import compare
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
 
 NODE = ROOT / ".node"
 INSTALLED, _ = compare.runtimes(NODE)
@@ -50,8 +52,8 @@ def test_openvino_suppresses_every_scene_alike(tmp_path, config):
     tail = Tail(140, max_detections=140, **config)
     model = cut_before(tail.fused.model, {"head_boxes": (140, 4), "head_scores": (140, 3)})
     onnx.save(model, tmp_path / "tail.onnx")
-    scenes = [scene(rng, 140) for scene in SYNTHETIC_HEADS if scene is not tied_scene]
-    boxes, scores = (np.stack(values).astype(np.float32) for values in zip(*scenes, strict=True))
+    cases = [case(rng, 140) for case in CASES if case is not tied_case]
+    boxes, scores = (np.stack(values).astype(np.float32) for values in zip(*cases, strict=True))
     expected = tail.run(boxes, scores)
     import openvino
 

@@ -55,6 +55,7 @@ def test_head_is_read_as_it_is_meant(tmp_path, module):
     assert_means(raw, layout, module())
 
 
+@pytest.mark.covering(default=2, quick=0)
 @pytest.mark.parametrize("metadata", [None, NAMES], ids=["unnamed", "named"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("module", STRANGERS)
@@ -65,6 +66,7 @@ def test_names_and_order_play_no_part(tmp_path, module, seed, metadata):
     assert_means(raw, layout, module())
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("module", STRANGERS)
 def test_fused_file_equals_reference(tmp_path, module, backend):
@@ -144,6 +146,7 @@ class OneClassRows(Rows):
     channels = 5
 
 
+@pytest.mark.slow
 def test_rows_of_one_class_are_taken_before_their_top_k(tmp_path):
     fused = fuse(write(OneClassRows(), tmp_path / "m.onnx", dynamic=False), make_dynamic=True, score_threshold=0.001)
     assert (fused.layout.labels, fused.layout.num_classes) == (None, 1)
@@ -255,6 +258,7 @@ class Frozen(Yolov8):
         return super().maps(self.after(torch.nn.functional.interpolate(small, size=(SIZE, SIZE), mode="nearest")))
 
 
+@pytest.mark.slow
 def test_frozen_shuffles_and_resizes_are_opened(tmp_path):
     path = write(Frozen(), tmp_path / "m.onnx", dynamic=False)
     model = onnx.load(path)
@@ -271,6 +275,7 @@ def test_frozen_shuffles_and_resizes_are_opened(tmp_path):
     assert "3 images equal to running them alone" in fused.notes[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIXELS)
 def test_pixels_are_made_inside(tmp_path, name):
     """The fused model's head, of an image in RGB from 0 to 1, is the raw model's, of what it wants."""
@@ -285,6 +290,7 @@ def test_pixels_are_made_inside(tmp_path, name):
         np.testing.assert_allclose(got[tensor], raw[tensor], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "stretch"), [(Yolov8, False), (RowsApart, True), (Detr, True), (FastestDet, True)])
 def test_images_are_fitted_as_the_family_has_them(tmp_path, module, stretch):
     path = write(module(), tmp_path / "m.onnx")
@@ -319,6 +325,7 @@ class Yolov5With79(AnchorDecoded):
         return (torch.rand(batch, 3, SIZE, SIZE),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "family", "classes"),
     [(Yolox79, "yolox", 79), (Yolov8With80, "yolov8", 80), (Yolov5With79, "yolov5", 79)],

@@ -24,6 +24,8 @@ from fusenms.runtime.images import letterbox, read_image, to_tensor
 from fusenms.sources.checkpoint import load_checkpoint
 from fusenms.sources.export import network_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
+
 FAMILIES = {
     **{f"{family}-p-{task}": [("images", {})] for family in ("yolov8", "yolo11") for task in ("seg", "pose", "obb")},
     **{

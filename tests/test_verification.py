@@ -13,6 +13,8 @@ from raw_heads import LAYOUTS, fused_model
 from fusenms import FusedModel, FusenmsError, fuse, verify
 from fusenms.errors import ConfigError, InputError, SourceError, VerificationError
 
+pytestmark = pytest.mark.usefixtures("shared_exports")
+
 # Thresholds that differ, and that boxes and scores can meet exactly.
 SETTINGS = {"score_threshold": 0.25, "iou_threshold": 0.5, "max_detections": 100}
 
@@ -131,6 +133,7 @@ IN_THE_SETTINGS = {
 }
 
 
+@pytest.mark.covering(default=2, quick=0)
 @pytest.mark.parametrize("backend", ["ort", "trt"])
 @pytest.mark.parametrize("layout", ["distances", "decoded"])
 @pytest.mark.parametrize("break_it", IN_THE_GRAPH, ids=lambda f: f.__name__)
@@ -143,6 +146,7 @@ def test_broken_graph_is_caught_and_named(break_it, layout, backend):
     assert IN_THE_GRAPH[break_it] in str(report), report
 
 
+@pytest.mark.covering(default=2, quick=0)
 @pytest.mark.parametrize("backend", ["ort", "trt"])
 @pytest.mark.parametrize("layout", ["distances", "decoded"])
 @pytest.mark.parametrize("break_it", IN_THE_SETTINGS, ids=lambda f: f.__name__)
@@ -202,6 +206,7 @@ FURTHER_MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("mistake", FURTHER_MISTAKES)
 @pytest.mark.parametrize("backend", ["ort", "portable"])
 def test_mistake_in_a_further_output_is_caught_and_named(mistake, backend):
@@ -229,6 +234,7 @@ def test_frozen_batch_that_does_not_run_is_named():
     assert "does not run at batch 2 (the batch is frozen)" in str(verify(fused))
 
 
+@pytest.mark.slow
 def test_rows_past_the_count_must_be_blank():
     fused = fused_model(LAYOUTS["distances"](), **SETTINGS)
     constant(fused.model, "tenth", np.float32(0.1))
@@ -260,6 +266,7 @@ def test_unverified_is_refused_or_stamped(tmp_path):
     assert stored["fusenms.verification"] == "unverified"
 
 
+@pytest.mark.slow
 def test_written_file_verifies_again(tmp_path, shapes_raw):
     path = fuse(shapes_raw, backend="trt", output_preset="deepstream").save(tmp_path / "f.onnx")
     report = verify(path)
@@ -274,6 +281,7 @@ def test_report_is_false_when_nothing_was_checked():
     assert not Report((), (1,))
 
 
+@pytest.mark.slow
 def test_images_are_checked_all(shapes_raw):
     images = np.random.default_rng(0).random((9, 3, 64, 64), np.float32)
     report = verify(fuse(shapes_raw), images=images)

@@ -104,6 +104,8 @@ def main() -> int:
             "-m",
             "pytest",
             "-q",
+            "--scope",
+            "all",
             "-p",
             "no:cacheprovider",
             *(str(HERE / f"{name}.py") for name in modules()),

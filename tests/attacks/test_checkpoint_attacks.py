@@ -367,6 +367,7 @@ def test_the_checkpoint_loads_without_an_attack(tmp_path):
     assert fusenms.load(tmp_path / "a.pt", size=64).class_names == ("a", "b")
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.kind}: {attack.name}")
 def test_attack_is_refused(attack, tmp_path, monkeypatch):

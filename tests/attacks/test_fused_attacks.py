@@ -274,6 +274,7 @@ ATTACKS = (
 )  # fmt: skip
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_fused_file_works_or_ends_in_one_of_our_errors_when_it_is(attack, tmp_path):
     path = tmp_path / "fused.onnx"

@@ -255,6 +255,7 @@ def peak() -> int:
 ATTACKS = (*REFUSED, *TAKEN)
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("attack", REFUSED, ids=str)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore::PendingDeprecationWarning")
 def test_attack_ends_in_input_error(detect, tmp_path, attack):

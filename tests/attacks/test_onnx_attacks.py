@@ -678,6 +678,7 @@ SOUND = {"stride NaN", "stride -5", "stride infinity", "stride of ten thousand d
 """Attacks after which the file may still be a detector: what it says in vain is left aside."""
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_third_party_file_ends_in_one_of_our_errors_when_it_is(attack, tmp_path, monkeypatch):
     path = attack.make(tmp_path)
@@ -693,6 +694,7 @@ def test_third_party_file_ends_in_one_of_our_errors_when_it_is(attack, tmp_path,
         assert len(str(failed)) < 20_000 and not set(map(ord, str(failed))) & {0, 7, 13, 27, 0x202E}
 
 
+@pytest.mark.slow
 def test_sound_file_is_fused_and_proven(tmp_path):
     assert fusenms.fuse(edited(lambda _: None)(tmp_path)).report
 
@@ -704,6 +706,7 @@ def test_external_data_beside_the_model_is_read(tmp_path):
     assert fusenms.fuse(path, unverified=True).layout.family == "yolov8"
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -58,6 +58,7 @@ def model(shapes_raw) -> fusenms.FusedModel:
     return fuse(shapes_raw, unverified=True, score_threshold=0.05)
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_class_names_and_paths_are_escaped(model, tmp_path, capsys, attack):
     """`detect` and `inspect` of a file whose class names, and whose own name, are hostile. Names with control characters are refused."""
@@ -76,6 +77,7 @@ def test_class_names_and_paths_are_escaped(model, tmp_path, capsys, attack):
         json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 @pytest.mark.parametrize("command", [[], ["inspect"], ["verify"], ["detect"], ["bench"], ["engine"]])
 def test_error_messages_are_escaped(tmp_path, monkeypatch, capsys, attack, command):
@@ -174,6 +176,7 @@ def fused_file(model, tmp_path_factory) -> Path:
     return model.save(tmp_path_factory.mktemp("m") / "f.onnx", unverified=True)
 
 
+@pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-16", "shift_jis"])
 def test_no_encoding_ends_a_command(fused_file, monkeypatch, encoding):
     raw = io.BytesIO()
@@ -182,6 +185,7 @@ def test_no_encoding_ends_a_command(fused_file, monkeypatch, encoding):
     assert "detections" in raw.getvalue().decode(encoding)
 
 
+@pytest.mark.slow
 def test_locale_without_signs_ends_no_command(fused_file):
     env = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
     done = command("inspect", str(fused_file), env=env)
@@ -204,6 +208,7 @@ OUTPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("case", OUTPUTS)
 def test_output_that_cannot_be_written_ends_no_command(fused_file, tmp_path, case):
@@ -217,6 +222,7 @@ def test_output_that_cannot_be_written_ends_no_command(fused_file, tmp_path, cas
     assert fusenms.runtime.images.read_image(tmp_path / "shapes0.jpg").size
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("words", ["--help", "families --json"])
 def test_text_for_a_full_disk_is_one_message(words):
@@ -227,6 +233,7 @@ def test_text_for_a_full_disk_is_one_message(words):
     assert b"standard output cannot be written" in done.stderr
 
 
+@pytest.mark.slow
 def test_pipe_that_nobody_reads_is_no_error(fused_file, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)

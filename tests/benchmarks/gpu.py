@@ -112,9 +112,9 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Result:
-    """Times of one scene at one batch size: name to microseconds, one number a run."""
+    """Times of one case at one batch size: name to microseconds, one number a run."""
 
-    scene: str
+    case: str
     batch: int
     runs: dict[str, list[float]]
 
@@ -146,10 +146,10 @@ def bandwidth(gpu: Gpu, runs: int) -> float:
 
 
 def time_kernels(
-    gpu: Gpu, scene: str, batch: int, half: bool, runs: int, speed: float
+    gpu: Gpu, case: str, batch: int, half: bool, runs: int, speed: float
 ) -> tuple[Result, Arrays, float, int]:
     """Our kernels and their floor, in turn; the head, the worst box error, and how many rows the first image has."""
-    head = SYNTHETIC_HEADS[scene](batch)
+    head = SYNTHETIC_HEADS[case](batch)
     if half:
         head = {name: values.astype(np.float16) for name, values in head.items()}
     given = dict.fromkeys(INPUTS, head["logits"]) | {"boxes": head["dist"]}
@@ -181,7 +181,7 @@ def time_kernels(
     )
     moved = head["logits"].nbytes + sum(values.nbytes for values in outputs.values())
     times[FLOOR] = [launches + moved / speed for launches in times[LAUNCHES]]
-    return Result(scene, batch, times), head, error, int(outputs["num_detections"][0, 0])
+    return Result(case, batch, times), head, error, int(outputs["num_detections"][0, 0])
 
 
 def in_turn(timers: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
@@ -278,7 +278,7 @@ def time_efficient(python: str, head: Arrays, runs: int, work: Path) -> tuple[li
 
 def markdown(results: Sequence[Result], lines: Sequence[str], notes: Sequence[str]) -> str:
     """The page."""
-    columns = [f"{r.scene}, batch {r.batch}" for r in results]
+    columns = [f"{r.case}, batch {r.batch}" for r in results]
     text = [
         "# Benchmarks on a GPU", "",
         "The plugin's kernels: from the class logits and box terms of a YOLOv8 head (8400 candidates, 80 classes, 640 pixels) to the "
@@ -298,15 +298,15 @@ def markdown(results: Sequence[Result], lines: Sequence[str], notes: Sequence[st
 
 def ratios(results: Sequence[Result]) -> list[str]:
     """What the project aims at, as measured."""
-    by = {(r.scene, r.batch): r for r in results}
+    by = {(r.case, r.batch): r for r in results}
     found = [
-        f"{r.scene}, batch {r.batch}: FusedNMS takes {r.median(OURS) / r.median(FLOOR):.2f} times its floor"
+        f"{r.case}, batch {r.batch}: FusedNMS takes {r.median(OURS) / r.median(FLOOR):.2f} times its floor"
         for r in results
     ]
-    for (scene, batch), r in by.items():
-        if scene != "quiet":
+    for (case, batch), r in by.items():
+        if case != "quiet":
             found.append(
-                f"batch {batch}: {scene} takes {r.median(OURS) / by['quiet', batch].median(OURS):.2f} times as long as quiet"
+                f"batch {batch}: {case} takes {r.median(OURS) / by['quiet', batch].median(OURS):.2f} times as long as quiet"
             )
     return found
 
@@ -330,10 +330,10 @@ def main() -> None:
     lines = [f"{gpu.name()}, a head in {kind}; a copy moves {speed / 1e3:.0f} GB/s", f"Python {sys.version.split()[0]}"]
     results, notes = [], []
     for batch in args.batch:
-        for scene in SYNTHETIC_HEADS:
-            result, head, error, rows = time_kernels(gpu, scene, batch, args.half, args.runs, speed)
+        for case in SYNTHETIC_HEADS:
+            result, head, error, rows = time_kernels(gpu, case, batch, args.half, args.runs, speed)
             lines.append(
-                f"{scene}, batch {batch}: equal to the reference, worst box {error:.1e} px; {rows} rows in the first image"
+                f"{case}, batch {batch}: equal to the reference, worst box {error:.1e} px; {rows} rows in the first image"
             )
             try:
                 result.runs.update(time_torch(head, args.runs))
@@ -345,14 +345,14 @@ def main() -> None:
                         result.runs[EFFICIENT], answer = time_efficient(args.tensorrt, head, args.runs, Path(folder))
                         there = int(answer["files"]["tail.onnx"]["outputs"]["num_detections"][0][0])
                         lines.append(
-                            f"{scene}, batch {batch}: EfficientNMS_TRT of {answer['library']} finds {there} rows"
+                            f"{case}, batch {batch}: EfficientNMS_TRT of {answer['library']} finds {there} rows"
                         )
                     except RuntimeError as failure:
                         notes.append(f"{EFFICIENT}: does not run here ({failure})")
             results.append(result)
             gpu.close()
             print(
-                f"{scene}, batch {batch}: " + ", ".join(f"{name} {result.median(name):.1f}" for name in result.runs),
+                f"{case}, batch {batch}: " + ", ".join(f"{name} {result.median(name):.1f}" for name in result.runs),
                 flush=True,
             )
     page = markdown(results, [*lines, *ratios(results)], list(dict.fromkeys(notes)))

@@ -79,7 +79,7 @@ def main() -> None:
         low, middle, high = found[:, 1].min(), np.median(found[:, 1]), found[:, 1].max()
         print(f"| {score} | {iou} | {found[:, 0].max()} | {low} to {high}, median {middle:.0f} | {found[:, 2].max()} |")
 
-    scenes = {TAIL: heads[0], "tail, 1500 candidates": crowd(heads[0], fused, 1500)}
+    cases = {TAIL: heads[0], "tail, 1500 candidates": crowd(heads[0], fused, 1500)}
     images = np.zeros((1, 3, 640, 640), np.float32)
     print(
         "\ntail, ms (ratio to ort at the same K)\n\n| K | | quiet, batch 1 | quiet, 8 | crowded, 1 | crowded, 8 | peak MB, quiet, 8 |"
@@ -92,7 +92,7 @@ def main() -> None:
             for name, (backend, more) in kinds.items()
         }
         cells: dict[str, list[str]] = {name: [] for name in models}
-        for part, head in scenes.items():
+        for part, head in cases.items():
             entries = [fused_tail(name, part, model, head, 2) for name, model in models.items()]
             timings = measure(entries, images, batches=(1, 8), runs=args.runs)
             for t in timings:

@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
         del cut.graph.output[:]
         cut.graph.output.extend(kept)
         taps = OnnxRuntimeRunner(cut).infer(images)
-        scenes = {TAIL: taps, f"tail, {CROWD} candidates": crowd(taps, fused, CROWD)}
+        cases = {TAIL: taps, f"tail, {CROWD} candidates": crowd(taps, fused, CROWD)}
 
         entries = [whole(RAW, raw, None, args.threads), whole(CUT, cut, None, args.threads)]
         for entry in contestants([ours], args.threads):
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
         timings = measure(entries, images, batches=args.batch, runs=args.runs)
 
         tails: list[Contestant] = []
-        for part, head in scenes.items():
+        for part, head in cases.items():
             flat = decode(head, fused)
             heads = lambda b, flat=flat: np.repeat(flat, b, 0)  # noqa: E731
             if part == TAIL:
