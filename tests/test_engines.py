@@ -324,7 +324,7 @@ def test_verify_says_that_an_engine_was_not_run(engine, capsys):
             pytest.skip("there is a GPU; make test-gpu runs the engine")
     assert main(["verify", str(engine)]) == 1
     said = capsys.readouterr()
-    assert "the one that its sidecar speaks of" in said.out
+    assert "matches its sidecar" in said.out
     assert "the engine was not run" in said.err
 
 
@@ -343,7 +343,10 @@ def test_main_command_builds_an_engine(tmp_path, monkeypatch, capsys):
     assert load_engine(tmp_path / "shapes.rtx").info["source"]["file"] == "shapes.portable.onnx"
     if find_spec("tensorrt") is None:
         assert main([*command, "--backend", "trt"]) == 0
-        assert "TensorRT is not installed here; where it is: python -m fusenms engine" in capsys.readouterr().out
+        assert (
+            "TensorRT is not installed; on a machine with TensorRT, run: python -m fusenms engine"
+            in capsys.readouterr().out
+        )
         assert main(["engine", "shapes.trt.onnx"]) == 1  # a trt file's builder is TensorRT
         assert "TensorRT is not installed" in capsys.readouterr().err
 
