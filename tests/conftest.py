@@ -1,4 +1,4 @@
-"""Where test data lies, and models that several tests share."""
+"""Paths of test data, and models that several tests share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ZOO = ROOT.parent / "shared" / "zoo"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests that run beside each other take one thread each: more would wait for one another."""
+    """Give parallel tests one thread each, because more threads would wait for each other."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     import onnxruntime
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def zoo() -> Path:
-    """Real checkpoints and photos of others, for testing only; not part of the repository."""
+    """Real checkpoints and photos from third parties, for testing only. They are not part of the repository."""
     if not ZOO.is_dir():
         pytest.skip(f"needs the checkpoints and photos in {ZOO.relative_to(ROOT.parent)} beside the repository")
     return ZOO
@@ -45,7 +45,7 @@ def shapes_raw() -> RawModel:
 
 
 def write_segmenter(path: Path) -> Path:
-    """The embedded detector with a branch for masks, of random weights, as a checkpoint."""
+    """Write a checkpoint of the embedded detector with a mask branch of random weights."""
     import torch
     from torch import nn
 
