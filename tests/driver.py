@@ -1,4 +1,4 @@
-"""CUDA's driver API, as far as tests and benchmarks of the kernels need it, by cuda-python."""
+"""The parts of the CUDA driver API that tests and benchmarks of the kernels need, through cuda-python."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Grid = tuple[int, int]
 
 
 class Gpu:
-    """The first GPU, in the context that PyTorch and CUDA's runtime use too. What is allocated lives until `close`."""
+    """The first GPU, in the context that PyTorch and the CUDA runtime also use. Memory is freed by `close`."""
 
     def __init__(self) -> None:
-        """Open it; AssertionError where there is none."""
+        """Open the GPU. Raises AssertionError if there is none."""
         self.call("cuInit", 0)
         self.device = self.call("cuDeviceGet", 0)
         self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", self.device))
-        self.stream = self.call("cuStreamCreate", 0)  # waits for the default stream, which clears and copies
+        self.stream = self.call("cuStreamCreate", 0)  # waits for the default stream, which fills and copies
         self._places: list[int] = []
         self._modules: list[Any] = []
 
     @staticmethod
     def call(function: str, *arguments: Any) -> Any:
-        """Call the driver; its result without the error code."""
+        """Call the driver, and return its result without the error code."""
         from cuda.bindings import driver
 
         error, *result = getattr(driver, function)(*arguments)
@@ -44,21 +44,21 @@ class Gpu:
         return self.call("cuDeviceGetName", 128, self.device).split(b"\0")[0].decode()
 
     def attribute(self, name: str) -> int:
-        """A property of the device, as ``L2_CACHE_SIZE``."""
+        """An attribute of the device, such as ``L2_CACHE_SIZE``."""
         from cuda.bindings import driver
 
         kind = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return self.call("cuDeviceGetAttribute", kind, self.device)
 
     def allocate(self, size: int) -> int:
-        """Address of so many bytes, none of them zero."""
+        """Allocate ``size`` bytes, fill them with nonzero values, and return their address."""
         place = int(self.call("cuMemAlloc", max(size, 1)))
         self._places.append(place)
         self.call("cuMemsetD8", place, 0xA5, max(size, 1))
         return place
 
     def upload(self, array: np.ndarray) -> int:
-        """Address of a copy on the GPU."""
+        """Copy an array to the GPU, and return its address."""
         array = np.ascontiguousarray(array)
         place = self.allocate(array.nbytes)
         self.call("cuMemcpyHtoD", place, array.ctypes.data, array.nbytes)
@@ -71,12 +71,12 @@ class Gpu:
         return array
 
     def kernels(self, ptx: bytes, *names: str) -> list[Any]:
-        """Kernels of a module, by name."""
+        """Load a module, and return its kernels with these names."""
         self._modules.append(self.call("cuModuleLoadData", ptx))
         return [self.call("cuModuleGetFunction", self._modules[-1], name.encode()) for name in names]
 
     def launch(self, kernel: Any, grid: Grid, threads: int, addresses: Sequence[int], *more: Sequence[int]) -> None:
-        """Start a kernel whose arguments are addresses, and ``more`` are int32 and addresses in turn."""
+        """Launch a kernel. Its arguments are ``addresses``, then the groups in ``more``, alternately int32 and addresses."""
         groups = (addresses, *more)
         kinds = [ctypes.c_int if i % 2 else ctypes.c_void_p for i, group in enumerate(groups) for _ in group]
         values = [value for group in groups for value in group]
@@ -87,7 +87,7 @@ class Gpu:
         self.call("cuStreamSynchronize", self.stream)
 
     def graph(self, works: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        """All that is launched by ``works``, one after the other, as one graph, which the result starts."""
+        """Capture the launches of ``works``, in order, as one CUDA graph. Return a function that launches it."""
         from cuda.bindings import driver
 
         self.call("cuStreamBeginCapture", self.stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
@@ -98,7 +98,7 @@ class Gpu:
         return lambda: self.call("cuGraphLaunch", made, self.stream)
 
     def milliseconds(self, work: Callable[[], None]) -> float:
-        """Between the start and the end of what is launched, on the GPU's own clock."""
+        """Time of the launches of ``work``, measured with CUDA events."""
         start, end = self.call("cuEventCreate", 0), self.call("cuEventCreate", 0)
         self.call("cuEventRecord", start, self.stream)
         work()

@@ -1,4 +1,4 @@
-"""The plugin's kernels, run for models with a `FusedNMS` node: on a CPU, compiled as C++ (tests/emulation), or on a GPU."""
+"""Runs the plugin's kernels for models with a `FusedNMS` node: on a CPU, compiled as C++ (tests/emulation), or on a GPU."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from fusenms.graph.session import OnnxRuntimeRunner
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "plugins" / "fused_nms.cu"
-ARGUMENTS = ("classes", "objectness", "background", "boxes", "angle")  # of the two kernels, in order
-GUARD = 64  # elements before and after every array, which nothing may write to
+ARGUMENTS = ("classes", "objectness", "background", "boxes", "angle")  # inputs of the kernels, in order
+GUARD = 64  # elements before and after every array, which the kernels must not write
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Settings, Arrays, tuple[int, int]], dict[str, np.ndarray]]
-"""Settings, the node's inputs by name, and (height, width) of the image to the node's outputs by name."""
+"""Runs a node: takes its settings, its inputs by name and (height, width) of the image; returns its outputs by name."""
 
 
 def compiler() -> list[str] | None:
-    """A C++ compiler: this machine's, or that of the package `ziglang`."""
+    """Command of a C++ compiler: an installed one, or that of the package `ziglang`. None if there is none."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name):
             return [name]
@@ -62,7 +62,7 @@ def compiled(command: list[str]) -> str:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The kernels for this CPU; skips the test where there is no C++ compiler."""
+    """The kernels compiled for this CPU. Skips the test if there is no C++ compiler."""
     command = compiler()
     if command is None:
         pytest.skip("no C++ compiler to run the kernels on this CPU; `pip install ziglang` gives one")
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL:
 
 
 def on_cpu(seed: int = 0) -> Run:
-    """Run the kernels on this CPU. The seed draws the order of threads and blocks."""
+    """Run the kernels on this CPU. The seed determines the order of threads and blocks."""
 
     def run(s: Settings, inputs: Arrays, size: tuple[int, int]) -> dict[str, np.ndarray]:
         given = {name: np.ascontiguousarray(inputs[name]) for name in ARGUMENTS}
@@ -81,7 +81,7 @@ def on_cpu(seed: int = 0) -> Run:
         images, candidates = len(given["classes"]), given["classes"].shape[3 - s.classes[0]]
         each = s.num_classes if s.multi_label else 1
         tiles, rows, box = -(-candidates // TILE), s.max_detections, 5 if s.angle[0] else 4
-        # What the kernels need not have zeroed has anything in it.
+        # Scratch memory and outputs hold nonzero values, because the kernels must not rely on zeros.
         scratch = [_guarded((images, candidates * each), np.int64), _guarded((images, tiles), np.int32)]
         scratch.append(_guarded((images, candidates, box), np.float32))
         shapes = ((images, 1), (images, rows, box), (images, rows), (images, rows), (images, rows))
@@ -107,10 +107,10 @@ def on_cpu(seed: int = 0) -> Run:
 
 
 class OnGpu:
-    """The kernels on a GPU with their inputs, compiled by NVRTC with their settings built in, as an engine carries them."""
+    """The kernels and their inputs on a GPU, compiled by NVRTC with the settings as constants, as in an engine."""
 
     def __init__(self, gpu: Gpu, s: Settings, inputs: Arrays, size: tuple[int, int], like: OnGpu | None = None) -> None:
-        """Load all onto the GPU. ``like``: one with the same settings, whose code is taken."""
+        """Load kernels and inputs onto the GPU. ``like``: an object with the same settings, whose compiled code is reused."""
         classes = inputs["classes"]
         self.gpu, self.images, self.candidates = gpu, len(classes), classes.shape[3 - s.classes[0]]
         self.tiles, rows, box = -(-self.candidates // TILE), s.max_detections, 5 if s.angle[0] else 4
@@ -127,7 +127,7 @@ class OnGpu:
             self._kernels = gpu.kernels(ptx, "fused_nms_select", "fused_nms_suppress")
         else:
             self._kernels = like._kernels
-        image = classes_at  # stands for it; it is not read
+        image = classes_at  # a placeholder, because the image is not read
         head = [classes_at, objectness, background, boxes, angle, image]
         self._select = head, [self.candidates, *size], [keys, counts, decoded]
         self._suppress = [keys, counts, decoded], [self.candidates], [*self._made, kept]
@@ -164,14 +164,14 @@ def on_gpu() -> Run:
 
 
 def _guarded(shape: tuple[int, ...], kind: type) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes, all the same, and an array in the middle of them."""
+    """A buffer of equal bytes, and an array inside it with guard elements on both sides."""
     size = np.dtype(kind).itemsize
     whole = np.full((int(np.prod(shape)) + 2 * GUARD) * size, 0xA5, np.uint8)
     return whole, whole[GUARD * size : -GUARD * size].view(kind).reshape(shape)
 
 
 class KernelRunner:
-    """Runs a model with a `FusedNMS` node: the node by its kernels, what is before and after it by ONNX Runtime."""
+    """Runs a model with a `FusedNMS` node: the node with its kernels, the graph before and after it with ONNX Runtime."""
 
     def __init__(self, model: onnx.ModelProto, run: Run) -> None:
         self.node = next(node for node in model.graph.node if node.op_type == PLUGIN)

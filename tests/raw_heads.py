@@ -1,6 +1,6 @@
-"""Tiny raw models, one per layout: every head tensor comes from one convolution of the image per level.
+"""Tiny raw models, one for each layout. Every head tensor is made by one convolution of the image for each level.
 
-A test sets exact boxes and scores by cutting the fused model before the head (`tail_of`) and feeding head tensors.
+To set exact boxes and scores, a test cuts the fused model before the head (`tail_of`) and feeds head tensors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def distances(classes: int = 5) -> Layout:
 
 
 def end_to_end(classes: int = 5) -> Layout:
-    """YOLO26's one-to-one head: plain distances, nothing to suppress."""
+    """YOLO26's one-to-one head: plain distances, no suppression."""
     boxes, scores = Tap("dist", 1, 0, 4), Tap("logits", 1, 0, classes)
     return Layout("yolov8", boxes, scores, None, Activation.SIGMOID, Distances(STRIDES, 1), suppress=False)
 
@@ -60,25 +60,25 @@ def anchor_boxes(classes: int = 5) -> Layout:
 
 
 def decoded(classes: int = 5) -> Layout:
-    """YOLOv8 as others export it."""
+    """YOLOv8 as exported by third parties, decoded."""
     boxes, scores = Tap("output0", 1, 0, 4), Tap("output0", 1, 4, 4 + classes)
     return Layout("yolov8", boxes, scores, None, Activation.NONE, Decoded(BoxFormat.CXCYWH))
 
 
 def decoded_objectness(classes: int = 5) -> Layout:
-    """YOLOv5 as others export it."""
+    """YOLOv5 as exported by third parties, decoded, with objectness."""
     taps = (Tap("output0", 2, 0, 4), Tap("output0", 2, 5, 5 + classes), Tap("output0", 2, 4, 5))
     return Layout("yolov5", *taps, Activation.NONE, Decoded(BoxFormat.CXCYWH))
 
 
 def corners_rows(classes: int = 5) -> Layout:
-    """Boxes and scores apart, corners, candidates first."""
+    """Boxes (xyxy) and scores as two outputs, candidates before channels."""
     boxes, scores = Tap("boxes", 2, 0, 4), Tap("scores", 2, 0, classes)
     return Layout("two-outputs", boxes, scores, None, Activation.NONE, Decoded(BoxFormat.XYXY))
 
 
 def queries(classes: int = 5) -> Layout:
-    """DETR: a softmax with "nothing here" as its last class, boxes normalized, nothing to suppress."""
+    """DETR: a softmax with "no object" as its last class, normalized boxes, no suppression."""
     logits = [Tap("logits", 2, *span) for span in ((0, classes), (classes, classes + 1))]
     decode = Decoded(BoxFormat.CXCYWH, normalized=True)
     return Layout(
@@ -94,7 +94,7 @@ def queries(classes: int = 5) -> Layout:
 
 
 def sigmoid_queries(classes: int = 5) -> Layout:
-    """RT-DETR: every class of a query counts."""
+    """RT-DETR: a sigmoid for every class of a query."""
     boxes, logits = Tap("pred_boxes", 2, 0, 4), Tap("logits", 2, 0, classes)
     decode = Decoded(BoxFormat.CXCYWH, normalized=True)
     return Layout("rtdetr", boxes, logits, None, Activation.SIGMOID, decode, suppress=False)
@@ -120,13 +120,13 @@ def weighted(classes: int = 5) -> Layout:
 
 
 def low_corners(classes: int = 5) -> Layout:
-    """NanoDet-Plus: distances from the low corner of the cell."""
+    """NanoDet-Plus: distances from the low corner of each cell."""
     scores, boxes = Tap("output", 2, 0, classes), Tap("output", 2, classes, classes + 32)
     return Layout("nanodet", boxes, scores, None, Activation.NONE, Distances(STRIDES, 8, point=0.0))
 
 
 def finished_rows(classes: int = 5) -> Layout:
-    """Rows of box, score and class, as end-to-end exports have them."""
+    """Rows of box, score and class, as in end-to-end exports."""
     taps = (Tap("rows", 2, 0, 4), Tap("rows", 2, 4, 5))
     decode = Decoded(BoxFormat.XYXY)
     return Layout("rows", *taps, None, Activation.NONE, decode, suppress=False, labels=Tap("rows", 2, 5, 6))
@@ -147,13 +147,13 @@ def masks_end_to_end(classes: int = 5) -> Layout:
 
 
 def masks_decoded(classes: int = 5) -> Layout:
-    """YOLOv8-seg as others export it: coefficients beside the classes."""
+    """YOLOv8-seg as exported by third parties: coefficients after the classes."""
     terms = MaskTerms(Tap("output0", 1, 4 + classes, 4 + classes + PROTOTYPES), "output1")
     return replace(decoded(classes), masks=terms)
 
 
 def masks_anchor_boxes(classes: int = 5) -> Layout:
-    """YOLOv5-seg: objectness, and three anchors for each cell."""
+    """YOLOv5-seg: with objectness and several anchors for each cell."""
     terms = MaskTerms(Tap("head", 1, 5 + classes, 5 + classes + PROTOTYPES), "protos")
     return replace(anchor_boxes(classes), masks=terms)
 
@@ -170,12 +170,12 @@ def keypoints_end_to_end(classes: int = 5) -> Layout:
 
 
 def keypoints_decoded(classes: int = 5) -> Layout:
-    """YOLOv8-pose as others export it."""
+    """YOLOv8-pose as exported by third parties, decoded."""
     return replace(decoded(classes), keypoints=KeypointTerms(Tap("output0", 1, 4 + classes, 16 + classes), 3))
 
 
 def masks_and_keypoints(classes: int = 5) -> Layout:
-    """Both, as some train them."""
+    """YOLOv8 with masks and keypoints."""
     return replace(keypoints(classes), masks=MASKS)
 
 
@@ -190,7 +190,7 @@ def oriented_end_to_end(classes: int = 5) -> Layout:
 
 
 def oriented_decoded(classes: int = 5) -> Layout:
-    """YOLOv8-obb as others export it."""
+    """YOLOv8-obb as exported by third parties, decoded."""
     return replace(decoded(classes), angle=AngleTerm(Tap("output0", 1, 4 + classes, 5 + classes)))
 
 
@@ -198,7 +198,7 @@ FURTHER = (
     *(masks, masks_end_to_end, masks_decoded, masks_anchor_boxes, keypoints, keypoints_end_to_end, keypoints_decoded),
     *(masks_and_keypoints, oriented, oriented_end_to_end, oriented_decoded),
 )
-"""Heads that give more than boxes."""
+"""Heads with task outputs."""
 
 LAYOUTS: dict[str, Callable[..., Layout]] = {
     f.__name__: f
@@ -226,7 +226,7 @@ def shapes_of(layout: Layout) -> dict[str, tuple[int, int]]:
 
 
 def raw_model(layout: Layout, opset: int = 17) -> RawModel:
-    """A raw model with this head."""
+    """A raw model with the head of a layout."""
     rng = np.random.default_rng(1)
     nodes, weights = [], []
     if layout.masks is not None:
@@ -280,6 +280,6 @@ def fused_model(layout: Layout, backend: str = "ort", opset: int = 17, **config:
 
 
 def tail_of(fused: FusedModel) -> OnnxRuntimeRunner:
-    """The part behind the head, open in ONNX Runtime: head tensors in, outputs of the contract out."""
+    """The tail, open in ONNX Runtime. It takes head tensors and returns the outputs of the contract."""
     shapes = dict(zip(fused.layout.tensors, shapes_of(fused.layout).values(), strict=True))
     return OnnxRuntimeRunner(get_backend(fused.backend).to_standard(cut_before(fused.model, shapes), fused))

@@ -79,7 +79,7 @@ def test_one_to_one_head_equals_ultralytics(zoo, name):
 
 
 def test_error_when_there_is_one_head_only(zoo):
-    with pytest.raises(ConfigError, match="has one head only"):
+    with pytest.raises(ConfigError, match="has only one head"):
         load_checkpoint(zoo / "shapes" / "yolov8-p.pt", one_to_many=True)
 
 

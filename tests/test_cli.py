@@ -227,12 +227,12 @@ def bad_files(folder: Path) -> dict[str, tuple[list[str], str]]:
         "verify a checkpoint": (["verify", WEIGHTS], "is a checkpoint; expected an .onnx file: make one with"),
         "detect into a file": (
             ["detect", "fused.onnx", str(SHAPES / "shapes0.jpg"), "-o", "text.pt"],
-            "cannot be made a folder",
+            "the folder cannot be made",
         ),
         "long name": ([WEIGHTS, "-o", "x" * 300 + ".onnx"], "cannot be written (File name too long)"),
         "a device": ([WEIGHTS, "-o", os.devnull], "is not a regular file"),
-        "onto the weights": (["own.pt", "-o", "own.pt"], "is the weights themselves"),
-        "onto a link to the weights": (["own.pt", "-o", "link.onnx"], "is the weights themselves"),
+        "onto the weights": (["own.pt", "-o", "own.pt"], "is the input file"),
+        "onto a link to the weights": (["own.pt", "-o", "link.onnx"], "is the input file"),
     }
 
 

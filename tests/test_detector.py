@@ -399,7 +399,7 @@ def test_pickle_says_when_the_file_is_gone_or_changed(path, tmp_path, when, chan
     file.unlink()
     if change == "changed":
         file.write_bytes(path.read_bytes() + b"\x72\x00")
-    with pytest.raises(SourceError, match=r"f\.onnx: (is gone|has changed|cannot be read)"):
+    with pytest.raises(SourceError, match=r"f\.onnx: (is missing|has changed|cannot be read)"):
         pickle.loads(data) if when == "after" else pickle.dumps(detector)
 
 

@@ -113,7 +113,7 @@ def test_error_when_a_size_is_asked_for_that_is_fixed(tmp_path):
     path = fuse(SHAPES / "shapes.pt", size=128, backend="portable", unverified=True).save(
         tmp_path / "m.onnx", unverified=True
     )
-    with pytest.raises(ConfigError, match=r"height is 320,320,320, but the file's is fixed at 128"):
+    with pytest.raises(ConfigError, match=r"height is 320,320,320, but it is fixed at 128 in the file"):
         build_rtx(str(path), EngineSettings(height=(320, 320, 320)))
 
 
@@ -149,7 +149,7 @@ def test_errors_of_settings(tmp_path):
     path = written(fused_model(LAYOUTS["decoded"](), "portable").model, tmp_path)
     with pytest.raises(ConfigError, match=r"compute capability is 9\.9; .* builds for 7\.5, 8\.0"):
         build_rtx(path, EngineSettings(compute_capabilities=("9.9",)))
-    with pytest.raises(ConfigError, match=r"batch is \[8, 1, 32\]; expected least, usual and most"):
+    with pytest.raises(ConfigError, match=r"batch is \[8, 1, 32\]; expected minimum, optimum and maximum"):
         EngineSettings(batch=(8, 1, 32))
     with pytest.raises(ConfigError, match="builder is 'x'; expected one of rtx"):
         get_builder("x")
@@ -205,7 +205,7 @@ def test_real_trt_graphs_pass(tmp_path, zoo, capsys):
     for weights in ("derived/yolov8n.pt", "yolov5n.pt"):
         path = fuse(zoo / weights, backend="trt", unverified=True).save(tmp_path / "m.onnx", unverified=True)
         assert main(["engine", str(path), "--check"]) == 0
-        assert "nodes but EfficientNMS_TRT, which keeps to its published interface" in capsys.readouterr().out
+        assert "nodes except EfficientNMS_TRT, which conforms to its published interface" in capsys.readouterr().out
 
 
 def broken(change):
@@ -246,11 +246,11 @@ def unknown_node(model, plugin):
         (set_attribute("iou_threshold", 1), "iou_threshold is 1"),
         (set_attribute("max_output_boxes", 0), "max_output_boxes is 0"),
         (set_attribute("plugin_version", "2"), "plugin_version is b'2'"),
-        (add_attribute, "share_location is not one of its attributes"),
-        (one_input, "stands for both boxes and scores"),
+        (add_attribute, "share_location is not an attribute of the plugin"),
+        (one_input, "is used for both boxes and scores"),
         (set_attribute("background_class", 5), "background_class is 5, but there are 5 classes"),
         (swap_inputs, r"boxes are \[-1, 84, 5\], not \[batch, candidates, 4\]"),
-        (unknown_node, r"does not take Sigmoidal \(node"),
+        (unknown_node, r"does not support Sigmoidal \(node"),
     ],
 )
 def test_check_refuses_what_tensorrt_would(tmp_path, change, message):
@@ -300,13 +300,13 @@ def edit_sidecar(path: Path, edit) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "is not the engine that shapes.rtx.json speaks of"),
-        (lambda path: path.with_name("shapes.rtx.json").unlink(), "has no sidecar shapes.rtx.json"),
-        (lambda path: path.with_name("shapes.rtx.json").write_text("{}"), "has no sidecar shapes.rtx.json"),
-        (lambda path: path.with_name("shapes.rtx.json").write_text("no json"), "has no sidecar shapes.rtx.json"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "is not the engine that shapes.rtx.json describes"),
+        (lambda path: path.with_name("shapes.rtx.json").unlink(), "has no valid sidecar shapes.rtx.json"),
+        (lambda path: path.with_name("shapes.rtx.json").write_text("{}"), "has no valid sidecar shapes.rtx.json"),
+        (lambda path: path.with_name("shapes.rtx.json").write_text("no json"), "has no valid sidecar shapes.rtx.json"),
         (lambda path: path.unlink(), "cannot be read"),
         *[
-            (lambda path, edit=edit: edit_sidecar(path, edit), "has no sidecar shapes.rtx.json")
+            (lambda path, edit=edit: edit_sidecar(path, edit), "has no valid sidecar shapes.rtx.json")
             for edit in (
                 lambda info: info.pop("builder"),
                 lambda info: info["builder"].pop("version"),
@@ -336,13 +336,13 @@ def test_verify_says_that_an_engine_was_not_run(engine, capsys):
             pytest.skip("there is a GPU; make test-gpu runs the engine")
     assert main(["verify", str(engine)]) == 1
     said = capsys.readouterr()
-    assert "the one that its sidecar speaks of" in said.out
+    assert "matches its sidecar" in said.out
     assert "the engine was not run" in said.err
 
 
 def test_engine_needs_the_file_that_it_was_built_of(engine):
     (engine.parent / "shapes.portable.onnx").unlink()
-    with pytest.raises(SourceError, match=r"was built of shapes\.portable\.onnx, which is not at"):
+    with pytest.raises(SourceError, match=r"was built from shapes\.portable\.onnx, but .* is missing or was changed"):
         compare_engine(engine)
 
 
@@ -355,7 +355,10 @@ def test_main_command_builds_an_engine(tmp_path, monkeypatch, capsys):
     assert load_engine(tmp_path / "shapes.rtx").info["source"]["file"] == "shapes.portable.onnx"
     if find_spec("tensorrt") is None:
         assert main([*command, "--backend", "trt"]) == 0
-        assert "TensorRT is not installed here; where it is: python -m fusenms engine" in capsys.readouterr().out
+        assert (
+            "TensorRT is not installed; on a machine with TensorRT, run: python -m fusenms engine"
+            in capsys.readouterr().out
+        )
         assert main(["engine", "shapes.trt.onnx"]) == 1  # a trt file's builder is TensorRT
         assert "TensorRT is not installed" in capsys.readouterr().err
 

@@ -68,7 +68,7 @@ def test_dynamic_size_equals_reference_at_several_sizes(open_raw, backend):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 100}, "size is 100x100; expected multiples of the stride 32, as 96x96"),
+        ({"size": 100}, "size is 100x100; expected multiples of the stride 32, for example 96x96"),
         ({"size": 0}, "size is 0; expected one side"),
         ({"opset": 99}, "opset is 99; expected 13 to 20"),
     ],

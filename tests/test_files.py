@@ -37,14 +37,14 @@ def test_error_when_too_large(tmp_path):
 
 def test_error_when_a_pipe_and_does_not_wait(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(SourceError, match="is no regular file"):
+    with pytest.raises(SourceError, match="is not a regular file"):
         open_regular(tmp_path / "fifo", 10)
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null"])
 def test_error_when_a_link_to_a_device(tmp_path, path):
     (tmp_path / "link").symlink_to(path)
-    with pytest.raises(InputError, match="is no regular file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         open_regular(tmp_path / "link", 10, error=InputError)
 
 

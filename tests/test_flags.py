@@ -44,7 +44,7 @@ def test_flags_have_the_types_of_the_fields():
     ("message", "expected"),
     [
         ("choose one with family='yolov5'", "choose one with --family yolov5"),
-        ("add make_dynamic=True to open it", "add --make-dynamic to open it"),
+        ("add make_dynamic=True to make it dynamic", "add --make-dynamic to make it dynamic"),
         ("score_threshold is 2; expected a number", "--score-threshold is 2; expected a number"),
         ("fuse it with backend='ort'", "fuse it with --backend ort"),
         ("backend is 'x'", "backend is 'x'"),

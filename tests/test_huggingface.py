@@ -183,7 +183,7 @@ def test_pixels_are_the_usual_ones_where_the_directory_does_not_say(folder, tmp_
     (copy / "preprocessor_config.json").unlink()
     raw = load(copy, size=SIZE)
     assert (raw.pixels, raw.stretch) == (PIXELS[pixels], True)
-    assert f"pixels as usual for {kind} ({pixels})" in raw.notes[-1]
+    assert f"the usual pixels of {kind} ({pixels}) are used" in raw.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,8 @@ def damaged(path, kind):
         ("another model", "is a 'bert'; expected a detector of rt_detr"),
         ("pickled weights", "has no .safetensors; expected the weights in that format, which holds no code"),
         ("cut short", "cannot be loaded by transformers"),
-        ("other weights", "the weights lack .* they are of another model"),
-        ("wrong classes", "cannot be loaded by transformers|the weights lack|do not fit|names 7 classes"),
+        ("other weights", "the weights lack .* expected weights of the model in config.json"),
+        ("wrong classes", "cannot be loaded by transformers|the weights lack|do not fit|the 7 classes of its config"),
     ],
 )  # fmt: skip
 def test_error_when_directory_is_damaged(folder, tmp_path, kind, message):
@@ -291,5 +291,5 @@ def test_no_code_of_the_directory_runs(folder, tmp_path):
 
 
 def test_error_when_size_is_left_open(folder):
-    with pytest.raises(ConfigError, match="made for one size; leave dynamic_size out"):
+    with pytest.raises(ConfigError, match="works at one size only; leave dynamic_size out"):
         load(folder("detr")[0], dynamic_size=True)

@@ -61,7 +61,7 @@ def test_error_when_memory_runs_out(tmp_path, monkeypatch, most):
 
 def test_error_when_time_runs_out(tmp_path, monkeypatch):
     name = program(tmp_path, monkeypatch, "import time; time.sleep(60)")
-    with pytest.raises(SourceError, match=r"a\.pt: it took more than 1 s"):
+    with pytest.raises(SourceError, match=r"a\.pt: the child process took more than 1 s"):
         run_isolated(name, [], Limits(max_isolated_seconds=1), what="a.pt")
 
 

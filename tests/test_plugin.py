@@ -421,7 +421,7 @@ def test_kernels_with_their_settings_built_in_compile(layout, half):
 
 def test_source_that_nvrtc_refuses_is_an_error():
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python (pip install 'fusenms[plugin]')")
-    with pytest.raises(EngineBuildError, match=r"NVRTC refuses the plugin's kernels: .*static assertion failed"):
+    with pytest.raises(EngineBuildError, match=r"NVRTC cannot compile the plugin's kernels: .*static assertion failed"):
         compile_ptx(
             "#define FUSENMS_BAKED 1, 2\n#define FUSENMS_ELEMENT float\n#define FUSENMS_KIND Upright\n"
             + SOURCE.read_text()
@@ -505,7 +505,7 @@ def test_rest_of_the_graph_passes_the_parser(tmp_path, layout):
 def test_graph_with_a_wrong_node_does_not_pass(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
     for name, value, message in (
-        ("classes", [1, 7, 0], "not three sizes with 7 channels"), ("plugin_namespace", "", "says of itself"), ("bins", None, "missing"),
+        ("classes", [1, 7, 0], "not three sizes with 7 channels"), ("plugin_namespace", "", "version and namespace are"), ("bins", None, "missing"),
     ):  # fmt: skip
         model = fused_model(LAYOUTS["distances"](), "plugin").model
         change_attribute(model, name, value)

@@ -234,7 +234,7 @@ class OddInput(YoloNas):
 
 
 def test_input_that_is_not_understood_is_refused(tmp_path):
-    with pytest.raises(SourceError, match=r"its input other .* changes x and y of the boxes by"):
+    with pytest.raises(SourceError, match=r"its input other .* scales x and y of the boxes by"):
         load(write(OddInput(), tmp_path / "m.onnx"))
 
 

@@ -1,4 +1,4 @@
-"""Small files of the kinds that attacks and fuzzing start from, made with onnx alone: a third-party YOLOv8-like file, and it fused."""
+"""Small files from which attacks and fuzzing start, made with onnx only: a third-party YOLOv8-like file, raw and fused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CELLS = sum((SIZE // stride) ** 2 for stride in STRIDES)
 
 
 def third_party(batch: int | str = "batch", side: int | str = SIZE) -> onnx.ModelProto:
-    """A decoded YOLOv8-like head ``[batch, 4 + classes, cells]`` behind one convolution a level, with its metadata."""
+    """A decoded YOLOv8-like head ``[batch, 4 + classes, cells]`` after one convolution for each level, with metadata."""
     rng = np.random.default_rng(5)
     nodes, weights, levels, centers, strides = [], [], [], [], []
 
@@ -64,7 +64,7 @@ def third_party(batch: int | str = "batch", side: int | str = SIZE) -> onnx.Mode
 
 @cache
 def fused_bytes(backend: str = "ort") -> bytes:
-    """The same, fused and saved."""
+    """The content of the same file, fused and saved."""
     import fusenms
 
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def fused_bytes(backend: str = "ort") -> bytes:
 
 
 def metadata(model: onnx.ModelProto, **values: str) -> None:
-    """Set entries of the metadata; dots of a key are double underscores."""
+    """Set entries of the metadata. Write a dot in a key as two underscores."""
     helper.set_model_props(
         model,
         {entry.key: entry.value for entry in model.metadata_props}

@@ -1,4 +1,4 @@
-"""The command line: one file per subcommand, each parses, calls the public function, prints."""
+"""The command line. Each subcommand has its own file, which parses arguments, calls the public function and prints the result."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ USAGE = """fusenms WEIGHTS [--backend {backends}] [-o FILE] [options]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose messages cannot act on a terminal, whatever the words are that they repeat."""
+    """A parser that escapes its error messages, because they repeat arguments that could control a terminal."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
+    """Build the parser with all subcommands."""
     parser = Parser(
         prog="fusenms",
         usage=USAGE.format(
@@ -60,14 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="NAME=N",
-            help="change one of the bounds on what a file may cost, as max_file_bytes=100000000",
+            help="change a limit on the cost of files, such as max_file_bytes=100000000",
         )
         command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def limit_argument(text: str) -> tuple[str, float]:
-    """A bound from its text, ``NAME=N``."""
+    """Parse a limit, ``NAME=N``."""
     name, _, value = text.partition("=")
     kinds = {field.name: float if field.type == "float" else int for field in fields(Limits)}
     if name not in kinds:
@@ -79,23 +79,22 @@ def limit_argument(text: str) -> tuple[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 (done), 1 (a FusenmsError, one message), 2 (usage; raised as SystemExit).
+    """Run the command line. Return 0 (done) or 1 (a FusenmsError, with one message). A usage error raises SystemExit with code 2.
 
-    Output that cannot be written never ends a command: it does what it was asked for, and then returns 1 with a message. Of a pipe
-    that nobody reads any more, nothing is said.
+    A command finishes its work even if its output cannot be written, and then returns 1 with a message. A closed pipe is no error.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with standard_streams() as output:
         stop: SystemExit | None = None
         try:
             status = _run(words)
-        except SystemExit as error:  # of argparse
+        except SystemExit as error:  # from argparse
             status, stop = 0 if error.code in (0, None) else 2, error
         output.flush()
         if status == 0 and output.error is not None and output.error.errno != errno.EPIPE:
             reason = output.error.strerror or output.error
             print(
-                f"fusenms: standard output cannot be written ({reason}); everything else was done, and its files are whole",
+                f"fusenms: standard output cannot be written ({reason}); everything else was done, and all files are complete",
                 file=sys.stderr,
             )
             return 1

@@ -1,4 +1,4 @@
-"""`fusenms bench FILE...`: time models side by side."""
+"""`fusenms bench FILE...`: measures the run times of models."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fusenms.safety.files import check_writable, write_atomically
 from fusenms.safety.text import printable
 
 NAME = "bench"
-HELP = "time raw and fused models side by side, whole and tail alone, by batch size"
+HELP = "measure run times of raw and fused models, of the whole model and of its tail, by batch size"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", metavar="FILE", nargs="+", type=Path, help="raw or fused .onnx; ratios are to the first"
+        "files", metavar="FILE", nargs="+", type=Path, help="raw or fused .onnx files; ratios are relative to the first"
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="batch sizes (default: 1 8)")
     parser.add_argument(
-        "--runs", type=int, default=25, help="rounds, one run of each file in turn (default: %(default)s)"
+        "--runs", type=int, default=25, help="number of rounds; each runs every file once (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, help="of one run (default: ONNX Runtime's choice)")
-    parser.add_argument("--image", type=Path, help="the image to run on (default: a made-up one)")
-    parser.add_argument("--no-memory", action="store_true", help="skip measuring peak memory")
+    parser.add_argument("--threads", type=int, help="number of threads of a run (default: chosen by ONNX Runtime)")
+    parser.add_argument("--image", type=Path, help="image to run on (default: a synthetic one)")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the table too, as .png or .svg (needs matplotlib)"
+        "--plot", type=Path, metavar="FILE", help="also draw the table, as .png, .svg or .pdf (needs matplotlib)"
     )
 
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     steps, shapes = Steps(args.json), {default_shape(path) for path in args.files}
     if len(shapes) > 1:
         sizes = ", ".join(f"{height}x{width}" for height, width in sorted(shapes))
-        raise InputError(f"the files take images of different sizes ({sizes}); time those of one size together")
+        raise InputError(f"the files take images of different sizes ({sizes}); expected files of one size")
     (shape,) = shapes
     images = probe_image(*shape)
     if args.image is not None:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_table(timings: list[Timing], runs: int) -> None:
-    """Print the table: medians, middle half, ratio to the first file, peak memory."""
+    """Print the table: median, middle half, ratio to the first file, peak memory."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -90,7 +90,7 @@ def print_table(timings: list[Timing], runs: int) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Fail before anything is measured where `plot` would fail after it.
+    """Check that `plot` can write its file, before anything is measured.
 
     Raises:
         BackendUnavailableError: matplotlib is not installed.
@@ -105,14 +105,22 @@ def check_plot(path: Path) -> None:
 
 
 def plot(timings: list[Timing], path: Path, highlight: set[str]) -> None:
-    """Draw a bar for each model and batch size, with the middle half of its runs; those of some names in another color."""
+    """Draw a bar for each model and batch size, with the middle half of its runs.
+
+    Args:
+        timings: rows of the table.
+        path: file to write.
+        highlight: names of the models whose bars have another color.
+    """
     from matplotlib.figure import Figure
 
     shown = [t for t in timings if not t.note]
     parts = {t.part for t in shown}
-    names = [printable(t.name).replace("$", r"\$") for t in shown]  # between dollars, matplotlib reads formulas
+    names = [
+        printable(t.name).replace("$", r"\$") for t in shown
+    ]  # matplotlib parses text between dollars as a formula
     labels = [name if len(parts) == 1 else f"{name} ({t.part})" for name, t in zip(names, shown, strict=True)]
-    places = {label: -i for i, label in enumerate(dict.fromkeys(labels))}  # the first on top
+    places = {label: -i for i, label in enumerate(dict.fromkeys(labels))}  # the first one on top
     batches = sorted({t.batch for t in shown}) or [1]
     figure = Figure(figsize=(2.6 * len(batches) + 3, 1.2 + 0.36 * max(1, len(places))), layout="constrained")
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False, sharey=True)[0], batches, strict=True):

@@ -1,4 +1,4 @@
-"""`fusenms detect FUSED IMAGE...`: find objects, print them, draw them."""
+"""`fusenms detect FUSED IMAGE...`: detects objects, prints them and draws them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusenms.safety.files import is_folder, make_folder
 from fusenms.safety.text import printable
 
 NAME = "detect"
-HELP = "run a fused model on images: a table of what was found, and annotated images"
+HELP = "run a fused model on images, print a table of the detections, and write annotated images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("detections"),
         metavar="DIR",
-        help="where annotated images go (default: %(default)s)",
+        help="folder for annotated images (default: %(default)s)",
     )
-    parser.add_argument("--no-draw", action="store_true", help="write no images")
+    parser.add_argument("--no-draw", action="store_true", help="do not write annotated images")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,16 +48,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None, quiet: bool) -> list[dict[str, Any]]:
-    """Run on each image, print its table unless quiet, write it annotated into the folder; return plain values.
+    """Run the model on each image, print a table, and write the annotated image. Return the results as plain values.
+
+    Args:
+        detect: the fused model.
+        paths: paths of the images.
+        folder: folder for the annotated images; None to write none.
+        quiet: print no tables.
 
     Raises:
-        InputError: an image is unreadable, or two would be written to the same place.
+        InputError: an image is unreadable, or an annotated image would overwrite another image.
     """
     names = [drawn_name(path) for path in paths]
     if folder is not None and (twice := {name for name in names if names.count(name) > 1}):
         raise InputError(
             f"found more than one image named {printable(', '.join(sorted(twice)))}; "
-            f"they would overwrite each other in {printable(folder)}: use --no-draw or separate runs"
+            f"they would overwrite each other in {printable(folder)}; use --no-draw or separate runs"
         )
     results = []
     for path in paths:
@@ -85,7 +91,7 @@ def detect_and_draw(detect: Detector, paths: Sequence[Path], folder: Path | None
 
 
 def drawn_name(path: Path) -> str:
-    """Name of the annotated copy: that of the image, as .jpg where its format is one that is only read."""
+    """Name of the annotated copy: the name of the image, with .jpg appended if its suffix is not one of an image format."""
     return path.name if path.suffix.lower() in SUFFIXES else f"{path.name}.jpg"
 
 

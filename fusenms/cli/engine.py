@@ -1,4 +1,4 @@
-"""`fusenms engine FILE`: an ONNX file to an engine."""
+"""`fusenms engine FILE`: builds an engine from an ONNX file."""
 
 from __future__ import annotations
 
@@ -16,62 +16,65 @@ from fusenms.safety.files import check_writable
 
 NAME = "engine"
 SUFFIXES = {"rtx": ".rtx", "trt": ".engine"}
-HELP = "build an engine of a fused file (or of any .onnx), with a sidecar that says what it is"
+HELP = "build an engine from a fused file (or from any .onnx), with a sidecar that describes it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help="an .onnx; for builder rtx, fused with --backend portable"
+        "file", metavar="FILE", type=Path, help="an .onnx file; for builder rtx, fused with --backend portable"
     )
     parser.add_argument(
         "--builder",
         choices=list(BUILDERS),
-        help="rtx: TensorRT-RTX, without a GPU; trt: TensorRT, for this machine's GPU (default: trt for a file fused with --backend trt "
-        "or plugin, else rtx)",
+        help="rtx: TensorRT-RTX, which needs no GPU; trt: TensorRT, for the GPU of this machine (default: trt for files fused with "
+        "--backend trt or plugin, else rtx)",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help="where to write (default: NAME.rtx or NAME.engine in this folder)",
+        help="file to write (default: NAME.rtx or NAME.engine in the current folder)",
     )
     parser.add_argument(
         "--batch",
         type=three,
         metavar="N|MIN,OPT,MAX",
-        help="batch sizes (default: 1,8,32 where the file leaves that open)",
+        help="minimum, optimum and maximum batch size (default: 1,8,32 if the batch of the file is dynamic)",
     )
     for side in ("height", "width"):
         parser.add_argument(
             f"--{side}",
             type=three,
             metavar="N|MIN,OPT,MAX",
-            help=f"of the image, where the file leaves it open (default: its usual {side})",
+            help=f"input {side} in pixels, if it is dynamic in the file (default: the {side} in its metadata)",
         )
     parser.add_argument(
         "--compute-capability",
         nargs="+",
         default=[],
         metavar="M.N",
-        help="GPUs to build for, as 8.6 12.0 (default: the builder's choice)",
+        help="GPUs to build for, such as 8.6 12.0 (default: chosen by the builder)",
     )
-    parser.add_argument("--workspace", type=int, metavar="MIB", help="most memory of a layer while it runs")
+    parser.add_argument("--workspace", type=int, metavar="MIB", help="maximum memory of a layer while it runs")
     parser.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="measured times: read where the file is there, and written"
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="file of measured times, read if it exists and written after the build",
     )
-    parser.add_argument("--version-compatible", action="store_true", help="the engine runs with later versions too")
+    parser.add_argument("--version-compatible", action="store_true", help="make the engine run with later versions too")
     parser.add_argument(
-        "--hardware-compatible", action="store_true", help="the engine runs on later GPUs too (Ampere and newer)"
+        "--hardware-compatible", action="store_true", help="make the engine run on later GPUs too (Ampere and newer)"
     )
     parser.add_argument(
         "--plugin-library", type=Path, metavar="FILE",
-        help="a library with the plugin FusedNMS (make plugin), for TensorRT 10.0 to 10.8; later ones carry it in the engine",
+        help="library with the plugin FusedNMS (make plugin), for TensorRT 10.0 to 10.8; later versions include it in the engine",
     )  # fmt: skip
     parser.add_argument(
         "--check", action="store_true",
-        help="build nothing: show that the parser of TensorRT-RTX, which is TensorRT's own without plugins, takes the file; the "
-        "plugin node of a trt file is compared with its published interface",
+        help="build nothing; check that the parser of TensorRT-RTX, which is the parser of TensorRT without plugins, accepts the file, "
+        "and compare the plugin node of a trt file with its published interface",
     )  # fmt: skip
 
 
@@ -113,12 +116,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def engine_path(file: Path, builder: str) -> Path:
-    """Where the engine of a file goes, in this folder, where nothing else is said."""
+    """The default path of the engine of a file, in the current folder."""
     return Path(file.name.removesuffix(".onnx").removesuffix(".portable") + SUFFIXES[builder])
 
 
 def build(file: Path, builder_name: str, settings: EngineSettings, output: Path, steps: Steps) -> list[Path]:
-    """Build an engine and write it with its sidecar, with a line for each step; return what was written."""
+    """Build an engine and write it with its sidecar. Print a line for each step. Return the paths of the files."""
     with ProgressBar("engine") as bar:
         engine = build_engine(file, builder=builder_name, settings=settings, progress=bar.update)
     builder, inputs = engine.info["builder"], engine.info["inputs"]
@@ -129,7 +132,11 @@ def build(file: Path, builder_name: str, settings: EngineSettings, output: Path,
     )
     for name, shapes in inputs.items():
         steps.line("input", f"{name} {' / '.join(str(shapes[key]) for key in ('min', 'opt', 'max'))}")
-    run_on = "opened on this machine's GPU, layers listed" if engine.layers else "not run: no GPU that it opens on here"
+    run_on = (
+        "opened on this machine's GPU, layers listed"
+        if engine.layers
+        else "not opened: no suitable GPU in this machine"
+    )
     steps.line("inspect", run_on)
     steps.values |= {"output": str(output), "opened": engine.layers is not None, **engine.info}
     return engine.save(output)

@@ -1,4 +1,4 @@
-"""`fusenms families`: which detectors fusenms reads, how, and what each was tried on."""
+"""`fusenms families`: lists the detectors that fusenms reads, how it reads them, and the models that each was tested with."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fusenms.catalog import families
 from fusenms.cli.printing import Steps
 
 NAME = "families"
-HELP = "list the detector families: what is read, how, and what each was tried on"
+HELP = "list the detector families, how their files are read, and the models that each was tested with"
 WEIGHTS = {"pt": ".pt", "hf": "Hugging Face directory", "onnx": ".onnx", "module": "nn.Module"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="WORD", help="only those whose entry has these words")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="list only families whose entry has all these words")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"    source   {entry.source} ({entry.licence})")
             print(f"    tried    {entry.tried}")
         if not found:
-            print(f"no family has the words {' '.join(args.words)!r}; fusenms families lists them all")
+            print(f"no family has the words {' '.join(args.words)!r}; list all with: fusenms families")
     steps.finish(families=[asdict(entry) for entry in found])
     return 0

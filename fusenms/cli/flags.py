@@ -1,4 +1,4 @@
-"""Flags of the command line from the fields of a settings class: name, type, default, choices and help are written once, there."""
+"""Makes flags of the command line from the fields of a settings class: name, type, default, choices and help."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from fusenms.sources import LoadOptions
 
 
 def add_fields(parser: Any, cls: type[Any], names: list[str] | None = None, **changes: dict[str, Any]) -> None:
-    """Add a flag for each field of a dataclass, or for those of these names.
+    """Add a flag for each field of a dataclass, or for some of them.
 
     The help is the field's entry under ``Attributes`` in the docstring of the class.
 
     Args:
-        changes: by field name, arguments of ``add_argument`` to add or replace; ``flags`` are more names of the flag.
+        parser: an argparse parser or argument group.
+        cls: the dataclass.
+        names: names of the fields; None for all.
+        changes: by field name, arguments of ``add_argument`` to add or replace. The key ``flags`` gives additional names of the flag.
     """
     hints, helps = get_type_hints(cls), field_helps(cls)
     for field in fields(cls):
@@ -32,12 +35,12 @@ def add_fields(parser: Any, cls: type[Any], names: list[str] | None = None, **ch
 
 
 def fields_of(args: argparse.Namespace, cls: type[Any], names: list[str] | None = None) -> dict[str, Any]:
-    """What the flags of `add_fields` say, by field name."""
+    """The values of the flags that `add_fields` added, by field name."""
     return {field.name: getattr(args, field.name) for field in fields(cls) if names is None or field.name in names}
 
 
 def field_helps(cls: type[Any]) -> dict[str, str]:
-    """The entries under ``Attributes`` in the docstring of a class: name to text on one line."""
+    """The entries under ``Attributes`` in the docstring of a class: field name to its text, on one line."""
     section = re.search(r"^Attributes:\n((?:    .*\n|\n)*)", f"{getdoc(cls)}\n", re.M)
     entries = re.findall(r"^    ([\w, ]+): (.*(?:\n        .*)*)", section[1], re.M) if section else []
     return {name: re.sub(r"`+", "", " ".join(text.split())) for names, text in entries for name in names.split(", ")}
@@ -61,7 +64,7 @@ def _arguments(field: Field[Any], hint: Any, text: str) -> dict[str, Any]:
 
 
 def with_flags(message: str) -> str:
-    """A message that names parameters, for the command line: ``family='yolov8'`` becomes ``--family yolov8``."""
+    """Replace parameters in a message by flags: ``family='yolov8'`` becomes ``--family yolov8``."""
     named = [field.name for cls in (LoadOptions, PostprocessConfig, EngineSettings) for field in fields(cls)]
     named = [name for name in named if name not in ("limits", "example", "layout", "class_names")]
     names = "|".join(sorted([*named, *_OTHERS], key=len, reverse=True))

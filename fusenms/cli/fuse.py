@@ -1,4 +1,4 @@
-"""`fusenms WEIGHTS`: the main job."""
+"""`fusenms WEIGHTS`: fuses, verifies and writes a model. This is the default command."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from fusenms.sources import LoadOptions
 from fusenms.transforms.half_precision import HALF, PRECISIONS
 
 NAME = "fuse"
-HELP = "fuse the post-processing into a detector's weights, prove it, write the model (the default command)"
+HELP = "fuse the post-processing into a detector, verify the result, and write the model (the default command)"
 LOADING = ["size", "dynamic_size", "opset", "make_dynamic", "one_to_many", "pixels", "stretch"]
-"""Fields of `LoadOptions` that are flags here."""
+"""Fields of `LoadOptions` that are flags of this command."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,31 +38,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint (.pt), a raw .onnx, or the directory of a Hugging Face detector",
     )
     parser.add_argument(
-        "--backend", choices=list(BACKENDS), default="ort", help="how to suppress (default: %(default)s)"
+        "--backend", choices=list(BACKENDS), default="ort", help="backend for the suppression (default: %(default)s)"
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help="where to write (default: WEIGHTS.BACKEND.onnx in this folder)",
+        help="file to write (default: WEIGHTS.BACKEND.onnx in the current folder)",
     )
     parser.add_argument(
         "--engine", choices=["auto", "none", *BUILDERS], default="auto",
-        help="build an engine of the file too (default: with TensorRT where it is installed and the backend is trt)",
+        help="also build an engine from the file (default: with TensorRT, if it is installed and the backend is trt or plugin)",
     )  # fmt: skip
-    parser.add_argument("--images", type=Path, metavar="DIR", help="verify on the images of this folder too")
-    parser.add_argument("--unverified", action="store_true", help="skip the verification; the file says so")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="also verify on the images of this folder")
+    parser.add_argument(
+        "--unverified", action="store_true", help="skip the verification, and mark the file as unverified"
+    )
     model = parser.add_argument_group("model")
     add_fields(model, LoadOptions, LOADING, size={"type": size_argument, "metavar": "N|HxW"})
     model.add_argument(
         "--family",
         choices=[head.name for head in known_heads()],
-        help="detector family, where the file leaves more than one open",
+        help="detector family, if several fit the file",
     )
     model.add_argument(
         "--precision", choices=list(PRECISIONS), default=PRECISIONS[0],
-        help="of the network; the decode and all after it are float32 in any case (default: %(default)s)",
+        help="precision of the network; the decode and everything after it are always float32 (default: %(default)s)",
     )  # fmt: skip
     post = parser.add_argument_group("post-processing")
     rounds = {"type": rounds_argument, "metavar": "auto|N"}
@@ -70,14 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_builder(asked: str, backend: str) -> str | None:
-    """Which builder makes an engine of what was fused; None where none is wanted."""
+    """The builder for the engine of a fused file, or None if no engine is wanted.
+
+    Args:
+        asked: value of ``--engine``.
+        backend: name of the backend.
+    """
     if asked != "auto":
         return None if asked == "none" else asked
     return "trt" if backend in TENSORRT and find_spec("tensorrt") is not None else None
 
 
 def rounds_argument(text: str) -> int | None:
-    """Rounds from their text; None for auto."""
+    """Parse a number of rounds. ``auto`` gives None."""
     if text != "auto" and not text.isdigit():
         raise argparse.ArgumentTypeError(f"found {text!r}; expected auto or a number of rounds")
     return None if text == "auto" else int(text)
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if (builder := engine_builder(args.engine, args.backend)) is not None:
         check_places(output.parent / engine_path(output, builder), Path(args.weights))
     if args.images is not None:
-        list_images(args.images)  # fails early
+        list_images(args.images)  # fail early
     with ProgressBar("verify") as bar:
         fused = fuse(
             args.weights,
@@ -117,10 +124,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _engine(args: argparse.Namespace, builder: str | None, output: Path, steps: Steps) -> bool:
-    """Build the engine that was asked for, or that is made where TensorRT is installed; return whether one was written."""
+    """Build the engine that was requested, or the default one if TensorRT is installed. Return whether an engine was written."""
     if builder is None:
         if args.backend in TENSORRT and args.engine == "auto":
-            text = f"not built: TensorRT is not installed here; where it is: python -m fusenms engine {output}"
+            text = f"not built: TensorRT is not installed; on a machine with TensorRT, run: python -m fusenms engine {output}"
             steps.line("engine", text)
         return False
     own = Steps(args.json)
@@ -129,7 +136,7 @@ def _engine(args: argparse.Namespace, builder: str | None, output: Path, steps: 
     except BackendError as error:
         if args.engine != "auto":
             raise
-        steps.lines("engine", f"not built: {error}")  # nobody asked for it; the file is there
+        steps.lines("engine", f"not built: {error}")  # the engine was not requested, and the file is written
         return False
     steps.values["engine"] = own.values
     steps.line("wrote", ", ".join(map(str, written)))
@@ -137,7 +144,7 @@ def _engine(args: argparse.Namespace, builder: str | None, output: Path, steps: 
 
 
 def printer(steps: Steps, bar: ProgressBar) -> OnEvent:
-    """A function that prints the events of `fuse`, with a line for each."""
+    """A function that prints a line for each event of `fuse`."""
 
     def recognized(event: Recognized) -> None:
         raw, layout = event.raw, event.layout
@@ -185,7 +192,7 @@ def printer(steps: Steps, bar: ProgressBar) -> OnEvent:
 
 
 def next_commands(fused: FusedModel, output: Path, engine: bool) -> list[str]:
-    """Commands that go on from a written file."""
+    """Suggested commands for a written file."""
     commands = [f"python -m fusenms verify {output} --images DIR"]
     if BACKENDS[fused.backend].runs_on_onnxruntime:
         commands.append(f"python -m fusenms detect {output} IMAGE")

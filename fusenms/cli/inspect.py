@@ -1,4 +1,4 @@
-"""`fusenms inspect FILE`: what it is, its head (or why none fits), its metadata."""
+"""`fusenms inspect FILE`: shows the kind of a file, its head (or why none is recognized) and its metadata."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fusenms.inspection import Inspection, inspect
 from fusenms.layout import Layout
 
 NAME = "inspect"
-HELP = "say what a file is: its kind, its head (or why none fits), its metadata"
+HELP = "show the kind of a file, its head (or why none is recognized), and its metadata"
 KINDS = {"checkpoint": "checkpoint, read as plain data", "onnx": "raw ONNX"}
 DECODES = {
     "late": "late: only the candidates that enter suppression are decoded",
-    "full": "full: the file's own decode stays, since no tensor before it was shown to give the same",
+    "full": "full: the file's own decode remains, because no tensor before it was shown to give the same result",
 }
 
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
             steps.values[f"{kind}s"] = [str(tensor) for tensor in tensors]
     steps.line("kind", _fused_text(found.fused) if found.fused else KINDS[found.kind])
     if found.fused is None:
-        for note in found.notes[found.kind == "onnx" :]:  # the first repeats an ONNX file's input
+        for note in found.notes[found.kind == "onnx" :]:  # the first note of an ONNX file repeats its input
             steps.line("read", note)
     _head(found, steps)
     if found.fused is not None:
@@ -71,7 +71,7 @@ def _fused_text(fused: FusedModel) -> str:
 
 
 def layout_text(layout: Layout) -> str:
-    """A layout on one line."""
+    """A layout as one line of text."""
     said = layout.to_dict()["decode"]
     decode = {key: value for key, value in said.items() if key != "kind" and value not in ((), [])}
     details = ", ".join(f"{key} {json.dumps(value)}" for key, value in decode.items())

@@ -1,4 +1,4 @@
-"""What the subcommands share: lines of steps, and progress on the terminal."""
+"""Output shared by the subcommands: lines for steps, and a progress bar."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from fusenms.safety.text import printable, printable_lines
 
 
 class Steps:
-    """Prints one line a step, or collects them for ``--json``."""
+    """Prints a line for each step, or collects values for ``--json``."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self.values: dict[str, Any] = {}
 
     def line(self, step: str, text: str) -> None:
-        """Print a step, on one line; what is not visible in the text is escaped."""
+        """Print a step on one line. Characters that are not visible are escaped."""
         if not self._as_json:
             print(f"{step:<9} {printable(text)}", flush=True)
 
     def lines(self, step: str, text: str) -> None:
-        """Print a step with a text of several lines; all but the first are indented."""
+        """Print a step with a text of several lines. All lines after the first are indented."""
         if not self._as_json:
             print(f"{step:<9} {printable_lines(text)}", flush=True)
 
     def finish(self, **values: Any) -> None:
-        """Print the collected values, where JSON was asked for."""
+        """Print the collected values with ``--json``."""
         self.values |= values
         if self._as_json:
             print(json.dumps(_finite(self.values), indent=2, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
-    """A value as JSON can say it: null for a number that is not finite."""
+    """A value for JSON, in which numbers that are not finite become null."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -45,7 +45,7 @@ def _finite(value: Any) -> Any:
 
 
 class ProgressBar:
-    """A progress bar on standard error while that is a terminal; else nothing. It appears with the first `update`."""
+    """A progress bar on standard error, if that is a terminal. It appears at the first `update`."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -58,7 +58,7 @@ class ProgressBar:
         self.close()
 
     def update(self, what: str, done: int, total: int) -> None:
-        """Show what is being done, how much of it is done, and how much there is."""
+        """Show the current activity, the number of steps done, and the total."""
         if not sys.stderr.isatty():
             return
         from rich.console import Console

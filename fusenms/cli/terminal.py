@@ -1,4 +1,4 @@
-"""Standard output and standard error, made so that they never end a command: not by their encoding, and not by a full disk."""
+"""Standard output and standard error that never make a command fail, neither by their encoding nor by a full disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 PLAIN = {"·": "-", "×": "x", "Δ": "delta", "…": "...", "°": " deg", "–": "-", "—": "-", "→": "->", "≤": "<=", "≥": ">="}
-"""What our own signs become where the terminal's encoding has none of them."""
+"""Replacements for characters that fusenms prints, if the encoding of the terminal lacks them."""
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -21,9 +21,9 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 class Stream:
-    """A text stream that takes every text. If one cannot be written, ``error`` says why, and nothing more is written.
+    """A text stream that accepts every text. After a failed write, ``error`` holds the reason, and nothing more is written.
 
-    ``stream`` is None where the process was started without it.
+    ``stream`` is None if the process was started without it.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -54,10 +54,12 @@ class Stream:
     def _try(self, call: Any, *args: str) -> None:
         try:
             call(*args)
-        except (OSError, ValueError) as error:  # ValueError: closed by somebody in this process
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed in this process
             self.error = error if isinstance(error, OSError) else OSError(errno.EBADF, "it is closed")
             if self._stream in (sys.__stdout__, sys.__stderr__):
-                with suppress(OSError, ValueError):  # what is left in its buffer would fail once more when Python ends
+                with suppress(
+                    OSError, ValueError
+                ):  # otherwise Python would fail again at exit, when it flushes the buffer
                     nothing = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(nothing, cast(TextIO, self._stream).fileno())
                     os.close(nothing)
@@ -68,7 +70,7 @@ class Stream:
 
 @contextmanager
 def standard_streams() -> Iterator[Stream]:
-    """Standard output and error as `Stream`s for a while; gives that of the output, whose ``error`` is known at the end."""
+    """Replace standard output and standard error by `Stream` objects. Yield the output, whose ``error`` is set after a failed write."""
     codecs.register_error("fusenms", _plain)
     old = sys.stdout, sys.stderr
     output, errors = Stream(sys.stdout), Stream(sys.stderr)
@@ -82,9 +84,9 @@ def standard_streams() -> Iterator[Stream]:
 
 
 def fill_descriptors() -> None:
-    """Open the descriptors 0 to 2 where the process was started without them: a file that it opens must not become its output."""
+    """Open the descriptors 0 to 2 if the process was started without them. Otherwise a file that it opens would become its output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest one that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor

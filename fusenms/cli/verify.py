@@ -1,4 +1,4 @@
-"""`fusenms verify FILE`: repeat the proof on a written file."""
+"""`fusenms verify FILE`: repeats the verification of a written file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HELP = "compare a fused file with the float64 reference, at several batch sizes"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a fused .onnx, or an engine that fusenms built")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="verify on these images too")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="also verify on the images of this folder")
     parser.add_argument(
         "--plugin-library",
         type=Path,
         metavar="FILE",
-        help="of an engine that was built with one: the library with the plugin",
+        help="library with the plugin, for an engine that was built with one",
     )
     parser.add_argument(
         "--batch", type=int, nargs="+", default=list(BATCHES), metavar="B", help="batch sizes (default: 1 2 7)"
@@ -51,15 +51,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 WORST_BOX, WORST_SCORE = 2.0, 0.02
-"""Pixels and score by which an engine may differ: it computes in TF32 or float16, and its convolutions in another order."""
+"""Maximum difference of an engine, in pixels and in score. It computes in TF32 or float16, and sums convolutions in another order."""
 
 
 def _engine(args: argparse.Namespace) -> int:
-    """Is it the engine of its sidecar, and on a GPU: does it find what its ONNX file finds?"""
+    """Check that an engine matches its sidecar, and on a GPU that its detections agree with those of its ONNX file."""
     steps, path = Steps(args.json), Path(args.file)
     info = load_engine(path).info
     builder = info["builder"]
-    steps.line("engine", f"{builder['name']} {builder['version']} · the one that its sidecar speaks of")
+    steps.line("engine", f"{builder['name']} {builder['version']} · matches its sidecar")
     if args.plugin_library is not None:
         load_plugin_library(args.plugin_library)
     images = None
@@ -78,7 +78,7 @@ def _engine(args: argparse.Namespace) -> int:
         raise BackendUnavailableError(f"{path}: the engine was not run: {error}") from error
     if not any(agreement.before for _, agreement in found):
         raise InputError(
-            f"{path}: nothing is found in these images, so nothing was compared; give others with --images DIR"
+            f"{path}: there are no detections in these images, so nothing was compared; choose others with --images DIR"
         )
     wrong = 0
     for batch, agreement in found:

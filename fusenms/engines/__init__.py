@@ -1,4 +1,4 @@
-"""ONNX files to engines, one file per builder."""
+"""Builds engines from ONNX files. Each builder has its own file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusenms.verification.checks import OnProgress
 Build = Callable[[str, EngineSettings, "OnProgress | None"], Engine]
 
 TENSORRT: Final = ("trt", "plugin")
-"""Backends whose files only TensorRT itself takes."""
+"""Backends whose files only TensorRT can build, not TensorRT-RTX."""
 BUILDERS: Final[dict[str, Build]] = {"rtx": build_rtx, "trt": build_tensorrt}
 
 __all__ = ["BUILDERS", "TENSORRT", "Engine", "EngineSettings", "build_engine", "builder_for", "get_builder"]
@@ -31,16 +31,16 @@ def build_engine(
     settings: EngineSettings | None = None,
     progress: OnProgress | None = None,
 ) -> Engine:
-    """Build an engine of an `.onnx` file; `Engine.save` writes it with its sidecar.
+    """Build an engine from an `.onnx` file. `Engine.save` writes it with its sidecar.
 
     Args:
-        builder: ``rtx`` for TensorRT-RTX (needs no GPU to build), ``trt`` for TensorRT; None: `builder_for` the file.
-        settings: batch sizes and the like; default: those of `EngineSettings`.
-        progress: told of each step.
+        builder: ``rtx`` for TensorRT-RTX (builds without a GPU), ``trt`` for TensorRT; None: the result of `builder_for`.
+        settings: batch sizes and other settings; default: ``EngineSettings()``.
+        progress: called at each step.
 
     Raises:
-        BackendUnavailableError: the builder is not installed, or finds no GPU that it needs.
-        UnsupportedByBackendError: the builder does not take the file.
+        BackendUnavailableError: the builder is not installed.
+        UnsupportedByBackendError: the builder does not support the file.
         EngineBuildError: the build fails.
 
     Example:
@@ -55,16 +55,16 @@ def build_engine(
 
 
 def builder_for(path: Path) -> str:
-    """The builder that takes a file: ``trt`` where it was fused for a plugin of TensorRT, else ``rtx``."""
+    """The builder for a file: ``trt`` if it was fused for a plugin of TensorRT, else ``rtx``."""
     backend = read_metadata(read_onnx(path)).get(KEY_BACKEND)
     return "trt" if backend in TENSORRT else "rtx"
 
 
 def get_builder(name: str) -> Build:
-    """The builder of that name.
+    """The builder with a name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such builder.
     """
     if name not in BUILDERS:
         raise ConfigError(f"builder is {name!r}; expected one of {', '.join(BUILDERS)}")

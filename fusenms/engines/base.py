@@ -1,4 +1,4 @@
-"""What an engine is: its bytes, and the sidecar that says what they are."""
+"""An engine and its sidecar, a JSON file that describes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusenms.onnx_reading.files import read_metadata
 from fusenms.safety.files import check_writable, read_regular, write_together
 
 Sizes = tuple[int, int, int]
-"""Least, usual and most."""
+"""Minimum, optimum and maximum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,14 @@ class EngineSettings:
     """Settings of an engine build, checked on construction.
 
     Attributes:
-        batch: least, usual and most images of a run; None: 1, 8 and 32 where the model leaves that open.
-        height, width: the same for the image's sides; None: the file's usual ones where the model leaves them open.
-        compute_capabilities: GPUs to build for, as ``8.6``; empty: the builder's own choice. TensorRT-RTX only.
-        workspace: most memory that a layer may take while it runs, in MiB; None: the builder's own choice.
-        timing_cache: a file of measured times, read where it is there and written after the build: the next build is faster.
-        version_compatible: the engine runs with later versions too.
-        hardware_compatible: the engine runs on later GPUs too (Ampere and newer).
-        plugin_library: a library with the plugin `FusedNMS` (`make plugin`), opened first; None: TensorRT carries it in the engine.
+        batch: minimum, optimum and maximum batch size; None: 1, 8 and 32 if the batch of the model is dynamic.
+        height, width: minimum, optimum and maximum input size, in pixels; None: the default size of the file if the model's is dynamic.
+        compute_capabilities: GPUs to build for, by compute capability, such as ``8.6``; empty: chosen by the builder. TensorRT-RTX only.
+        workspace: maximum memory for a layer while it runs, in MiB; None: chosen by the builder.
+        timing_cache: file of measured times, read if it exists and written after the build. It makes the next build faster.
+        version_compatible: make the engine run with later versions too.
+        hardware_compatible: make the engine run on later GPUs too (Ampere and newer).
+        plugin_library: library with the plugin `FusedNMS` (`make plugin`), opened before the build; None: the engine includes the plugin.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -58,41 +58,49 @@ class EngineSettings:
             if sizes is None:
                 continue
             if len(sizes) != 3 or sorted(sizes) != list(sizes) or sizes[0] < 1:
-                raise ConfigError(f"{name} is {list(sizes)}; expected least, usual and most, rising, from 1 on")
+                raise ConfigError(f"{name} is {list(sizes)}; expected minimum, optimum and maximum, ascending, from 1")
         if self.workspace is not None and (type(self.workspace) is not int or self.workspace < 1):
             raise ConfigError(f"workspace is {self.workspace!r}; expected a positive number of MiB")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine. ``info`` is what its sidecar says; ``layers`` the engine inspector's words (JSON), where a GPU could be asked."""
+    """A built engine.
+
+    Attributes:
+        data: the serialized engine.
+        info: the content of the sidecar.
+        layers: report of the engine inspector (JSON); None if there was no GPU to open the engine on.
+    """
 
     data: bytes
     info: dict[str, Any]
     layers: str | None = None
 
     def save(self, path: Path) -> list[Path]:
-        """Write the engine, ``PATH.json`` beside it, and ``PATH.layers.json`` where there is one; return the paths.
+        """Write the engine, its sidecar ``PATH.json`` and, if there are ``layers``, ``PATH.layers.json``. Return the paths.
 
         Raises:
-            SourceError: a path cannot be written; then nothing is.
+            SourceError: a path cannot be written. Nothing is written then.
         """
         check_places(path)
         sidecar, layers = beside(path)
         files = {sidecar: (json.dumps(self.info, indent=2) + "\n").encode()}
         if self.layers is not None:
             files[layers] = self.layers.encode()
-        write_together(files | {path: self.data})  # the engine last: without the sidecar that names it, none is opened
+        write_together(files | {path: self.data})  # the engine last, because it is opened only with its sidecar
         if self.layers is None:
-            layers.unlink(missing_ok=True)  # of another engine
+            layers.unlink(missing_ok=True)  # left from another engine
         return [path, *files]
 
 
 def load_engine(path: Path) -> Engine:
-    """Read an engine that `Engine.save` wrote, if it is the one that its sidecar speaks of. An engine can hold code: others are refused.
+    """Read an engine that `Engine.save` wrote.
+
+    An engine can hold code, so an engine that does not match its sidecar is refused.
 
     Raises:
-        SourceError: the engine or its sidecar is missing, unreadable, or of another engine.
+        SourceError: the engine or its sidecar is missing or unreadable, or they do not match.
     """
     sidecar, _ = beside(path)
     data = read_regular(path, DEFAULT_LIMITS.max_file_bytes)
@@ -102,29 +110,29 @@ def load_engine(path: Path) -> Engine:
         _check_sidecar(info)
     except (SourceError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
-            f"{path}: has no sidecar {sidecar.name} that says what it is ({error}); an engine can hold code, so it is not opened "
-            "without: build it again with fusenms engine"
+            f"{path}: has no valid sidecar {sidecar.name} ({error}); an engine can hold code, so it is not opened without one. "
+            "Build it again with fusenms engine"
         ) from error
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise SourceError(
-            f"{path}: is not the engine that {sidecar.name} speaks of (SHA-256 {found[:12]}…, expected {str(expected)[:12]}…); it was "
-            "changed or replaced: build it again"
+            f"{path}: is not the engine that {sidecar.name} describes (SHA-256 {found[:12]}…, expected {str(expected)[:12]}…); it was "
+            "changed or replaced. Build it again"
         )
     return Engine(data, info)
 
 
 def _check_sidecar(info: Any) -> None:
-    """Refuse a sidecar that lacks what `fusenms verify` needs, or names a file in another folder.
+    """Refuse a sidecar that lacks entries for `fusenms verify`, or names a file in another folder.
 
     Raises:
-        KeyError, TypeError, ValueError: it does.
+        KeyError, TypeError, ValueError: the sidecar is refused.
     """
     name, version, file = info["builder"]["name"], info["builder"]["version"], info["source"]["file"]
     if not all(isinstance(text, str) for text in (name, version, file, info["source"]["sha256"])):
-        raise TypeError("builder and source are no text")
+        raise TypeError("an entry of its builder or source is not a text")
     if Path(file).name != file or not file.isprintable():
-        raise ValueError("its source is no name of a file")
+        raise ValueError("its source is not the name of a file")
     if not info["inputs"] or not isinstance(info["metadata"], dict):
         raise ValueError("it names no inputs or no metadata")
     for shapes in info["inputs"].values():
@@ -134,12 +142,12 @@ def _check_sidecar(info: Any) -> None:
 
 
 def beside(path: Path) -> tuple[Path, Path]:
-    """Where the sidecar and the layers of an engine stand."""
+    """Paths of the sidecar and of the layers of an engine."""
     return path.with_name(path.name + ".json"), path.with_name(path.name + ".layers.json")
 
 
 def check_places(path: Path, source: Path | None = None) -> None:
-    """Fail early where `Engine.save` would, and where it would destroy ``source``.
+    """Check that `Engine.save` can write all its files, and that none overwrites ``source``.
 
     Raises:
         SourceError: a path cannot be written.
@@ -151,7 +159,7 @@ def check_places(path: Path, source: Path | None = None) -> None:
 def describe(
     path: Path, model: onnx.ModelProto, data: bytes, builder: dict[str, Any], network: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the sidecar says of an engine: how it was built, from what, and all that the ONNX file says of itself."""
+    """The content of a sidecar: the builder and its settings, the source file, inputs and outputs, and the metadata of the ONNX file."""
     from fusenms._version import __version__
 
     return {

@@ -1,7 +1,7 @@
-"""What building with TensorRT, from 8.5 on, and with TensorRT-RTX have in common: one way, which asks the library what it can do.
+"""Builds engines with TensorRT (8.5 and later) and TensorRT-RTX, with the same code.
 
-TensorRT-RTX has the interface of TensorRT 11 (strong typing only), so what is built with it in CI goes the way that TensorRT goes. What
-older versions have besides, or have not yet, is asked by name: `Library`.
+TensorRT-RTX has the interface of TensorRT 11 (strong typing only), so builds with it in CI run the same code as builds with TensorRT.
+Features that only some versions have are looked up by name (`Library`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ HALF = onnx.TensorProto.FLOAT16
 
 @dataclass(frozen=True)
 class Library:
-    """TensorRT or TensorRT-RTX, as it is installed.
+    """The installed TensorRT or TensorRT-RTX.
 
     Attributes:
-        module: `tensorrt` or `tensorrt_rtx`.
-        title: its name, for people.
-        cures: what to do about an operator that it refuses.
+        module: the module `tensorrt` or `tensorrt_rtx`.
+        title: name of the library, for messages.
+        cures: operator that the parser refuses to the advice for the user.
     """
 
     module: Any
@@ -48,27 +48,31 @@ class Library:
 
     @property
     def strongly_typed(self) -> bool:
-        """Whether networks can compute in the types of their graph: TensorRT from 10 on, TensorRT-RTX."""
+        """Whether networks can be strongly typed, and so compute in the types of their graph: TensorRT 10 and later, TensorRT-RTX."""
         return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
     def network_flags(self) -> int:
-        """Flags of a network: strongly typed where that can be; before, an explicit batch."""
+        """Flags for creating a network: strongly typed if supported, else explicit batch."""
         flags = self.module.NetworkDefinitionCreationFlag
         return 1 << int(flags.STRONGLY_TYPED if self.strongly_typed else flags.EXPLICIT_BATCH)
 
     def flag(self, name: str, what: str) -> Any:
-        """A builder's flag.
+        """A flag of the builder.
+
+        Args:
+            name: name of the flag.
+            what: its feature, for the message.
 
         Raises:
-            ConfigError: this version has none of that name.
+            ConfigError: this version has no such flag.
         """
         found = getattr(self.module.BuilderFlag, name, None)
         if found is None:
-            raise ConfigError(f"{self.name} has no {what}; leave it out, or take a newer version")
+            raise ConfigError(f"{self.name} has no {what}; leave it out, or use a newer version")
         return found
 
     def plugins(self) -> set[str]:
-        """Names of the plugins that it has; TensorRT-RTX has hardly any."""
+        """Names of the plugins of the library. TensorRT-RTX has hardly any."""
         if not hasattr(self.module, "init_libnvinfer_plugins"):
             return set()
         self.module.init_libnvinfer_plugins(None, "")
@@ -78,13 +82,13 @@ class Library:
 
 
 def build(library: Library, path: str, settings: EngineSettings, progress: OnProgress | None = None) -> Engine:
-    """Build an engine of an ONNX file.
+    """Build an engine from an ONNX file.
 
     Raises:
-        UnsupportedByBackendError: it refuses an operator, or lacks a plugin; the message names the node, and what to do.
-        EngineBuildError: it cannot build the network; the message has its words.
-        ConfigError: a setting is not one that it has, or a size is asked for that the file does not leave open.
-        SourceError: the file cannot be read, or has an input that no setting gives a size.
+        UnsupportedByBackendError: the library refuses an operator or lacks a plugin. The message names the node and what to do.
+        EngineBuildError: the library cannot build the network. The message includes its own.
+        ConfigError: the library does not have a setting, or a setting gives a size that is fixed in the file.
+        SourceError: the file cannot be read, or has a dynamic dimension that no setting gives a size.
     """
     trt, model = library.module, read_onnx(Path(path))
     if settings.plugin_library is not None:
@@ -94,9 +98,9 @@ def build(library: Library, path: str, settings: EngineSettings, progress: OnPro
     logger = make_logger(trt)
     try:
         builder = trt.Builder(logger)
-    except TypeError as error:  # how TensorRT's binding says that there is no GPU
+    except TypeError as error:  # the TensorRT binding raises this without a GPU
         raise EngineBuildError(
-            f"{path}: {library.name} does not start ({logger.text}); it builds on a machine with an NVIDIA GPU and its driver"
+            f"{path}: {library.name} does not start ({logger.text}); it needs an NVIDIA GPU with its driver"
         ) from error
     network = builder.create_network(library.network_flags())
     parse(library, network, logger, whole, path)
@@ -114,7 +118,7 @@ def build(library: Library, path: str, settings: EngineSettings, progress: OnPro
     if plan is None:
         cure = next((f". {cure}" for operator, cure in library.cures.items() if operator in logger.text), "")
         if "current" in settings.compute_capabilities:
-            cure += '. Compute capability "current" is that of this machine\'s GPU: is there one?'
+            cure += '. The compute capability "current" needs a GPU in this machine'
         raise EngineBuildError(f"{path}: {library.name} cannot build the engine: {logger.text}{cure}")
     if cache is not None and settings.timing_cache is not None:
         write_atomically(settings.timing_cache, bytes(cache.serialize()))
@@ -136,10 +140,10 @@ def build(library: Library, path: str, settings: EngineSettings, progress: OnPro
 
 
 def with_own_plugin(library: Library, path: str, model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, as it is or, where it has a `FusedNMS` node and no library with that plugin is open, for an engine that carries it.
+    """The model for the build. If it has a `FusedNMS` node and no library with this plugin is open, the engine will include the plugin.
 
     Raises:
-        UnsupportedByBackendError: this version does not carry plugins in engines.
+        UnsupportedByBackendError: this version cannot include plugins in engines.
     """
     if all(node.op_type != PLUGIN for node in model.graph.node) or PLUGIN in library.plugins():
         return model
@@ -147,7 +151,7 @@ def with_own_plugin(library: Library, path: str, model: onnx.ModelProto) -> onnx
 
 
 def _check_plugins(library: Library, path: str, model: onnx.ModelProto) -> None:
-    """Refuse plugin nodes that the library has no plugin for."""
+    """Refuse nodes whose plugin the library does not have."""
     wanted = [node for node in model.graph.node if node.domain not in ("", "ai.onnx")]
     if not wanted:
         return
@@ -156,29 +160,29 @@ def _check_plugins(library: Library, path: str, model: onnx.ModelProto) -> None:
         node = missing[0]
         raise UnsupportedByBackendError(
             f"{path}: {library.name} has no plugin {node.op_type} (node {node.name!r}); fuse the weights again with backend='portable', "
-            "which needs none"
+            "which needs no plugin"
         )
 
 
 def configure(
     library: Library, config: Any, settings: EngineSettings, model: onnx.ModelProto, progress: OnProgress | None
 ) -> None:
-    """Set a builder's config.
+    """Apply the settings to the config of a builder.
 
     Raises:
-        ConfigError: this version has no such setting.
+        ConfigError: this version does not have a setting.
     """
     trt = library.module
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace << 20)
     if settings.version_compatible:
-        config.set_flag(library.flag("VERSION_COMPATIBLE", "version-compatible engines (TensorRT 8.6 has)"))
+        config.set_flag(library.flag("VERSION_COMPATIBLE", "version-compatible engines (since TensorRT 8.6)"))
     if settings.hardware_compatible:
         levels = getattr(trt, "HardwareCompatibilityLevel", None)
         if levels is None:
             raise ConfigError(
-                f"{library.name} has no hardware-compatible engines (TensorRT 8.6 has); leave it out, or take a newer version"
+                f"{library.name} has no hardware-compatible engines (since TensorRT 8.6); leave it out, or use a newer version"
             )
         config.hardware_compatibility_level = levels.AMPERE_PLUS
     if settings.compute_capabilities:
@@ -188,7 +192,7 @@ def configure(
         config.num_compute_capabilities = len(capabilities)
         for i, capability in enumerate(capabilities):
             config.set_compute_capability(capability, i)
-    if not library.strongly_typed:  # where types are the builder's to choose, it has to be let
+    if not library.strongly_typed:  # weakly typed networks need a flag for each type that the builder may choose
         operators = {node.op_type for node in model.graph.node}
         if any(item.data_type == HALF for item in model.graph.initializer):
             config.set_flag(library.flag("FP16", "half precision"))
@@ -199,7 +203,11 @@ def configure(
 
 
 def _timing_cache(library: Library, config: Any, settings: EngineSettings) -> Any:
-    """The timing cache that the build fills, read from its file where there is one; None where none is asked for."""
+    """The timing cache that the build fills, read from its file if it exists. None if no cache is set.
+
+    Raises:
+        SourceError: the file is not a timing cache for this library and GPU.
+    """
     if settings.timing_cache is None:
         return None
     there = settings.timing_cache.is_file()
@@ -207,13 +215,13 @@ def _timing_cache(library: Library, config: Any, settings: EngineSettings) -> An
     cache = config.create_timing_cache(old)
     if cache is None or not config.set_timing_cache(cache, False):
         raise SourceError(
-            f"{settings.timing_cache}: not a timing cache that {library.name} takes on this machine; name another file"
+            f"{settings.timing_cache}: not a timing cache for {library.name} on this machine; choose another file"
         )
     return cache
 
 
 def parse(library: Library, network: Any, logger: Any, model: onnx.ModelProto, path: str) -> None:
-    """Fill the network from the model.
+    """Parse the model into the network.
 
     Raises:
         UnsupportedByBackendError: the parser refuses a node.
@@ -230,12 +238,12 @@ def parse(library: Library, network: Any, logger: Any, model: onnx.ModelProto, p
     cures = list(dict.fromkeys(library.cures[operator] for operator in operators if operator in library.cures))
     first = ", ".join(f"{operator} (node {name!r})" for operator, name in nodes[:3])
     more = f" and {len(nodes) - 3} more nodes ({', '.join(operators)})" if len(nodes) > 3 else ""
-    cure = "; ".join(cures) or f"it says: {errors[0].desc()}"
-    raise UnsupportedByBackendError(f"{path}: {library.name} does not take {first}{more}; {cure}")
+    cure = "; ".join(cures) or f"its message: {errors[0].desc()}"
+    raise UnsupportedByBackendError(f"{path}: {library.name} does not support {first}{more}; {cure}")
 
 
 def _node_of(error: Any, model: onnx.ModelProto) -> tuple[str, str] | None:
-    """Operator and name of the node that an error is about: as it says, or (TensorRT 8) by its number in the graph."""
+    """Operator and name of the node of an error: from the error itself, or in TensorRT 8 from the index of the node."""
     if hasattr(error, "node_operator"):
         return (error.node_operator(), error.node_name()) if error.node_operator() else None
     place = error.node()
@@ -247,7 +255,12 @@ def _node_of(error: Any, model: onnx.ModelProto) -> tuple[str, str] | None:
 def _profile_shapes(
     path: str, name: str, shape: tuple[int, ...], settings: EngineSettings, model: onnx.ModelProto
 ) -> tuple[list[int], ...]:
-    """Least, usual and most shape of an input: its first size is the batch's, its third and fourth are an image's."""
+    """Minimum, optimum and maximum shape of an input ``[batch, channels, height, width]``.
+
+    Raises:
+        ConfigError: a setting gives a size that is fixed in the file.
+        SourceError: a dimension other than batch, height and width is dynamic.
+    """
     usual = json.loads(read_metadata(model).get(contract.KEY_IMAGE, "{}"))
     height, width = ((usual.get(side, 640),) * 3 for side in ("height", "width"))
     named: dict[int, Sizes] = {
@@ -259,12 +272,12 @@ def _profile_shapes(
     for axis, (what, sizes) in asked.items():
         if sizes is not None and len(shape) == 4 and shape[axis] >= 0 and set(sizes) != {shape[axis]}:
             raise ConfigError(
-                f"{path}: {what} is {','.join(map(str, sizes))}, but the file's is fixed at {shape[axis]}; leave it out, or fuse the "
-                "weights again with an open one"
+                f"{path}: {what} is {','.join(map(str, sizes))}, but it is fixed at {shape[axis]} in the file; leave it out, or fuse the "
+                "weights again with a dynamic one"
             )
     if any(size < 0 and (axis not in named or (axis > 0 and len(shape) != 4)) for axis, size in enumerate(shape)):
         raise SourceError(
-            f"{path}: input {name!r} has the shape {list(shape)} (-1: open); expected an open batch, and open sides of an image at most"
+            f"{path}: input {name!r} has the shape {list(shape)} (-1: dynamic); expected only batch, height and width to be dynamic"
         )
     return tuple([size if size >= 0 else named[axis][i] for axis, size in enumerate(shape)] for i in range(3))
 
@@ -281,10 +294,10 @@ def _capabilities(library: Library, names: tuple[str, ...]) -> list[Any]:
 
 
 def make_logger(trt: Any) -> Any:
-    """A logger that keeps what the builder says, as ``text``."""
+    """A logger that keeps the errors of the builder, as ``text``."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what the builder says, for the message of an error."""
+        """Keeps the errors of the builder, for our error messages."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -296,14 +309,14 @@ def make_logger(trt: Any) -> Any:
 
         @property
         def text(self) -> str:
-            return " ".join(self.errors[-2:])[:600] or "it does not say why"
+            return " ".join(self.errors[-2:])[:600] or "without a message"
 
     return Logger()
 
 
 def _monitor(trt: Any, progress: OnProgress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the builder's phases on."""
+        """Reports the phases of the build."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -325,7 +338,7 @@ def _monitor(trt: Any, progress: OnProgress) -> Any:
 
 
 def _inspect(trt: Any, plan: bytes) -> str | None:
-    """What the engine inspector says of the layers; None without a GPU to open the engine on."""
+    """Report of the engine inspector on the layers. None if there is no GPU to open the engine on."""
     runtime = trt.Runtime(make_logger(trt))
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -1,8 +1,8 @@
-"""The plugin `FusedNMS` for TensorRT: its kernels, compiled for one node, and carried in the engine.
+"""The plugin `FusedNMS` for TensorRT: compiles its kernels for one node and includes them in the engine.
 
-TensorRT from 10.9 on takes plugins whose kernel it stores in the engine (quickly deployable plugins, ahead of time), so that nothing is
-needed where the engine runs. Such a plugin is one kernel, so the node is split into two. Where a library with the plugin is open (`make
-plugin`), that is used, and the node stays as it is.
+TensorRT 10.9 and later store the kernel of a plugin in the engine (quickly deployable plugins, ahead of time), so the engine runs without
+a plugin library. Such a plugin is a single kernel, so the node is split into two plugins. If a library with the plugin is open (`make
+plugin`), the library is used and the node is not split.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fusenms.fusion.backends.plugin import DOMAIN, INPUTS, PLUGIN, VERSION, Sett
 SELECT, SUPPRESS = f"{PLUGIN}_select", f"{PLUGIN}_suppress"
 SELECT_INPUTS = ("classes", "objectness", "background", "boxes", "angle", "image")
 TILE, SELECT_THREADS, SUPPRESS_THREADS, SHAPE_NUMBERS = 64, 256, 1024, 7
-"""As plugins/fused_nms.cu has them."""
+"""Constants of plugins/fused_nms.cu, which must have the same values."""
 ARCHITECTURE = "compute_75"
-"""The oldest that current compilers make PTX for; GPUs since then take it."""
+"""The oldest architecture for which current compilers make PTX. All newer GPUs run it."""
 
 
 def kernel_source() -> str:
-    """The kernels' CUDA source.
+    """The CUDA source of the kernels.
 
     Raises:
         SourceError: the file is missing from the installation.
@@ -42,7 +42,12 @@ def kernel_source() -> str:
 
 
 def baked_source(settings: Settings, half: bool) -> str:
-    """The kernels `fused_nms_select` and `fused_nms_suppress` with their settings built in, for a head in float16 (``half``) or float32."""
+    """CUDA source of the kernels `fused_nms_select` and `fused_nms_suppress`, with the settings as constants.
+
+    Args:
+        settings: settings of the node.
+        half: whether the head is in float16; otherwise it is in float32.
+    """
 
     definitions = {
         "FUSENMS_BAKED": ", ".join(map(str, struct.unpack(f"{ctypes.sizeof(settings) // 4}i", settings))),
@@ -53,11 +58,11 @@ def baked_source(settings: Settings, half: bool) -> str:
 
 
 def compile_ptx(source: str, architecture: str = ARCHITECTURE) -> bytes:
-    """Compile CUDA source to PTX with NVRTC; needs no GPU.
+    """Compile CUDA source to PTX with NVRTC. This needs no GPU.
 
     Raises:
         BackendUnavailableError: cuda-python or NVRTC is not installed.
-        EngineBuildError: the source is refused.
+        EngineBuildError: the source does not compile.
     """
     try:
         from cuda.bindings import nvrtc
@@ -76,15 +81,15 @@ def compile_ptx(source: str, architecture: str = ARCHITECTURE) -> bytes:
     getattr(nvrtc, f"nvrtcGet{kind}")(program, text)
     nvrtc.nvrtcDestroyProgram(program)
     if int(status):
-        raise EngineBuildError(f"NVRTC refuses the plugin's kernels: {text.decode().strip()[:600]}")
+        raise EngineBuildError(f"NVRTC cannot compile the plugin's kernels: {text.decode().strip()[:600]}")
     return text
 
 
 def load_plugin_library(path: Path) -> None:
-    """Open a library that holds the plugin, which registers it with TensorRT. It is code: open your own only.
+    """Open a library with the plugin, which registers it with TensorRT. A library is code, so open only your own.
 
     Raises:
-        SourceError: it cannot be opened.
+        SourceError: the library cannot be opened.
     """
     try:
         ctypes.CDLL(str(path.resolve()), mode=ctypes.RTLD_GLOBAL)
@@ -95,18 +100,18 @@ def load_plugin_library(path: Path) -> None:
 
 
 def carried(trt: Any, name: str, path: str, model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its `FusedNMS` node split into the two plugins that an engine carries, which are registered.
+    """Split the `FusedNMS` node of a model into the two plugins that an engine includes, and register them.
 
     Raises:
-        UnsupportedByBackendError: this version does not carry plugins in engines.
+        UnsupportedByBackendError: this version cannot include plugins in engines.
     """
     try:
         plugins = importlib.import_module(f"{trt.__name__}.plugin")
-        plugins.aot_impl  # noqa: B018 - TensorRT 10.8 has the rest
+        plugins.aot_impl  # noqa: B018 - TensorRT 10.8 has the module, but not this function
     except (ImportError, AttributeError) as error:
         raise UnsupportedByBackendError(
-            f"{path}: {name} has no plugin {PLUGIN}, and does not carry plugins in engines (TensorRT 10.9 does); open a library with "
-            "plugin_library (make plugin), or fuse the weights again with backend='portable', which needs none"
+            f"{path}: {name} has no plugin {PLUGIN}, and cannot include plugins in engines (TensorRT 10.9 can); open a library with "
+            "plugin_library (make plugin), or fuse the weights again with backend='portable', which needs no plugin"
         ) from error
     if not hasattr(plugins.op, DOMAIN):
         _register(trt, plugins)
@@ -114,7 +119,7 @@ def carried(trt: Any, name: str, path: str, model: onnx.ModelProto) -> onnx.Mode
 
 
 def split(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with two nodes in the place of its `FusedNMS`, one for each kernel; their settings are one text."""
+    """Copy a model, and replace its `FusedNMS` node by two nodes, one for each kernel. Their settings are one JSON attribute."""
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
     place, node = next((i, node) for i, node in enumerate(whole.graph.node) if node.op_type == PLUGIN)
@@ -141,7 +146,7 @@ def split(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _register(trt: Any, plugins: Any) -> None:
-    """Register the two plugins. Their functions are told by their annotations, which have to be classes."""
+    """Register the two plugins. TensorRT reads the annotations of their functions, which must be classes, not strings."""
     tensor = plugins.TensorDesc
 
     def read(settings: str) -> Settings:

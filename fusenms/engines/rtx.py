@@ -1,7 +1,7 @@
-"""Engines of TensorRT-RTX (`pip install tensorrt-rtx`). Building needs no GPU; running one does.
+"""Engines of TensorRT-RTX (`pip install tensorrt-rtx`). Building an engine needs no GPU, but running one does.
 
-TensorRT-RTX has no plugins and no kernel for `NonMaxSuppression`, so the files it takes are those of backend ``portable`` and
-models that need no suppression. Its networks are strongly typed: an engine computes in the types of its graph.
+TensorRT-RTX has no plugins and no kernel for `NonMaxSuppression`. So it supports files of the backend ``portable``, and models that need
+no suppression. Its networks are strongly typed: an engine computes in the types of its graph.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ CURES = {
     "EfficientNMS_TRT": "fuse the weights again with backend='portable'",
     "DynamicQuantizeLinear": "dynamic int8 files are for CPUs: take the float file that this one was made from",
     "ConvInteger": "dynamic int8 files are for CPUs: take the float file that this one was made from",
-    "TopK": "TensorRT's TopK takes a fixed number of at most 3840: lower max_candidates",
+    "TopK": "TensorRT's TopK needs a fixed number of at most 3840: lower max_candidates",
 }
-"""What to do about an operator that the parser refuses."""
+"""Advice for each operator that the parser or the builder refuses."""
 
 
 def build_rtx(path: str, settings: EngineSettings, progress: OnProgress | None = None) -> Engine:
-    """Build an engine of an ONNX file.
+    """Build an engine from an ONNX file.
 
     Raises:
         BackendUnavailableError: TensorRT-RTX is not installed.
-        UnsupportedByBackendError, EngineBuildError, ConfigError, SourceError: as `fusenms.engines.nvidia.build` says.
+        UnsupportedByBackendError, EngineBuildError, ConfigError, SourceError: as in `fusenms.engines.nvidia.build`.
     """
     library = load_rtx()
     refuse_nms(path, read_onnx(Path(path)), library)
@@ -40,7 +40,7 @@ def build_rtx(path: str, settings: EngineSettings, progress: OnProgress | None =
 
 
 def refuse_nms(path: str, model: onnx.ModelProto, library: Library) -> None:
-    """Refuse what the parser takes and the builder does not: it has no kernel for the operator.
+    """Refuse `NonMaxSuppression`, which the parser accepts although the builder has no kernel for it.
 
     Raises:
         UnsupportedByBackendError: the graph has a `NonMaxSuppression` node.
@@ -52,10 +52,10 @@ def refuse_nms(path: str, model: onnx.ModelProto, library: Library) -> None:
 
 
 def load_rtx() -> Library:
-    """TensorRT-RTX.
+    """Import TensorRT-RTX.
 
     Raises:
-        BackendUnavailableError: it is not installed.
+        BackendUnavailableError: TensorRT-RTX is not installed.
     """
     try:
         import tensorrt_rtx

@@ -1,4 +1,4 @@
-"""Run a built engine on a GPU, by cuda-python alone, and compare it with the ONNX file that it was built of."""
+"""Runs a built engine on a GPU with cuda-python, and compares it with the ONNX file from which it was built."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LIBRARIES = {"TensorRT": load_tensorrt, "TensorRT-RTX": load_rtx}
 
 
 class EngineRunner:
-    """An engine, open on the GPU. Not safe to call from several threads at once."""
+    """An engine that is open on the GPU. It is not thread-safe."""
 
     def __init__(self, engine: Engine, library: Library) -> None:
         """Open the engine.
 
         Raises:
-            BackendUnavailableError: there is no GPU, cuda-python is not installed, or the engine is of another version or GPU.
+            BackendUnavailableError: there is no GPU, cuda-python is not installed, or the engine is for another version or GPU.
         """
         self._trt, self._cuda = library.module, _cuda()
         self._check("cudaSetDevice", 0)
@@ -36,13 +36,18 @@ class EngineRunner:
         self._runtime = self._trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(engine.data)
         if self._engine is None:
-            raise BackendUnavailableError(f"{library.name} does not open the engine here: {logger.text}")
+            raise BackendUnavailableError(f"{library.name} cannot open the engine on this machine: {logger.text}")
         self._context = self._engine.create_execution_context()
         self._stream = self._check("cudaStreamCreate")
         self._buffers: dict[str, tuple[int, int]] = {}
 
     def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Images ``[B, 3, height, width]`` float32 to outputs by name."""
+        """Run images ``[B, 3, height, width]`` float32 and return the outputs by name.
+
+        Raises:
+            SourceError: the engine does not run at this batch size.
+            BackendUnavailableError: a call to CUDA failed.
+        """
         cuda, engine, context = self._cuda, self._engine, self._context
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         given = [name for name in names if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT]
@@ -61,7 +66,7 @@ class EngineRunner:
             else:
                 outputs[name] = array
         if not context.execute_async_v3(self._stream):
-            raise SourceError("the engine does not run on these images; is their number within its profile?")
+            raise SourceError("the engine does not run on these images; expected a batch size within its profile")
         for name, array in outputs.items():
             kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
             self._check("cudaMemcpyAsync", array.ctypes.data, self._buffers[name][0], array.nbytes, kind, self._stream)
@@ -74,7 +79,7 @@ class EngineRunner:
         self._buffers.clear()
 
     def _buffer(self, name: str, size: int) -> int:
-        """The address of at least so many bytes on the GPU, kept from run to run."""
+        """The address of a buffer on the GPU with at least ``size`` bytes. Buffers are reused between runs."""
         address, there = self._buffers.get(name, (0, 0))
         if there < size:
             if there:
@@ -84,10 +89,14 @@ class EngineRunner:
         return address
 
     def _check(self, function: str, *args: Any) -> Any:
-        """Call CUDA; its result without the error code."""
+        """Call a function of CUDA and return its result without the error code.
+
+        Raises:
+            BackendUnavailableError: the call failed.
+        """
         error, *result = getattr(self._cuda, function)(*args)
         if int(error) != 0:
-            raise BackendUnavailableError(f"CUDA: {function} fails ({error}); is there an NVIDIA GPU with its driver?")
+            raise BackendUnavailableError(f"CUDA: {function} failed ({error}); expected an NVIDIA GPU with its driver")
         return result[0] if result else None
 
 
@@ -107,16 +116,19 @@ def _cuda() -> Any:
 def compare_engine(
     path: Path, source: Path | None = None, images: np.ndarray | None = None
 ) -> list[tuple[int, Agreement]]:
-    """Run an engine at its least, usual, most and an odd batch, beside its ONNX file in ONNX Runtime: batch size and what differs.
+    """Compare an engine with its ONNX file in ONNX Runtime, at the minimum, optimum and maximum batch size and at an odd one.
 
     Args:
-        path: an engine with its sidecar.
-        source: the fused ONNX file that it was built of; default: the one that the sidecar names, beside the engine.
-        images: ``[n, 3, height, width]`` float32, RGB, 0 to 1; default: a made-up one.
+        path: the engine, with its sidecar.
+        source: the fused ONNX file from which it was built; default: the file that the sidecar names, in the folder of the engine.
+        images: ``[n, 3, height, width]`` float32, RGB, 0 to 1; default: one synthetic image.
+
+    Returns:
+        each batch size with its agreement.
 
     Raises:
-        SourceError: engine, sidecar or ONNX file are missing, or do not belong together.
-        BackendUnavailableError: it cannot be run here.
+        SourceError: engine, sidecar or ONNX file are missing, or do not match.
+        BackendUnavailableError: the engine cannot run on this machine.
     """
     engine = load_engine(path)
     info = engine.info
@@ -125,7 +137,7 @@ def compare_engine(
     onnx_file = source or path.with_name(info["source"]["file"])
     if not onnx_file.is_file() or hashlib.sha256(onnx_file.read_bytes()).hexdigest() != info["source"]["sha256"]:
         raise SourceError(
-            f"{path}: was built of {info['source']['file']}, which is not at {onnx_file} as it was; it is needed"
+            f"{path}: was built from {info['source']['file']}, but {onnx_file} is missing or was changed; build the engine again"
         )
     fused = load_fused(onnx_file)
     runner = EngineRunner(engine, LIBRARIES[info["builder"]["name"]]())

@@ -1,4 +1,4 @@
-"""Engines of TensorRT, 8.5 to 11, on a machine with an NVIDIA GPU: of any fused file that it takes, with plugins or without."""
+"""Engines of TensorRT 8.5 to 11, built on a machine with an NVIDIA GPU from fused files with or without plugins."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ CURES = {
     "DynamicQuantizeLinear": "dynamic int8 files are for CPUs: take the float file that this one was made from",
     "ConvInteger": "dynamic int8 files are for CPUs: take the float file that this one was made from",
     "EfficientNMS_TRT": "fuse the weights again with backend='portable'",
-    "TopK": "TensorRT's TopK takes a fixed number of at most 3840: lower max_candidates",
+    "TopK": "TensorRT's TopK needs a fixed number of at most 3840: lower max_candidates",
 }
-"""What to do about an operator that the parser refuses."""
+"""Advice for each operator that the parser or the builder refuses."""
 
 
 def build_tensorrt(path: str, settings: EngineSettings, progress: OnProgress | None = None) -> Engine:
-    """Build an engine of an ONNX file, for the GPU of this machine.
+    """Build an engine from an ONNX file, for the GPU of this machine.
 
     Raises:
         BackendUnavailableError: TensorRT is not installed.
-        UnsupportedByBackendError, EngineBuildError, ConfigError, SourceError: as `fusenms.engines.nvidia.build` says.
+        UnsupportedByBackendError, EngineBuildError, ConfigError, SourceError: as in `fusenms.engines.nvidia.build`.
     """
     return build(load_tensorrt(), path, settings, progress)
 
 
 def load_tensorrt() -> Library:
-    """TensorRT.
+    """Import TensorRT.
 
     Raises:
-        BackendUnavailableError: it is not installed.
+        BackendUnavailableError: TensorRT is not installed.
     """
     try:
         import tensorrt

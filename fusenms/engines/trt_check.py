@@ -1,7 +1,10 @@
-"""Check a graph for TensorRT without TensorRT and without a GPU.
+"""Checks a graph for TensorRT, without TensorRT and without a GPU.
 
-TensorRT-RTX has the same ONNX parser, but no plugins. So the graph is opened at the plugin: what goes in becomes outputs, what comes out
-inputs, and the parser reads all the rest; the plugin node is compared with the interface that TensorRT publishes for it.
+TensorRT-RTX has the same ONNX parser as TensorRT, but no plugins. Therefore the check has three steps:
+
+1. Remove the plugin node. Its inputs become outputs of the graph, and its outputs become inputs.
+2. Parse the rest of the graph with TensorRT-RTX.
+3. Compare the plugin node and its inputs with the published interface of the plugin.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from fusenms.onnx_reading.files import read_onnx
 FLOAT_KIND, INT_KIND, STRING_KIND = onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT, onnx.AttributeProto.STRING
 ATTRIBUTES: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "score_threshold": (FLOAT_KIND, lambda x: x >= 0),
-    "iou_threshold": (FLOAT_KIND, lambda x: 0 <= x <= 1.0001),  # strictly above 1 says that nothing is suppressed
+    "iou_threshold": (FLOAT_KIND, lambda x: 0 <= x <= 1.0001),  # a value above 1 disables suppression
     "max_output_boxes": (INT_KIND, lambda x: x > 0),
     "background_class": (INT_KIND, lambda x: x >= -1),
     "score_activation": (INT_KIND, lambda x: x in (0, 1)),
@@ -35,14 +38,14 @@ ATTRIBUTES: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "plugin_version": (STRING_KIND, lambda x: x == b"1"),
     "plugin_namespace": (STRING_KIND, lambda x: x == b""),
 }
-"""Attributes of the plugin, as plugin/efficientNMSPlugin/README.md of NVIDIA/TensorRT has them: type and range."""
+"""Type and range of the attributes of the plugin. Source: plugin/efficientNMSPlugin/README.md of NVIDIA/TensorRT."""
 
 MOST_CLASSES = 4096
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was checked: the parser, how many nodes it took, and which plugin (None where there is none)."""
+    """The result of a check: the parser, the number of nodes that it accepted, and the plugin (None if there is none)."""
 
     parser: str
     nodes: int
@@ -50,13 +53,21 @@ class Checked:
 
     @property
     def summary(self) -> str:
-        beside = f" but {self.plugin}, which keeps to its published interface" if self.plugin else ""
-        return f"the ONNX parser of {self.parser} takes all {self.nodes} nodes{beside}"
+        beside = f" except {self.plugin}, which conforms to its published interface" if self.plugin else ""
+        return f"the ONNX parser of {self.parser} accepts all {self.nodes} nodes{beside}"
 
 
 @dataclass(frozen=True)
 class _Interface:
-    """A plugin: what comes out of it, ``K`` being its attribute ``rows``, and how a node of it and its inputs are checked."""
+    """The interface of a plugin.
+
+    Attributes:
+        rows: name of the attribute with the number of output rows ``K``.
+        kinds: element types of the outputs.
+        shapes: shapes of the outputs.
+        check_node: checks a node of the plugin.
+        check_inputs: checks the inputs of a node.
+    """
 
     rows: str
     kinds: tuple[int, ...]
@@ -78,7 +89,7 @@ def check_trt_graph(path: str) -> Checked:
     model = read_onnx(Path(path))
     plugins = [node for node in model.graph.node if node.op_type in PLUGINS]
     if len(plugins) > 1:
-        raise SourceError(f"{path}: found {len(plugins)} plugin nodes; expected one at most")
+        raise SourceError(f"{path}: found {len(plugins)} plugin nodes; expected at most one")
     for node in plugins:
         PLUGINS[node.op_type].check_node(path, node)
         model = _opened(model, node)
@@ -93,7 +104,7 @@ def check_trt_graph(path: str) -> Checked:
 
 
 def _opened(model: onnx.ModelProto, plugin: onnx.NodeProto) -> onnx.ModelProto:
-    """The model without the plugin node, open where it was."""
+    """The model without the plugin node. Its inputs become outputs of the graph, and its outputs become inputs."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     graph, interface = opened.graph, PLUGINS[plugin.op_type]
@@ -101,7 +112,7 @@ def _opened(model: onnx.ModelProto, plugin: onnx.NodeProto) -> onnx.ModelProto:
     sizes = {"K": next(a.i for a in plugin.attribute if a.name == interface.rows)}
     kept = [
         entry for entry in graph.output if entry.name not in plugin.output
-    ]  # what it makes itself is no output of the rest
+    ]  # outputs of the plugin are not outputs of the rest
     del graph.output[:]
     graph.output.extend(kept)
     read = {name for node in graph.node for name in node.input}
@@ -120,7 +131,7 @@ def _check_attributes(path: str, plugin: onnx.NodeProto) -> None:
     problems = [f"{name} is missing" for name in ATTRIBUTES if name not in found]
     for name, attribute in found.items():
         if name not in ATTRIBUTES:
-            problems.append(f"{name} is not one of its attributes")
+            problems.append(f"{name} is not an attribute of the plugin")
             continue
         kind, allowed = ATTRIBUTES[name]
         value = helper.get_attribute_value(attribute)
@@ -142,7 +153,7 @@ def _check_inputs(path: str, plugin: onnx.NodeProto, tensors: dict[str, Any]) ->
     if len(shapes[0]) != 3 or shapes[0][2] != 4:
         problems.append(f"boxes are {list(shapes[0])}, not [batch, candidates, 4]")
     if plugin.input[0] == plugin.input[1]:
-        problems.append(f"{plugin.input[0]} stands for both boxes and scores")
+        problems.append(f"{plugin.input[0]} is used for both boxes and scores")
     background = next(a.i for a in plugin.attribute if a.name == "background_class")
     if len(shapes[1]) == 3 and background >= shapes[1][2]:
         problems.append(f"background_class is {background}, but there are {shapes[1][2]} classes")
@@ -159,7 +170,7 @@ def _check_fused(path: str, plugin: onnx.NodeProto) -> None:
     own = {a.name: helper.get_attribute_value(a) for a in plugin.attribute if a.name.startswith("plugin_")}
     problems = [] if plugin.domain == OWN_DOMAIN else [f"its domain is {plugin.domain!r}, not {OWN_DOMAIN!r}"]
     if own != {"plugin_version": VERSION.encode(), "plugin_namespace": OWN_DOMAIN.encode()}:
-        problems.append(f"it says of itself {own}")
+        problems.append(f"its version and namespace are {own}")
     if (len(plugin.input), len(plugin.output)) != (len(INPUTS), len(OUTPUTS)):
         problems.append(
             f"it has {len(plugin.input)} inputs and {len(plugin.output)} outputs, not {INPUTS} and {OUTPUTS}"
@@ -183,7 +194,8 @@ def _check_fused_inputs(path: str, plugin: onnx.NodeProto, tensors: dict[str, An
 def _refuse(path: str, plugin: onnx.NodeProto, problems: list[str]) -> None:
     if problems:
         raise UnsupportedByBackendError(
-            f"{path}: node {plugin.name!r} breaks the interface of {plugin.op_type}: {'; '.join(problems)}. Fuse the weights again"
+            f"{path}: node {plugin.name!r} does not conform to the interface of {plugin.op_type}: {'; '.join(problems)}. "
+            "Fuse the weights again"
         )
 
 
@@ -203,4 +215,4 @@ PLUGINS = {
         _check_fused_inputs,
     ),
 }
-"""By operator."""
+"""Interfaces by operator."""

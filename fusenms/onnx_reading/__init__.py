@@ -1,10 +1,10 @@
-"""An ONNX file of unknown origin is read here, in five steps. Each refuses what the next one cannot handle.
+"""Reads ONNX files of unknown origin, in five steps. Each step refuses what the next step cannot handle.
 
-1. Only a regular file within the size limit is opened.
-2. `wire`: the encoded message is scanned before it is parsed: how deep and how large its parse would be.
-3. It is parsed, and external data is read: `external`, only from files in the model's own folder.
-4. `structure`: every field of the parsed message is checked.
-5. `cost`, once the size of the input is known: no tensor and no operator is larger than the limits.
+1. Open the file. It must be a regular file within the size limit.
+2. Scan the encoded message before it is parsed, to bound the depth and the size of its parse (`wire`).
+3. Parse it, and read external data, only from files in the model's own folder (`external`).
+4. Check every field of the parsed message (`structure`).
+5. Once the size of the input is known, check that no tensor and no operator exceeds the limits (`cost`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ if TYPE_CHECKING:
     import onnx
 
 MOST_PROTOBUF_BYTES = 2**31 - 1
-"""What protobuf encodes at most; sessions are made from encoded models."""
+"""The largest message that protobuf can encode, in bytes. Sessions are made from encoded models."""
 
 
 def read_model(path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
-    """Read and check an ONNX file, with its external data.
+    """Read and check an ONNX file with its external data.
 
     Raises:
-        SourceError: it is missing, damaged, not ONNX, or exceeds a limit.
+        SourceError: the file is missing, damaged, not ONNX, or exceeds a limit.
     """
     return parse_model(read_regular(path, limits.max_file_bytes), path, limits)
 
 
 def parse_model(data: bytes, path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
-    """The same from the file's bytes. ``path`` stands in messages; its folder is where external data is looked for.
+    """Like `read_model`, from the content of the file.
+
+    Args:
+        path: path of the file, for messages. External data is read from its folder.
 
     Raises:
-        SourceError: it is damaged, not ONNX, or exceeds a limit.
+        SourceError: the content is damaged, not ONNX, or exceeds a limit.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -51,7 +54,8 @@ def parse_model(data: bytes, path: Path, limits: Limits = DEFAULT_LIMITS) -> onn
     hint = "it is damaged, cut short, or of another kind"
     if len(data) > MOST_PROTOBUF_BYTES:
         raise SourceError(
-            f"{path}: has {len(data)} bytes; expected at most {MOST_PROTOBUF_BYTES}, as protobuf allows: keep the weights in external data"
+            f"{path}: has {len(data)} bytes; expected at most {MOST_PROTOBUF_BYTES}, the limit of protobuf; "
+            "store the weights as external data"
         )
     try:
         scan(data, limits)
@@ -76,12 +80,12 @@ def parse_model(data: bytes, path: Path, limits: Limits = DEFAULT_LIMITS) -> onn
 
 @contextmanager
 def untrusted(source: str | os.PathLike[str], stage: str, *, trusted: bool = False) -> Iterator[None]:
-    """The boundary of a stage that works on a graph of unknown origin: whatever is raised inside is our error, with its cause.
+    """Convert all errors of a stage that works on a graph of unknown origin to `SourceError`, with their cause.
 
     Args:
         source: name of the file, for the message.
-        stage: what is done with it, for the message.
-        trusted: whether the graph is our own export; errors then pass as they are, since they are bugs of ours.
+        stage: name of the stage, for the message.
+        trusted: whether fusenms exported the graph. Errors then pass unchanged, because they are bugs of fusenms.
 
     Raises:
         SourceError: in place of any error that is not a `FusenmsError`.
@@ -94,6 +98,6 @@ def untrusted(source: str | os.PathLike[str], stage: str, *, trusted: bool = Fal
         if trusted:
             raise
         raise SourceError(
-            f"{source}: {stage} fails on what the file holds ({type(error).__name__}: {first_line(error)}); it is damaged, or of a kind "
-            "that is not known. If it runs elsewhere, please report it"
+            f"{source}: {stage} failed ({type(error).__name__}: {first_line(error)}); the file is damaged or of an unknown kind. "
+            "If it runs elsewhere, please report it"
         ) from error

@@ -1,8 +1,8 @@
-"""What one run of a graph costs at least, found without running it.
+"""Estimates a lower bound of the cost of one run of a graph, without running it.
 
-Shapes are inferred by onnx from the input's size on, and computed sizes by `sizes`; what they do not show (shapes that depend on
-pixels) is not counted. A single
-operator cannot be interrupted, and memory is not limited within a process, so whatever shows here is refused here.
+onnx infers the shapes from the size of the input, and `sizes` computes sizes that the graph computes. Shapes that depend on pixels
+stay unknown and are not counted. A single operator cannot be interrupted, and a process does not limit its own memory. Therefore a graph
+whose shapes exceed the limits is refused before it runs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     import onnx
 
 MOST_ROUNDS = 8
-"""How often shapes are inferred again because sizes became known."""
+"""Maximum number of shape inferences. Each one uses the sizes that became known in the previous one."""
 SMALL = 4096
-"""Elements of a constant, or a computed one, whose values shape inference may need."""
+"""Maximum number of elements of a constant, stored or computed, whose values are kept for shape inference."""
 
 Shape = tuple[int, ...]
 
 
 def check_cost(model: onnx.ModelProto, sizes: Mapping[str, Shape], limits: Limits) -> None:
-    """Refuse a graph in which a tensor, or the work on one run, exceeds the limits as far as shapes are known.
+    """Refuse a graph if the known shapes show that a tensor or the operations of one run exceed the limits.
 
     Args:
-        sizes: input name to the shape that it will have.
+        sizes: input name to the shape of that input.
 
     Raises:
         ValueError: a tensor has too many elements, or there are too many operations.
@@ -46,15 +46,15 @@ def check_cost(model: onnx.ModelProto, sizes: Mapping[str, Shape], limits: Limit
             if not _fill_in(skeleton, _shapes(inferred.graph, known=True)):
                 break
     except (onnx.shape_inference.InferenceError, RuntimeError, TypeError, MemoryError) as error:
-        raise ValueError(f"shapes of its tensors cannot be found ({first_line(error)})") from error
+        raise ValueError(f"the shapes of its tensors cannot be inferred ({first_line(error)})") from error
     if operations > limits.max_run_operations:
         raise ValueError(
-            f"one run takes {operations:.2g} operations or more; expected at most {limits.max_run_operations:.2g} (max_run_operations)"
+            f"one run takes at least {operations:.2g} operations; expected at most {limits.max_run_operations:.2g} (max_run_operations)"
         )
 
 
 def _skeleton(model: onnx.ModelProto, sizes: Mapping[str, Shape]) -> onnx.ModelProto:
-    """The model with its functions expanded, without what it claims of its own shapes and without the values of large constants."""
+    """A copy of the model with functions expanded, without its declared shapes and without the values of large constants."""
     import onnx
     import onnx.inliner
 
@@ -69,7 +69,7 @@ def _skeleton(model: onnx.ModelProto, sizes: Mapping[str, Shape]) -> onnx.ModelP
     for item in model.graph.initializer:
         if math.prod(item.dims) <= SMALL:
             graph.initializer.add().CopyFrom(item)
-        else:  # onnx takes the shape of an input
+        else:  # as an input, a constant has a shape without values
             known = {entry.name for entry in graph.input}
             if item.name not in known:
                 graph.input.append(onnx.helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)))
@@ -85,7 +85,7 @@ def _skeleton(model: onnx.ModelProto, sizes: Mapping[str, Shape]) -> onnx.ModelP
 
 
 def _prepare(nodes: Iterable[onnx.NodeProto]) -> None:
-    """Forget claimed shapes in inner graphs."""
+    """Remove the declared shapes from inner graphs."""
     todo = list(nodes)
     while todo:
         node = todo.pop()
@@ -97,7 +97,7 @@ def _prepare(nodes: Iterable[onnx.NodeProto]) -> None:
 
 
 def _shapes(graph: onnx.GraphProto, *, known: bool = False) -> dict[str, Shape]:
-    """Shapes as far as they are found; an unknown size counts as 1, or with ``known`` those that have one are left out."""
+    """Shapes by tensor name. An unknown size counts as 1. With ``known``, shapes with an unknown size are left out."""
     found = {item.name: tuple(item.dims) for item in graph.initializer}
     for entry in (*graph.input, *graph.value_info, *graph.output):
         tensor = entry.type.tensor_type
@@ -114,9 +114,9 @@ def _shapes(graph: onnx.GraphProto, *, known: bool = False) -> dict[str, Shape]:
 
 
 def _fill_in(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> bool:
-    """Put constants in the place of nodes that compute sizes from known ones, in place; whether there were any.
+    """Replace nodes that compute sizes from known sizes by constants, in place. Return whether there were any.
 
-    onnx can do so itself (``data_prop``), but writes down each element of every vector on the way, however long.
+    onnx can do this itself (``data_prop``), but then stores each element of every vector, whatever its length.
     """
     from onnx import numpy_helper
 
@@ -141,7 +141,7 @@ def _fill_in(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> bool:
 
 
 def _count(graph: onnx.GraphProto, outer: dict[str, Shape], limits: Limits) -> float:
-    """Operations of one run of each node, of loops one round.
+    """Count the operations of one run. Each loop counts as one round.
 
     Raises:
         ValueError: a tensor is too large.
@@ -165,12 +165,12 @@ def _count(graph: onnx.GraphProto, outer: dict[str, Shape], limits: Limits) -> f
 
 
 def _operations(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> float:
-    """Multiplications of matrix products and convolutions; of all others the elements that they give."""
+    """Operations of a node: multiplications of matrix products and convolutions, output elements of all other operators."""
     given, result = (shapes.get(names[0], ()) if names else () for names in (node.input, node.output))
     elements = float(math.prod(result))
     weights = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
     if node.op_type in ("MatMul", "Gemm", "MatMulInteger") and given:
-        return elements * max(given[-1], given[-2] if len(given) > 1 else 1)  # Gemm may turn its input
+        return elements * max(given[-1], given[-2] if len(given) > 1 else 1)  # Gemm may transpose its input
     if node.op_type in ("Conv", "ConvInteger", "ConvTranspose") and weights:
         return (
             elements * math.prod(weights[1:])

@@ -1,4 +1,4 @@
-"""External data: tensors whose values lie in other files, which must be regular files in the model's own folder."""
+"""Reads external data: tensor values in other files, which must be regular files in the model's own folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnx
 
 MOST_BYTES = 2**31 - 1
-"""Of all external data: protobuf encodes no more, and sessions are made from encoded models."""
+"""Maximum size of all external data, in bytes. Sessions are made from encoded models, and protobuf encodes no more."""
 KEYS = ("location", "offset", "length", "checksum")
 
 
@@ -25,8 +25,8 @@ def load_external_data(model: onnx.ModelProto, path: Path, limits: Limits) -> No
     """Read the external data of all initializers and attributes into the model, in place.
 
     Raises:
-        ValueError: it lies elsewhere than in the model's folder, or is not as large as the tensor's dimensions say.
-        SourceError: a file of it cannot be read, or is too large.
+        ValueError: the data is outside the model's folder, or its size does not match the tensor's dimensions.
+        SourceError: a file with the data cannot be read, or is too large.
     """
     import onnx
 
@@ -46,7 +46,9 @@ def load_external_data(model: onnx.ModelProto, path: Path, limits: Limits) -> No
             entries = {entry.key: entry.value for entry in tensor.external_data}
             where = f"external data of {name_of(tensor)}"
             if tensor.data_location != onnx.TensorProto.EXTERNAL or len(entries) != len(tensor.external_data):
-                raise ValueError(f"{where} is described twice, or of a tensor that says it has none")
+                raise ValueError(
+                    f"{where} is described twice, or the tensor is not marked as external; expected neither"
+                )
             if unknown := sorted(set(entries) - set(KEYS)):
                 raise ValueError(f"{where} has the unknown key {unknown[0]!r}; expected {', '.join(KEYS)}")
             size = bytes_of(tensor, limits)
@@ -65,7 +67,7 @@ def load_external_data(model: onnx.ModelProto, path: Path, limits: Limits) -> No
 
 
 def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
-    """Every TensorProto in a message, at any depth: those of subgraphs, functions and sparse tensors too."""
+    """Yield every TensorProto in a message, at any depth, also in subgraphs, functions and sparse tensors."""
     import onnx
 
     todo = [message]
@@ -81,7 +83,7 @@ def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
 
 
 def _inside(where: str, path: Path, location: str) -> Path:
-    """The file that a location names, which may be no link to a place outside of the model's folder."""
+    """The path of the file at a location. Links to places outside the model's folder are refused."""
     parts = Path(location).parts
     if (
         not location
@@ -91,17 +93,19 @@ def _inside(where: str, path: Path, location: str) -> Path:
         or ".." in parts
         or ":" in location
     ):
-        raise ValueError(f"{where} lies in {location!r}; expected the name of a file in the model's own folder")
+        raise ValueError(f"{where} is in {location!r}; expected the name of a file in the model's own folder")
     folder = path.parent.resolve()
     try:
         target = (folder / location).resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise SourceError(
-            f"{path}: {where} lies in {location!r}, which cannot be read ({getattr(error, 'strerror', None) or error}); "
+            f"{path}: {where} is in {location!r}, which cannot be read ({getattr(error, 'strerror', None) or error}); "
             "copy it beside the model"
         ) from error
     if not target.is_relative_to(folder):
-        raise ValueError(f"{where} lies in {location!r}, a link out of the model's folder; expected a file in it")
+        raise ValueError(
+            f"{where} is in {location!r}, a link to a place outside the model's folder; expected a file in it"
+        )
     return target
 
 
@@ -115,7 +119,7 @@ def _number(where: str, entries: dict[str, str], key: str, default: int) -> int:
 def _read(where: str, file: BinaryIO, offset: int, size: int) -> bytes:
     there = os.fstat(file.fileno()).st_size
     if offset + size > there:
-        raise ValueError(f"{where} goes from byte {offset} to {offset + size}, but its file has {there} bytes")
+        raise ValueError(f"{where} spans bytes {offset} to {offset + size}, but its file has {there} bytes")
     try:
         file.seek(offset)
         data = file.read(size)

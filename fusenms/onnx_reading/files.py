@@ -1,4 +1,4 @@
-"""Reading `.onnx` files from a path, and refusing those that would run too long."""
+"""Reads `.onnx` files from a path, and refuses those that would run too long."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_onnx(path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
-    """Read an ONNX file of unknown origin, with its external data, and check all of it.
+    """Read and check an ONNX file of unknown origin, with its external data.
 
     Raises:
-        SourceError: it is missing, empty, damaged, not ONNX, or exceeds a limit.
+        SourceError: the file is missing, empty, damaged, not ONNX, or exceeds a limit.
     """
     if path.is_dir():
         raise SourceError(f"{path}: is a directory; expected an .onnx file")
@@ -30,20 +30,20 @@ def read_onnx(path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
-    """Metadata of the file, key to text."""
+    """The metadata of a model: key to text."""
     return {item.key: item.value for item in model.metadata_props}
 
 
 def refuse_cost(
     path: str | os.PathLike[str], model: onnx.ModelProto, sizes: Mapping[str, tuple[int, ...]], limits: Limits
 ) -> None:
-    """Refuse a graph whose run would exceed the limits, as far as shapes show it.
+    """Refuse a graph if the known shapes show that one run would exceed the limits.
 
     Args:
-        sizes: input name to its shape.
+        sizes: input name to the shape of that input.
 
     Raises:
-        SourceError: it would.
+        SourceError: a run would exceed a limit.
     """
     from fusenms.onnx_reading.cost import check_cost
 

@@ -1,4 +1,4 @@
-"""Text in the metadata of a file, read as values: JSON, or literals of Python as Ultralytics writes them."""
+"""Parses text in the metadata of a file: JSON, or Python literals as Ultralytics writes them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.safety.text import has_controls
 
 LONGEST_LITERAL = 2**20
-"""Characters of a literal; Python takes some hundred bytes for each while it reads it."""
+"""Maximum length of a literal, in characters. Python needs a few hundred bytes for each while it parses."""
 DEEPEST_LITERAL = 16
 
 
 def read_json(text: str, limits: Limits = DEFAULT_LIMITS) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is none, is nested too deep, or holds a number that is not finite.
+        ValueError: the text is not JSON, is nested too deep, or holds a number that is not finite.
     """
     if _depth(text) > limits.max_nesting:
         raise ValueError(f"JSON is nested more than {limits.max_nesting} deep (max_nesting)")
@@ -41,7 +41,7 @@ def _finite(text: str) -> float:
 
 
 def parse_literal(text: str) -> Any:
-    """The value of a Python literal; None where the text is none, or is too long or too deep to be read safely."""
+    """Parse a Python literal. Return None if the text is not a literal, or is too long or too deep to be parsed safely."""
     if len(text) > LONGEST_LITERAL or _depth(text) > DEEPEST_LITERAL:
         return None
     try:
@@ -51,7 +51,7 @@ def parse_literal(text: str) -> Any:
 
 
 def _depth(text: str) -> int:
-    """How deep brackets are nested, those in quotes included."""
+    """Nesting depth of brackets. Brackets in quotes count too."""
     deepest = depth = 0
     for char in text:
         if char in "[{(":
@@ -63,10 +63,10 @@ def _depth(text: str) -> int:
 
 
 def parse_names(text: str, limits: Limits = DEFAULT_LIMITS) -> tuple[str, ...]:
-    """Class names from their text: a dictionary from index to name, or a list. Empty where it is neither.
+    """Parse class names: a dictionary from index to name, or a list. Return an empty tuple if the text is neither.
 
     Raises:
-        ValueError: there are too many, or one is too long or cannot be printed.
+        ValueError: there are too many names, or a name is too long or holds control characters.
     """
     if len(text) > LONGEST_LITERAL:
         raise ValueError(f"class names take {len(text)} characters; expected at most {LONGEST_LITERAL}")
@@ -77,10 +77,10 @@ def parse_names(text: str, limits: Limits = DEFAULT_LIMITS) -> tuple[str, ...]:
 
 
 def check_names(names: Any, limits: Limits) -> tuple[str, ...]:
-    """Class names, each of which can be printed.
+    """Check class names: their number, their lengths and that each can be printed. Return them as a tuple.
 
     Raises:
-        ValueError: one is too long, or holds control characters.
+        ValueError: there are too many names, or a name is too long or holds control characters.
     """
     checked = tuple(names)
     if len(checked) > limits.max_class_names:

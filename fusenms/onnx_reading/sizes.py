@@ -1,4 +1,4 @@
-"""Computes sizes: what exporters write to find a shape out of another one, in NumPy, on short vectors alone."""
+"""Evaluates the nodes with which exporters compute one shape from another, in NumPy, on short vectors only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     import onnx
 
 MOST = 4096
-"""Elements of a result."""
+"""Maximum number of elements of an input or a result."""
 Values = Mapping[str, np.ndarray]
 
 
 def compute(node: onnx.NodeProto, values: Values, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray | None:
-    """The one output of a node where its inputs are known; None where they are not, or where the operator computes no sizes.
+    """Compute the output of a node. Return None if its inputs are unknown, or if its operator is not one that computes sizes.
 
     Args:
-        values: tensors that are known.
-        shapes: shapes that are known.
+        values: values of the known tensors, by name.
+        shapes: shapes of the tensors with known shapes, by name.
     """
     if node.domain not in ("", "ai.onnx") or len(node.output) != 1 or not node.input:
         return None
@@ -43,7 +43,7 @@ def compute(node: onnx.NodeProto, values: Values, shapes: Mapping[str, tuple[int
         TypeError,
         KeyError,
         ArithmeticError,
-    ):  # the graph does not run, which ONNX Runtime says
+    ):  # the graph cannot run; ONNX Runtime reports this later
         return None
     return result if result.size <= MOST else None
 
@@ -112,4 +112,4 @@ OPERATORS: dict[str, Callable[..., np.ndarray]] = {
     "Unsqueeze": _flat,
     "Squeeze": _single,
 }
-"""Operators that exporters compute sizes with: attributes and inputs to the result."""
+"""Operators with which exporters compute sizes. Each function takes the attributes and the inputs and returns the result."""

@@ -1,7 +1,7 @@
-"""The parsed message: every field that fusenms, onnx or ONNX Runtime goes by must be what the format says.
+"""Checks the parsed message: every field that fusenms, onnx or ONNX Runtime uses must conform to the format.
 
-The rules are about what a file is, not about detectors: sizes of tensors and their data, names, types, attributes, graphs
-without cycles, functions that end, loops that can be stopped.
+The rules concern the file format, not detectors: sizes of tensors and of their data, names, types, attributes, graphs without cycles,
+functions without recursion, loops that can be interrupted.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ if TYPE_CHECKING:
     import onnx
 
 LONGEST_NAME = 4096
-"""Characters of a name in a graph."""
+"""Maximum length of a name in a graph, in characters."""
 LARGEST_SIZE = 2**31 - 1
-"""Of a dimension."""
+"""Maximum size of a dimension."""
 NAME_FIELDS = frozenset(
     ("name", "op_type", "domain", "overload", "input", "output", "dim_param", "ref_attr_name", "attribute", "key", "denotation")
 )  # fmt: skip
-"""Fields of text that are names. All others (doc strings, values of metadata) may hold any text."""
+"""Text fields that hold names. All other text fields (doc strings, values of metadata) may hold any text."""
 STANDARD = ("", "ai.onnx")
 
 
 def check_structure(model: onnx.ModelProto, limits: Limits) -> None:
-    """Check a parsed model whose external data was read.
+    """Check a parsed model after its external data was read.
 
     Raises:
-        ValueError: a field of it is not as the format says, or it exceeds a limit. UnicodeDecodeError: text that is not UTF-8.
+        ValueError: a field does not conform to the format, or exceeds a limit.
+        UnicodeDecodeError: a text is not UTF-8.
     """
     if model.training_info:
         raise ValueError("holds training information; expected a model for inference")
     if not 1 <= model.ir_version <= LARGEST_SIZE:
-        raise ValueError(f"is of the version {model.ir_version} of the format; expected one from 1 on")
+        raise ValueError(f"has the format version {model.ir_version}; expected 1 or higher")
     _check_metadata(model, limits)
     _check_messages(model, limits)
     versions = Counter(entry.domain if entry.domain not in STANDARD else "" for entry in model.opset_import)
@@ -50,12 +51,12 @@ def check_structure(model: onnx.ModelProto, limits: Limits) -> None:
 
 
 def name_of(tensor: onnx.TensorProto) -> str:
-    """A tensor's name, for messages."""
+    """The name of a tensor, for messages."""
     return repr(tensor.name[:100]) if tensor.name else "a tensor without a name"
 
 
 def elements_of(tensor: onnx.TensorProto, limits: Limits) -> int:
-    """Number of elements by the dimensions.
+    """Number of elements, computed from the dimensions.
 
     Raises:
         ValueError: a dimension is negative, or there are too many elements.
@@ -72,22 +73,22 @@ def elements_of(tensor: onnx.TensorProto, limits: Limits) -> int:
 
 
 def bytes_of(tensor: onnx.TensorProto, limits: Limits) -> int:
-    """Size of the raw data by type and dimensions.
+    """Size of the raw data in bytes, computed from type and dimensions.
 
     Raises:
-        ValueError: the type is unknown or has no raw data, or the dimensions are not possible.
+        ValueError: the type is unknown or has no raw data, or the dimensions are invalid.
     """
     bits = _bits().get(tensor.data_type)
     if bits is None:
         raise ValueError(
-            f"tensor {name_of(tensor)} is of the element type {type_name(tensor.data_type)}; expected one with a fixed size"
+            f"tensor {name_of(tensor)} has the element type {type_name(tensor.data_type)}; expected one with a fixed size"
         )
     return -(-elements_of(tensor, limits) * bits // 8)
 
 
 @cache
 def _bits() -> dict[int, int]:
-    """Bits of an element in raw data, by element type."""
+    """Bits per element in raw data, by element type."""
     import onnx
 
     wide = {
@@ -104,7 +105,7 @@ def _bits() -> dict[int, int]:
 
 @cache
 def _typed_fields() -> dict[int, tuple[str, float]]:
-    """Where a tensor without raw data has its elements, and how many entries there are for each, by element type."""
+    """The field that holds the elements of a tensor without raw data, and its entries per element, by element type."""
     import onnx
 
     fields = {
@@ -123,7 +124,7 @@ def _typed_fields() -> dict[int, tuple[str, float]]:
 
 
 def type_name(kind: int) -> str:
-    """Name of an element type, or its number."""
+    """Name of an element type, or its number if it is unknown."""
     import onnx
 
     values = onnx.TensorProto.DataType.DESCRIPTOR.values_by_number
@@ -131,15 +132,15 @@ def type_name(kind: int) -> str:
 
 
 def _check_tensor(tensor: onnx.TensorProto, limits: Limits) -> None:
-    """The data of a tensor must be as large as its dimensions say, in the one field that its type has."""
+    """Check that the data of a tensor is in the field of its type only, and that its size matches the dimensions."""
     import onnx
 
     kind = tensor.data_type
     if kind != onnx.TensorProto.STRING:
-        bytes_of(tensor, limits)  # the type is known
+        bytes_of(tensor, limits)  # raises if the type is unknown
     count = elements_of(tensor, limits)
     if tensor.HasField("segment") or tensor.external_data or tensor.data_location != onnx.TensorProto.DEFAULT:
-        raise ValueError(f"tensor {name_of(tensor)} is in segments or lies elsewhere; expected its data in place")
+        raise ValueError(f"tensor {name_of(tensor)} is segmented or external; expected its data in place")
     field, each = _typed_fields()[kind]
     others = [
         name
@@ -162,7 +163,7 @@ def _check_tensor(tensor: onnx.TensorProto, limits: Limits) -> None:
         found, expected, unit = typed, math.ceil(count * each), f"entries of {field}"
     if found != expected:
         raise ValueError(
-            f"tensor {name_of(tensor)} has {found} {unit}; expected {expected}, by its type {type_name(kind)} and dimensions "
+            f"tensor {name_of(tensor)} has {found} {unit}; expected {expected} for the type {type_name(kind)} and the dimensions "
             f"{list(tensor.dims)[:8]}"
         )
 
@@ -179,7 +180,7 @@ def _check_metadata(model: onnx.ModelProto, limits: Limits) -> None:
 
 
 def _check_messages(model: onnx.ModelProto, limits: Limits) -> None:
-    """What holds of every message wherever it stands: text, tensors, types."""
+    """Check all nested messages: text, tensors, types, dimensions."""
     import onnx
 
     tensor_name = onnx.TensorProto.DESCRIPTOR.full_name
@@ -213,26 +214,28 @@ def _check_messages(model: onnx.ModelProto, limits: Limits) -> None:
 
 def _check_name(name: str, field: str) -> None:
     if len(name) > LONGEST_NAME:
-        raise ValueError(f"has a {field} of {len(name)} characters; expected at most {LONGEST_NAME}")
+        raise ValueError(f"has a text field {field!r} of {len(name)} characters; expected at most {LONGEST_NAME}")
     if not name.isprintable():
-        raise ValueError(f"has the {field} {name[:100]!r}, which cannot be printed; expected no control characters")
+        raise ValueError(
+            f"has the {field} {name[:100]!r} with characters that cannot be printed; expected no control characters"
+        )
 
 
 Functions = dict[tuple[str, str, str], "onnx.FunctionProto"]
 
 
 def key_of(node: onnx.NodeProto) -> tuple[str, str, str]:
-    """What names the function that a node calls."""
+    """The key of the function that a node calls: domain, operator, overload."""
     return ("" if node.domain in STANDARD else node.domain, node.op_type, node.overload)
 
 
 def functions_of(model: onnx.ModelProto) -> Functions:
-    """The functions that a model defines."""
+    """The functions of a model, by key."""
     return {("" if f.domain in STANDARD else f.domain, f.name, f.overload): f for f in model.functions}
 
 
 def _check_functions(model: onnx.ModelProto, limits: Limits) -> None:
-    """Functions must end, and their nodes are counted where they are called."""
+    """Check that functions are not recursive. Count their nodes at each call."""
     functions = functions_of(model)
     if len(functions) != len(model.functions):
         raise ValueError("defines a function twice; expected each once")
@@ -249,14 +252,14 @@ def _check_functions(model: onnx.ModelProto, limits: Limits) -> None:
                 total += size(graph.node)
             if total > limits.max_nodes:
                 raise ValueError(
-                    f"has more than {limits.max_nodes} nodes, functions expanded; expected at most that (max_nodes)"
+                    f"has more than {limits.max_nodes} nodes with functions expanded; expected at most {limits.max_nodes} (max_nodes)"
                 )
         return total
 
     def size_of_function(key: tuple[str, str, str]) -> int:
         if key not in sizes:
             if key in called:
-                raise ValueError(f"has the function {key[1][:100]!r}, which calls itself; expected functions that end")
+                raise ValueError(f"has the function {key[1][:100]!r}, which calls itself; expected no recursion")
             if len(called) >= limits.max_nesting:
                 raise ValueError(
                     f"has functions that call each other {len(called)} deep; expected at most {limits.max_nesting} (max_nesting)"
@@ -269,7 +272,7 @@ def _check_functions(model: onnx.ModelProto, limits: Limits) -> None:
     for key, function in functions.items():
         if not function.node or not key[0]:
             raise ValueError(
-                f"has the function {key[1][:100]!r} without nodes, or in place of an operator of ONNX; expected neither"
+                f"has the function {key[1][:100]!r}, which has no nodes or replaces an ONNX operator; expected neither"
             )
         _check_nodes(function.node, f"function {key[1][:100]!r}", set(function.input), 0, limits, function=True)
         size_of_function(key)
@@ -277,7 +280,7 @@ def _check_functions(model: onnx.ModelProto, limits: Limits) -> None:
 
 
 def graphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The graphs inside of a node: bodies of loops, branches."""
+    """Yield the graphs inside a node: loop bodies and branches."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -320,7 +323,7 @@ def _check_nodes(
 
 
 def _check_order(nodes: list[onnx.NodeProto], where: str, made: dict[str, int]) -> None:
-    """No tensor may come from itself."""
+    """Check that the graph has no cycle."""
     waits = [{made[name] for name in _used(node) if name in made} for node in nodes]
     readers: list[list[int]] = [[] for _ in nodes]
     for i, before in enumerate(waits):
@@ -341,7 +344,7 @@ def _check_order(nodes: list[onnx.NodeProto], where: str, made: dict[str, int]) 
 
 
 def _used(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node reads, in the graphs inside of it too."""
+    """Yield the tensors that a node reads, including those that its inner graphs read."""
     todo = [node]
     while todo:
         inner = todo.pop()
@@ -353,7 +356,7 @@ def _used(node: onnx.NodeProto) -> Iterator[str]:
 
 @cache
 def _value_fields() -> dict[int, str]:
-    """Which field an attribute has its value in, by its type."""
+    """The field that holds the value of an attribute, by attribute type."""
     import onnx
 
     fields = {
@@ -369,12 +372,12 @@ def _check_node(node: onnx.NodeProto, function: bool) -> None:
         raise ValueError(f"node {node.name[:100]!r} has no operator")
     names = [attribute.name for attribute in node.attribute]
     if "" in names or len(set(names)) < len(names):
-        raise ValueError(f"{where} has attributes without a name, or two of one name; expected each name once")
+        raise ValueError(f"{where} has attributes without a name or with the same name; expected unique names")
     for attribute in node.attribute:
         what = f"{where} has the attribute {attribute.name[:100]!r}"
         field = _value_fields().get(attribute.type)
         if field is None:
-            raise ValueError(f"{what} of the type {attribute.type}; expected a known one")
+            raise ValueError(f"{what} of the unknown type {attribute.type}; expected a type of ONNX")
         filled = {f.name for f, _ in attribute.ListFields()} - {"name", "type", "doc_string", "ref_attr_name"}
         if attribute.ref_attr_name:
             if not function or filled:
@@ -382,7 +385,7 @@ def _check_node(node: onnx.NodeProto, function: bool) -> None:
             continue
         if filled - {field} or (field in ("t", "g", "tp") and field not in filled):
             found = ", ".join(sorted(filled)) or "no value"
-            raise ValueError(f"{what} with {found}; expected {field}, by its type")
+            raise ValueError(f"{what} with {found}; expected {field} for its type")
         for text in (attribute.s,) if field == "s" else attribute.strings if field == "strings" else ():
             text.decode()
     if node.op_type == "Constant" and node.domain in STANDARD and (len(node.attribute) != 1 or len(node.output) != 1):

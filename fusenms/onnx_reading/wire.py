@@ -1,8 +1,8 @@
-"""The encoded message, scanned before it is parsed.
+"""Scans the encoded message before it is parsed.
 
-An empty message takes two bytes in a file and a hundred once parsed, so a small file can fill the memory. The scan walks the
-encoding (tag, length, value) without building anything and stops where a limit is exceeded. Tensor data is skipped in one step;
-of packed whole numbers, which take one byte in a file and eight once parsed, the bytes are counted.
+An empty message takes two bytes in a file and about a hundred bytes once parsed, so a small file can fill the memory. The scan walks the
+encoding (tag, length, value) without building objects, and stops when a limit is exceeded. Tensor data is skipped in one step.
+Packed integers take one byte in a file and eight once parsed, so their bytes are counted.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 from fusenms.limits import Limits
 
 FIELDS_PER_NODE = 50
-"""Fields of a file for each node that the limits allow; exporters write 10 to 30 with all attributes."""
+"""Maximum number of fields for each node that the limits allow. Exporters write 10 to 30 per node, attributes included."""
 MESSAGES_PER_LEVEL = 3
-"""Messages within each other for each graph in a graph: graph, node, attribute."""
+"""Nested messages for each level of graphs: graph, node, attribute."""
 
 Schema = dict[int, Any]
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _PACKED: Schema = {}
-"""Stands for a field of packed whole numbers in a schema."""
+"""Marks a field of packed integers in a schema."""
 
 
 def scan(data: bytes, limits: Limits) -> None:
     """Check the encoding of a ModelProto.
 
     Raises:
-        ValueError: it is no such message, or it has more fields or deeper messages than the limits allow.
+        ValueError: the data is not such a message, or has more fields or deeper messages than the limits allow.
     """
     most_fields, most_levels = limits.max_nodes * FIELDS_PER_NODE, limits.max_nesting * MESSAGES_PER_LEVEL
     fields = packed = 0
@@ -61,7 +61,7 @@ def scan(data: bytes, limits: Limits) -> None:
                         )
                     at += size
                 elif inner is not None and size:
-                    open_messages.append((at + size, end, schema))  # goes on here after the inner message
+                    open_messages.append((at + size, end, schema))  # the scan continues here after the inner message
                     if len(open_messages) > most_levels:
                         raise ValueError(f"graphs are nested more than {limits.max_nesting} deep (max_nesting)")
                     end, schema = at + size, inner
@@ -74,7 +74,7 @@ def scan(data: bytes, limits: Limits) -> None:
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """A number in base 128, and where it ends."""
+    """Read a base-128 varint. Return its value and the position after it."""
     number = shift = 0
     while at < end:
         byte = data[at]
@@ -90,7 +90,7 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
 
 @cache
 def _model_schema() -> Schema:
-    """Which fields of a ModelProto are messages: field number to the fields of that message."""
+    """The fields of a ModelProto that are messages: field number to the schema of that message."""
     import onnx
 
     known: dict[str, Schema] = {}
@@ -102,7 +102,7 @@ def _model_schema() -> Schema:
                 if field.message_type is not None:
                     own[field.number] = schema_of(field.message_type)
                 elif field.type in (field.TYPE_INT32, field.TYPE_INT64, field.TYPE_UINT64, field.TYPE_ENUM):
-                    own[field.number] = _PACKED  # or one number by itself, which is no BYTES
+                    own[field.number] = _PACKED  # a single number has the kind VARINT instead
         return known[descriptor.full_name]
 
     return schema_of(onnx.ModelProto.DESCRIPTOR)

@@ -1,4 +1,4 @@
-"""Run fused models on images."""
+"""Runs fused models on images."""
 
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.detector import Detector

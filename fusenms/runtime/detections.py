@@ -1,4 +1,4 @@
-"""`Detections`: what was found in one image."""
+"""`Detections`: the detections in one image."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fusenms.runtime.masks import Masks
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Detections:
-    """What was found in one image, best first; never optional, empty arrays where nothing was.
+    """The detections in one image, best first. Arrays are never None; without detections they are empty.
 
     Attributes:
-        boxes: ``[n, 4]`` float32, xyxy in pixels of the image; of oriented boxes the smallest upright ones around them.
+        boxes: ``[n, 4]`` float32, xyxy in pixels of the image. For oriented boxes, the smallest upright boxes around them.
         scores: ``[n]`` float32, 0 to 1.
-        labels: ``[n]`` int32, index into ``class_names``.
+        labels: ``[n]`` int32, indices into ``class_names``.
         class_names: names of all classes.
-        oriented_boxes: ``[n, 5]`` float32: cx, cy, w, h in pixels of the image, and the angle in radians, from x to y. It is 0 where
-            the model gives upright boxes.
-        keypoints: ``[n, P, D]`` float32: x, y in pixels of the image and, where D is 3, the visibility from 0 to 1; P is 0 where the
-            model has none.
-        masks: a sequence of n boolean arrays ``[height, width]`` of the image; of length 0 where the model has none.
-        indices: ``[n]`` int32, the candidate that each row came from; -1 where the model does not say.
-        oriented: whether the model gives turned boxes.
-        converged: false where a model with a fixed number of rounds says that they were too few: boxes may be wrong.
+        oriented_boxes: ``[n, 5]`` float32: cx, cy, w, h in pixels of the image, and the angle in radians, from x to y. The angle is 0 if
+            the boxes of the model are upright.
+        keypoints: ``[n, P, D]`` float32: x, y in pixels of the image and, if D is 3, the visibility from 0 to 1. P is 0 if the model has
+            no keypoints.
+        masks: a sequence of n boolean arrays ``[height, width]`` of the image; of length 0 if the model has no masks.
+        indices: ``[n]`` int32, the candidate of each row; -1 if the model does not output indices.
+        oriented: whether the boxes of the model are oriented.
+        converged: false if a fixed number of suppression rounds was too small. Boxes may then be wrong.
     """
 
     boxes: np.ndarray
@@ -52,12 +52,12 @@ class Detections:
         return len(self.scores)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, float, int]]:
-        """Rows as (box, score, label)."""
+        """Iterate over the rows as (box, score, label)."""
         return zip(self.boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
 
     @property
     def corners(self) -> np.ndarray:
-        """Corner points ``[n, 4, 2]`` of the oriented boxes, around each, in pixels of the image."""
+        """Corners ``[n, 4, 2]`` of the oriented boxes, in order around each box, in pixels of the image."""
         return oriented_to_corners(self.oriented_boxes)
 
     def name(self, label: int) -> str:
@@ -65,7 +65,7 @@ class Detections:
         return self.class_names[label] if 0 <= label < len(self.class_names) else f"class{label}"
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """One plain dictionary a row, for JSON; with angle and corners, keypoints, or the mask's outlines, where the model gives them."""
+        """One dictionary for each row, for JSON. It has oriented box and corners, keypoints, mask outlines or index if the model does."""
         rows: list[dict[str, Any]] = [
             {
                 "label": label,

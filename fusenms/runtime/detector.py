@@ -1,4 +1,4 @@
-"""`Detector`: images in, detections out."""
+"""`Detector`: runs a fused model on images."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ _LOG = logging.getLogger(__name__)
 
 
 class Detector:
-    """A fused model, open in ONNX Runtime. Safe to call, and to close, from several threads at once.
+    """A fused model, open in ONNX Runtime. Calling and closing it are thread-safe.
 
     with Detector("yolov8n.ort.onnx") as detect:
         for found in detect(["a.jpg", "b.jpg"]):
             print(found.boxes, found.scores, found.labels)
 
-    A pickled detector holds the absolute path of its file, the file's SHA-256, and the settings. Unpickling opens the file again,
-    and raises `SourceError` if it is gone or has changed. A copy (`copy.copy`, `copy.deepcopy`) shares the open model, and is closed on its
-    own. After a fork, open the file again in the child: the threads of ONNX Runtime stay with the parent. ``threads=1`` needs none.
+    A pickled detector holds the absolute path of its file, the SHA-256 of the file, and the settings. Unpickling opens the file again, and
+    raises `SourceError` if the file is missing or has changed. A copy (`copy.copy`, `copy.deepcopy`) shares the open model, and is closed
+    separately. After a fork, open the file again in the child process, because the threads of ONNX Runtime remain in the parent. With
+    ``threads=1`` this is not necessary.
 
     Example:
         >>> import fusenms
@@ -60,15 +61,15 @@ class Detector:
 
         Args:
             providers: ONNX Runtime execution providers, in order of preference.
-            batch_size: most images that are run at once; one, for a model in which the images of a batch change each other.
-            threads: of one run; default: ONNX Runtime's choice.
+            batch_size: maximum number of images in one run. It is 1 for models in which the images of a batch affect each other.
+            threads: number of threads of one run; default: chosen by ONNX Runtime.
             limits: bounds on the file, on the images, and on the time of each run.
 
         Raises:
             SourceError: the file cannot be read, or is not a fused model.
             UnsupportedByBackendError: its backend does not run on ONNX Runtime.
-            BackendUnavailableError: ONNX Runtime, or a provider, is missing.
-            InputError: the batch size is not a positive number.
+            BackendUnavailableError: ONNX Runtime or a provider is missing.
+            InputError: an argument is invalid.
         """
         if isinstance(providers, str) or not all(isinstance(name, str) for name in providers):
             raise InputError(f"providers is {providers!r}; expected a list of names, as ['CPUExecutionProvider']")
@@ -105,8 +106,8 @@ class Detector:
         self.close()
 
     def close(self) -> None:
-        """Free the model: now, or when the runs that other threads are in have ended. Later runs raise `InputError`."""
-        self._runner = None  # a run holds the model on its own
+        """Free the model, once the runs of other threads have ended. Later calls raise `InputError`."""
+        self._runner = None  # each run has its own reference to the model
 
     def __copy__(self) -> Detector:
         other = object.__new__(type(self))
@@ -121,30 +122,30 @@ class Detector:
 
         Raises:
             InputError: the detector is closed.
-            SourceError: the file is gone, or is no longer the one that was opened.
+            SourceError: the file is missing, or has changed since it was opened.
         """
         if self._runner is None:
             raise InputError("the detector is closed, so it cannot be pickled; open the file again")
         if self._stamp is None or _stamp(self._path) != self._stamp:
             raise SourceError(
-                f"{printable(self._path)}: is gone or has changed since it was opened, so its detector cannot be pickled; open it again"
+                f"{printable(self._path)}: is missing or has changed since it was opened, so its detector cannot be pickled; open it again"
             )
         return _reopen, (self._path, _sha256(self._path, self.limits), self._settings)
 
     def __call__(self, images: Any) -> list[Detections]:
-        """Find objects.
+        """Detect objects in images.
 
         Args:
-            images: each a path, an array ``[height, width, 3]`` uint8 RGB or a PIL image; or one of these.
+            images: one image or several. An image is a path, an array ``[height, width, 3]`` uint8 RGB or a PIL image.
 
         Returns:
-            one `Detections` an image, in order.
+            one `Detections` for each image, in order.
 
         Raises:
-            InputError: one of them is not an image, or exceeds the limits; the memory does not suffice; or the detector is closed.
-            RunError: the model fails, takes too long, or gives what it does not promise.
+            InputError: an image is invalid or exceeds the limits, there is not enough memory, or the detector is closed.
+            RunError: the model fails, takes too long, or returns outputs that violate its contract.
         """
-        self._open_runner()  # fails before an image is read
+        self._open_runner()  # fail before an image is read
         single = is_single(images)
         if not single and not isinstance(images, Iterable):
             raise InputError(
@@ -164,7 +165,7 @@ class Detector:
         return found + (self._run(canvases, places) if canvases else [])
 
     def _place(self, source: Any) -> tuple[np.ndarray, Placement]:
-        """An image on the canvas that the model takes."""
+        """Read an image and scale it to the model's input."""
         image = read_image(source, self.limits)
         fit = stretched if self._image.stretch else letterbox
         try:
@@ -178,7 +179,7 @@ class Detector:
             raise InputError("the detector is closed; open the file again")
         if self._process not in (None, os.getpid()):
             raise InputError(
-                "the detector was opened before this process was forked, and the threads of ONNX Runtime stay with the parent; open the "
+                "the detector was opened before this process was forked, and the threads of ONNX Runtime remain in the parent; open the "
                 "file again in this process, or with threads=1"
             )
         return runner
@@ -201,7 +202,7 @@ class Detector:
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
         if not converged.all():
             _LOG.warning(
-                "%d of %d images need more rounds of suppression than the model has: boxes may be wrong; fuse it with more rounds",
+                "%d of %d images need more suppression rounds than the model has, so boxes may be wrong; fuse it with more rounds",
                 (~converged).sum(), len(converged),
             )  # fmt: skip
         return [
@@ -212,7 +213,11 @@ class Detector:
         ]
 
     def _check(self, outputs: dict[str, np.ndarray], batch: int) -> None:
-        """Refuse outputs that are not those of the contract: the graph may have been changed after it was written."""
+        """Refuse outputs that violate the contract. The graph may have been changed after it was written.
+
+        Raises:
+            RunError: an output has another shape or type, or invalid values.
+        """
         for name, spec in self._outputs:
             value = outputs.get(name)
             sides = value.shape[2:] if isinstance(value, np.ndarray) and value.ndim == 4 and "h" in spec.shape else ()
@@ -234,7 +239,7 @@ class Detector:
             )
 
     def _found(self, outputs: dict[str, np.ndarray], count: int, place: Placement, converged: bool) -> Detections:
-        """What was found in one image, given its outputs."""
+        """The detections in one image, from its outputs."""
         boxes, scores, labels = (outputs[name][:count] for name in self._names[1:])
         turned = boxes.shape[1] == 5
         if turned:
@@ -259,7 +264,7 @@ class Detector:
         )
 
     def _mask_logits(self, outputs: dict[str, np.ndarray], count: int) -> np.ndarray:
-        """``[n, h, w]`` float32, above 0 inside of the masks; n is 0 where the model has none."""
+        """Mask logits ``[n, h, w]`` float32, above 0 inside the masks. n is 0 if the model has no masks."""
         if contract.MASKS in outputs:
             return outputs[contract.MASKS][:count] - np.float32(0.5)
         if contract.PROTOTYPES not in outputs:
@@ -268,7 +273,7 @@ class Detector:
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
-    """What tells a file from one that was put in its place; None where there is none."""
+    """Identity, size and time of a file, which show whether it was replaced or changed. None if there is no file."""
     try:
         status = os.stat(path)
     except (OSError, ValueError, TypeError):
@@ -288,7 +293,7 @@ def _reopen(path: str, sha256: str, settings: dict[str, Any]) -> Detector:
     """Open the file of a pickled detector.
 
     Raises:
-        SourceError: it is gone, or is another one.
+        SourceError: the file is missing or has changed.
     """
     if _sha256(path, settings["limits"]) != sha256:
         raise SourceError(f"{printable(path)}: has changed since its detector was pickled; open it with Detector(...)")

@@ -1,8 +1,8 @@
-"""Format and size of an encoded image, read from its header before anything is decoded.
+"""Reads format and size of an encoded image from its header, before the image is decoded.
 
-Five formats are read: JPEG, PNG, BMP, WebP and TIFF. The content decides, not the file's name. OpenCV decodes them. Its own pixel limit
-holds for the whole process and is set before the import. What is read here is what its decoders take for the size. What is ambiguous is
-refused, so that a file cannot say one size here and another one there.
+Five formats are supported: JPEG, PNG, BMP, WebP and TIFF. The content of the file determines the format, not its name. OpenCV decodes the
+images. Its own pixel limit is left alone, because it applies to the whole process and must be set before the import. This module reads
+the same size as the decoders of OpenCV. Ambiguous headers are refused, so that both always agree on the size.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fusenms.limits import Limits
 
 FORMATS = "JPEG, PNG, BMP, WebP or TIFF"
 MAX_SCANS = 64
-"""Passes over a progressive JPEG; encoders make about ten. Each costs time for every pixel, however few bytes it has."""
+"""Maximum number of scans of a progressive JPEG. Encoders write about ten. Each scan costs time for every pixel, whatever its size."""
 MAX_PARTS = 100_000
-"""Segments of a JPEG, chunks of a PNG."""
+"""Maximum number of segments of a JPEG, or of chunks of a PNG."""
 _MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
-"""Those of a JPEG that begin a segment, and the end of the image."""
+"""Markers of a JPEG: the start of a segment, or the end of the image."""
 _TIFF_FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_SAMPLES, _TIFF_STRIP, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = (
     256, 257, 258, 277, 278, 322, 323,
@@ -30,7 +30,13 @@ _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_SAMPLES, _TIFF_STRIP, _TIFF_TILE_WI
 
 @dataclass(frozen=True)
 class Header:
-    """What an image's header says. ``pixels``: most pixels that a decoder holds at once, of 8 bytes at most."""
+    """The header of an image.
+
+    Attributes:
+        format: name of the format.
+        height, width: size in pixels, before the EXIF orientation is applied.
+        pixels: maximum number of pixels that a decoder holds at once, at up to 8 bytes each.
+    """
 
     format: str
     height: int
@@ -39,18 +45,18 @@ class Header:
 
 
 class _Unreadable(Exception):
-    """A header that says no size, or more than one."""
+    """A header is damaged, or its size is missing or ambiguous."""
 
 
 def read_header(data: bytes, name: str, limits: Limits) -> Header:
-    """Format and size of an encoded image. Its orientation (EXIF) is left out: height and width may be exchanged.
+    """Read format and size of an encoded image. The EXIF orientation is ignored, so height and width may be swapped.
 
     Args:
-        data: the whole file.
-        name: what messages call it.
+        data: content of the file.
+        name: name of the image, for messages.
 
     Raises:
-        InputError: it is of another format, its header cannot be read, it has no pixels, or more than ``limits.max_pixels``.
+        InputError: the format is not supported, the header is unreadable, or the image has no pixels or more than ``limits.max_pixels``.
     """
     kind = next((kind for kind in _READERS if _is(kind, data)), None)
     if kind is None:
@@ -69,17 +75,17 @@ def read_header(data: bytes, name: str, limits: Limits) -> Header:
     check_pixels(header.height, header.width, name, limits)
     if header.pixels > limits.max_pixels:
         raise InputError(
-            f"{name}: {kind} of {header.width} x {header.height} pixels, in parts that take as much memory as {header.pixels} pixels; "
+            f"{name}: {kind} of {header.width} x {header.height} pixels, in parts that need as much memory as {header.pixels} pixels; "
             f"expected at most {limits.max_pixels} (max_pixels in Limits)"
         )
     return header
 
 
 def check_pixels(height: int, width: int, name: str, limits: Limits) -> None:
-    """Refuse an image that has more pixels than the limit.
+    """Refuse an image with more pixels than the limit.
 
     Raises:
-        InputError: it has.
+        InputError: the image has more pixels.
     """
     if height * width > limits.max_pixels:
         raise InputError(
@@ -98,7 +104,7 @@ def _is(kind: str, data: bytes) -> bool:
 
 
 def _jpeg(data: bytes) -> Header:
-    """From the first frame marker, as libjpeg looks for it: bytes between segments are skipped."""
+    """Read the size from the first frame marker. As in libjpeg, bytes between segments are skipped."""
     size: tuple[int, int] | None = None
     place = 2
     scans = parts = 0
@@ -124,22 +130,22 @@ def _jpeg(data: bytes) -> Header:
             raise _Unreadable("a segment has no length")
         place += length
     if size is None:
-        raise _Unreadable("it says no size")
+        raise _Unreadable("it has no size")
     return Header("JPEG", size[0], size[1], size[0] * size[1])
 
 
 def _png(data: bytes) -> Header:
     if data[8:16] != b"\0\0\0\rIHDR":
-        raise _Unreadable("it does not begin with its size")
+        raise _Unreadable("it does not begin with an IHDR chunk")
     width, height = struct.unpack_from(">II", data, 16)
-    for part, _ in enumerate(_chunks(data)):  # for one that says to be large, OpenCV takes the memory before it looks
+    for part, _ in enumerate(_chunks(data)):  # OpenCV allocates the stated length of a chunk before it reads the chunk
         if part > MAX_PARTS:
             raise _Unreadable(f"it has more than {MAX_PARTS} chunks")
     return Header("PNG", height, width, height * width)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and bytes of each chunk of a PNG, up to its end."""
+    """Yield type and bytes of each chunk of a PNG, up to the end of the image."""
     place, kind = 8, b""
     while kind != b"IEND":
         (length,) = struct.unpack_from(">I", data, place)
@@ -176,12 +182,12 @@ def _webp(data: bytes) -> Header:
             raise _Unreadable("its data has another signature")
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
     else:
-        raise _Unreadable("it begins with no image")
+        raise _Unreadable("its first chunk is not an image")
     return Header("WebP", height, width, height * width)
 
 
 def _tiff(data: bytes) -> Header:
-    """From the first directory, which is the page that OpenCV reads."""
+    """Read the size from the first directory, the page that OpenCV reads."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     (place,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", data, 8 if big else 4)
@@ -198,7 +204,7 @@ def _tiff(data: bytes) -> Header:
             continue
         (number,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", data, start + 4)
         if tag in tags or kind not in _TIFF_FORMATS or not 1 <= number <= (1 if tag != _TIFF_BITS else 64):
-            raise _Unreadable(f"tag {tag} is there twice, or of another kind than usual")
+            raise _Unreadable(f"tag {tag} is duplicated, or has an unusual type or count")
         form = f"{order}{number}{_TIFF_FORMATS[kind]}"
         inline = struct.calcsize(form) <= (8 if big else 4)
         where = start + (12 if big else 8)
@@ -206,7 +212,7 @@ def _tiff(data: bytes) -> Header:
             (where,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", data, where)
         tags[tag] = list(struct.unpack_from(form, data, where))
     if _TIFF_WIDTH not in tags or _TIFF_HEIGHT not in tags:
-        raise _Unreadable("it says no size")
+        raise _Unreadable("it has no size")
     (width,), (height,) = tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]
     depth = tags.get(_TIFF_SAMPLES, [1])[0] * max(tags.get(_TIFF_BITS, [1]))
     part = min(tags.get(_TIFF_STRIP, [height])[0], height) * width
@@ -216,9 +222,9 @@ def _tiff(data: bytes) -> Header:
 
 
 def without_notes(data: bytes) -> bytes:
-    """A PNG without its texts and color profiles, which OpenCV does not use; other formats as they are.
+    """Remove texts and color profiles, which OpenCV does not use, from a PNG. Other formats are returned unchanged.
 
-    libpng prints the names of damaged ones to standard error as they stand in the file. Call `read_header` first.
+    libpng would print the names of damaged chunks to standard error, unescaped. Call `read_header` first.
     """
     if not _is("PNG", data):
         return data
@@ -227,5 +233,5 @@ def without_notes(data: bytes) -> bytes:
 
 
 _PNG_USED = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
-"""Chunks that OpenCV reads, beside those that every decoder has to: transparency, orientation, animation."""
+"""Optional chunks that OpenCV reads, beside the mandatory ones: transparency, orientation, animation."""
 _READERS = {"JPEG": _jpeg, "PNG": _png, "BMP": _bmp, "WebP": _webp, "TIFF": _tiff}

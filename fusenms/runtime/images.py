@@ -1,4 +1,4 @@
-"""Images of any kind to arrays, and arrays into the square that a model takes."""
+"""Converts images of any kind to arrays, and arrays to the input of a model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fusenms.safety.text import printable
 GREY = 114
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 PIL_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
-"""Formats that Pillow may decode for us: their size stands in their header, and nothing else runs. An ICO holds an image of another size,
-and EPS starts a program."""
+"""Formats that Pillow may decode. Their headers state the size, and decoding runs no other program. An ICO can contain an image of another
+size, and EPS starts a program."""
 
 
 def opencv() -> Any:
-    """OpenCV, imported where it is needed.
+    """Import OpenCV on first use.
 
     Raises:
-        BackendUnavailableError: it is not installed.
+        BackendUnavailableError: OpenCV is not installed.
     """
     try:
         import cv2
@@ -38,21 +38,23 @@ def opencv() -> Any:
 
 
 def is_single(value: Any) -> bool:
-    """Whether a value stands for one image: a path, an array or a PIL image."""
+    """Whether a value is one image: a path, an array or a PIL image."""
     return isinstance(value, (str, bytes, os.PathLike, np.ndarray)) or hasattr(value, "convert")
 
 
 def read_image(source: Any, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """A path, an array or a PIL image to an array ``[height, width, 3]`` uint8 RGB.
+    """Convert a path, an array or a PIL image to an array ``[height, width, 3]`` uint8 RGB.
 
-    A file is JPEG, PNG, BMP, WebP or TIFF; its content says which. Its size is read from its header before it is decoded. An array is
-    uint8, ``[height, width, 3]`` RGB or ``[height, width]`` gray. PIL images are turned as their EXIF data says. Of 16 bits (modes ``I;16``
-    and the like) the upper 8 are taken. Mode ``I`` has no range of its own: values up to 255 are taken for 8 bits, otherwise, up to
-    65535, for 16 bits.
+    A file is JPEG, PNG, BMP, WebP or TIFF, as its content shows. Its size is read from its header before it is decoded.
+
+    An array is uint8, ``[height, width, 3]`` RGB or ``[height, width]`` gray.
+
+    A PIL image is rotated according to its EXIF orientation. 16-bit modes (such as ``I;16``) keep their upper 8 bits. Mode ``I`` has no
+    fixed range: values up to 255 count as 8 bits, others up to 65535 as 16 bits.
 
     Raises:
-        InputError: it is not an image, is damaged, exceeds the limits (`Limits.max_pixels`, `Limits.max_image_file_bytes`), or does not fit
-            into memory.
+        InputError: the value is not an image, is damaged, exceeds the limits (`Limits.max_pixels`, `Limits.max_image_file_bytes`), or does
+            not fit into memory.
     """
     try:
         if isinstance(source, (str, bytes, os.PathLike)):
@@ -69,7 +71,7 @@ def read_image(source: Any, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
 def _from_array(source: np.ndarray, limits: Limits) -> np.ndarray:
     if isinstance(source, (np.matrix, np.ma.MaskedArray)):
         raise InputError(
-            f"found a {type(source).__name__} of NumPy; expected a plain array: np.asarray(...) makes one, without a mask"
+            f"found a NumPy {type(source).__name__}; expected a plain array: convert it with np.asarray(...), which drops a mask"
         )
     array = np.asarray(source)
     gray = array.ndim == 2
@@ -79,13 +81,13 @@ def _from_array(source: np.ndarray, limits: Limits) -> np.ndarray:
     check_pixels(array.shape[0], array.shape[1], "an array", limits)
     if _overlaps(array):
         raise InputError(
-            f"found an array whose strides {list(array.strides)} let rows share memory; expected one of its own: copy it with np.array(...)"
+            f"found an array with strides {list(array.strides)}, whose rows share memory; expected one without: copy it with np.array(...)"
         )
     return np.ascontiguousarray(np.repeat(array[..., None], 3, 2) if gray else array)
 
 
 def _overlaps(array: np.ndarray) -> bool:
-    """Whether axes of an array share memory, but for those that repeat the same values (stride 0, as `np.broadcast_to` makes them)."""
+    """Whether elements of an array share memory. Axes with stride 0, as from `np.broadcast_to`, do not count."""
     reach = array.itemsize
     for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True)):
         if stride and size > 1:
@@ -96,7 +98,7 @@ def _overlaps(array: np.ndarray) -> bool:
 
 
 def _from_pil(image: Any, limits: Limits) -> np.ndarray:
-    """A PIL image as the same file would be read by path: turned as its EXIF says, 16 bits made 8."""
+    """Convert a PIL image in the same way as its file: rotated according to EXIF, and 16 bits reduced to 8."""
     try:
         from PIL import Image, ImageFile, ImageOps
     except ImportError as error:
@@ -111,12 +113,12 @@ def _from_pil(image: Any, limits: Limits) -> np.ndarray:
     check_pixels(height, width, "a PIL image", limits)
     if isinstance(image, ImageFile.ImageFile) and image.format not in PIL_FORMATS:
         raise InputError(
-            f"found a PIL image of format {printable(image.format)}, which is decoded when it is used; expected {', '.join(PIL_FORMATS)}, "
-            "or a decoded image: image.copy() makes one"
+            f"found a PIL image of format {printable(image.format)}, which is not decoded yet; expected {', '.join(PIL_FORMATS)}, "
+            "or a decoded image: make one with image.copy()"
         )
     if image.mode == "F":
         raise InputError(
-            "found a PIL image of mode F (floating point, of no known range); expected one of integers: scale it, and convert it to L"
+            "found a PIL image of mode F (floating point, without a known range); expected integers: scale it, and convert it to L"
         )
     try:
         upright = ImageOps.exif_transpose(image)
@@ -129,15 +131,15 @@ def _from_pil(image: Any, limits: Limits) -> np.ndarray:
         raise
     except (
         Exception
-    ) as error:  # of a damaged file, Pillow raises errors of many kinds: SyntaxError, struct.error, KeyError, …
+    ) as error:  # on a damaged file, Pillow raises errors of many types: SyntaxError, struct.error, KeyError, …
         raise InputError(f"found a PIL image that cannot be decoded ({printable(error)[:200]})") from error
     if array.ndim != 3 or sorted(array.shape[:2]) != sorted((height, width)):
-        raise InputError(f"found a PIL image of {width} x {height} pixels that is decoded to others; it is damaged")
+        raise InputError(f"found a PIL image of {width} x {height} pixels that decodes to another size; it is damaged")
     return array
 
 
 def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Values of 16 or 32 bits as 8 bits."""
+    """Convert values of 16 or 32 bits to 8 bits."""
     most, least = int(values.max()), int(values.min())
     if least < 0 or most > 0xFFFF:
         raise InputError(
@@ -169,10 +171,10 @@ def _read_file(path: Path, limits: Limits) -> np.ndarray:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images in a folder, by name.
+    """Paths of the images in a folder, sorted by name.
 
     Raises:
-        InputError: it is no folder, cannot be read, or has none.
+        InputError: the path is not a folder, cannot be read, or has no images.
     """
     if not is_folder(folder):
         raise InputError(f"{printable(folder)}: is not a folder; expected a folder of images")
@@ -187,9 +189,12 @@ def list_images(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image of ``height`` x ``width`` lies in the model's input: its corner and its size there, in whole pixels.
+    """The position of an image in the model's input, in whole pixels. Each axis has its own scale, because the size is rounded.
 
-    Each axis has its own scale, since the size is rounded.
+    Attributes:
+        height, width: size of the image.
+        left, top: position of the image's corner in the input.
+        inner_height, inner_width: size of the scaled image in the input.
     """
 
     height: int
@@ -200,21 +205,21 @@ class Placement:
     inner_width: int
 
     def to_image(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes ``[n, 4]`` xyxy in pixels of the input to pixels of the image, clipped to it; float32."""
+        """Convert boxes ``[n, 4]`` xyxy from pixels of the input to pixels of the image, float32, clipped to the image."""
         gain = np.array([self.inner_width / self.width, self.inner_height / self.height] * 2)
         moved = (boxes - np.array([self.left, self.top] * 2)) / gain
         return np.clip(moved, 0, [self.width, self.height] * 2).astype(np.float32)
 
     def points_to_image(self, points: np.ndarray) -> np.ndarray:
-        """Points ``[..., 2 or more]``, x and y first, in pixels of the input to pixels of the image, clipped to it; float32."""
+        """Convert points ``[..., 2 or more]``, x and y first, from pixels of the input to pixels of the image, float32, clipped to it."""
         gain = np.array([self.inner_width / self.width, self.inner_height / self.height])
         moved = np.clip((points[..., :2] - np.array([self.left, self.top])) / gain, 0, [self.width, self.height])
         return np.concatenate((moved, points[..., 2:]), -1).astype(np.float32)
 
     def oriented_to_image(self, boxes: np.ndarray) -> np.ndarray:
-        """Oriented boxes ``[n, 5]`` in pixels of the input to pixels of the image; float32. They may reach out of it.
+        """Convert oriented boxes ``[n, 5]`` from pixels of the input to pixels of the image, float32. They are not clipped.
 
-        As in Ultralytics, sides are scaled as if upright: exact where both axes have the same scale.
+        As in Ultralytics, the sides are scaled as if the box were upright. This is exact if both axes have the same scale.
         """
         gain = np.array([self.inner_width / self.width, self.inner_height / self.height])
         moved = (boxes[:, :2] - np.array([self.left, self.top])) / gain
@@ -222,10 +227,10 @@ class Placement:
 
 
 def letterbox(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
-    """Scale an image ``[h, w, 3]`` uint8 to fit, and center it on grey.
+    """Scale an image ``[h, w, 3]`` uint8 to fit the input, and center it on gray.
 
-    Returns ``[height, width, 3]`` uint8, and where the image lies in it. The rounding is that of Ultralytics, whose
-    models are trained and measured with it.
+    Return the input ``[height, width, 3]`` uint8, and the placement of the image in it. Sizes are rounded as in Ultralytics, because its
+    models are trained and evaluated that way.
     """
     gain = min(height / image.shape[0], width / image.shape[1])
     inner = (max(1, round(image.shape[1] * gain)), max(1, round(image.shape[0] * gain)))
@@ -237,7 +242,7 @@ def letterbox(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, P
 
 
 def stretched(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
-    """Scale an image ``[h, w, 3]`` uint8 to ``[height, width, 3]``, whatever its sides, and say so."""
+    """Scale an image ``[h, w, 3]`` uint8 to ``[height, width, 3]``, ignoring its aspect ratio. Return it with its placement."""
     whole = Placement(image.shape[0], image.shape[1], 0, 0, height, width)
     if image.shape[:2] == (height, width):
         return image, whole
@@ -255,15 +260,15 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def to_tensor(canvases: list[np.ndarray]) -> np.ndarray:
-    """Images ``[height, width, 3]`` uint8 RGB of one size to ``[B, 3, height, width]`` float32, 0 to 1."""
+    """Stack images ``[height, width, 3]`` uint8 RGB of one size into ``[B, 3, height, width]`` float32, 0 to 1."""
     return np.ascontiguousarray(np.stack(canvases).transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
 
 
 def load_tensor(folder: Path, height: int, width: int, stretch: bool, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """All images of a folder, letterboxed or stretched: ``[n, 3, height, width]`` float32, 0 to 1.
+    """Read all images of a folder, letterboxed or stretched, into ``[n, 3, height, width]`` float32, 0 to 1.
 
     Raises:
-        InputError: the folder has no images, or one of them is unreadable.
+        InputError: the folder has no images, or an image is unreadable.
     """
     fit = stretched if stretch else letterbox
     return to_tensor([fit(read_image(path, limits), height, width)[0] for path in list_images(folder)])

@@ -1,4 +1,4 @@
-"""`Masks`: the masks of one image's detections, made at the image's size when asked for."""
+"""`Masks`: the masks of the detections in one image. A mask is computed at the size of the image when it is accessed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fusenms.runtime.images import Placement, opencv
 
 @dataclass(frozen=True, eq=False)
 class Masks(Sequence[np.ndarray]):
-    """Masks as boolean arrays ``[height, width]`` of the image: ``masks[i]``, or ``np.asarray(masks)``, ``[n, height, width]``.
+    """Masks as boolean arrays: ``masks[i]`` is ``[height, width]`` of the image, ``np.asarray(masks)`` is ``[n, height, width]``.
 
-    They are enlarged when asked for, so a large image with many objects costs memory for those that are looked at.
+    Masks are upsampled on access, so a large image with many objects needs memory only for the masks that are used.
 
     Attributes:
-        logits: ``[n, h, w]`` float32 at the size of the prototypes, above 0 inside.
-        boxes: ``[n, 4]`` xyxy in pixels of the image; a mask ends at its box.
-        place: where the image lies in the model's input.
-        size: (height, width) of the model's input.
+        logits: ``[n, h, w]`` float32 at the size of the prototypes, above 0 inside the masks.
+        boxes: ``[n, 4]`` xyxy in pixels of the image. Each mask is clipped to its box.
+        place: placement of the image in the model's input.
+        size: (height, width) of the model's input, in pixels.
     """
 
     logits: np.ndarray
@@ -34,7 +34,7 @@ class Masks(Sequence[np.ndarray]):
         return len(self.logits)
 
     def __getitem__(self, i: Any) -> Any:
-        """Mask ``i``; of a slice, a list of numbers or a boolean array, those masks as `Masks`."""
+        """Mask ``i``, or `Masks` for a slice, a list of indices or a boolean array."""
         if np.ndim(i) or isinstance(i, slice):
             some = i if isinstance(i, slice) else np.asarray(i)
             return Masks(self.logits[some], self.boxes[some], self.place, self.size)
@@ -50,13 +50,15 @@ class Masks(Sequence[np.ndarray]):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("masks are made when asked for, so there is nothing to share; leave copy=False out")
+            raise ValueError("masks are computed on access, so they cannot be shared; leave copy=False out")
         shape = (len(self), self.place.height, self.place.width)
         return np.stack(list(self)).astype(dtype or bool) if len(self) else np.zeros(shape, dtype or bool)
 
     def polygons(self) -> list[list[np.ndarray]]:
-        """Of each mask its outlines ``[m, 2]`` float32 (x, y in pixels of the image), the largest first; without holes, and without
-        specks of fewer than three points, which are no polygons."""
+        """Outlines of each mask, the largest first: ``[m, 2]`` float32, x and y in pixels of the image.
+
+        Holes are left out, and so are outlines with fewer than three points, which are not polygons.
+        """
         cv2, found = opencv(), []
         for mask in self:
             outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
@@ -65,8 +67,14 @@ class Masks(Sequence[np.ndarray]):
         return found
 
     def _enlarged(self, logits: np.ndarray) -> np.ndarray:
-        """Logits ``[h, w]`` at the image's size, ``[height, width]`` float32, in the steps that Ultralytics takes (process_mask_native):
-        enlarged until the image's edge falls on whole pixels, cut to the image, resized; the threshold comes after that."""
+        """Upsample logits ``[h, w]`` to the image ``[height, width]``, float32.
+
+        The steps are those of Ultralytics (process_mask_native), before its threshold:
+
+        1. Upsample until the edges of the image fall on whole pixels.
+        2. Crop to the image.
+        3. Resize to the size of the image.
+        """
         cv2, place = opencv(), self.place
         (height, width), (rows, columns) = self.size, logits.shape
         edges = [place.top * rows / height, (place.top + place.inner_height) * rows / height]
@@ -83,5 +91,5 @@ class Masks(Sequence[np.ndarray]):
 
 
 def logits_of(coefficients: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
-    """Logits ``[n, h, w]`` float32 of masks with coefficients ``[n, M]`` over prototypes ``[M, h, w]``."""
+    """Mask logits ``[n, h, w]`` float32, from coefficients ``[n, M]`` and prototypes ``[M, h, w]``."""
     return np.tensordot(coefficients, prototypes, 1)

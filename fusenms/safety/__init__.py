@@ -1,1 +1,1 @@
-"""What keeps a file of unknown origin harmless: how it is opened, printed, and read in a child process."""
+"""Safe handling of files of unknown origin: opening, writing and printing them, and reading them in a child process."""

@@ -1,4 +1,4 @@
-"""Files are opened and written here: only regular files within a size limit are read, and files are written whole or not at all."""
+"""Opens and writes files. Only regular files within a size limit are read. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from fusenms.safety.text import printable
 
 try:
     import fcntl
-except ImportError:  # Windows: an open file cannot be removed there, which is what the locks are for
+except ImportError:  # Windows needs no locks: an open file cannot be removed there
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = re.compile(r"\.fusenms-[0-9a-f]{16}\.tmp")
-"""Names of temporary files: those of runs that were killed are recognized by it."""
+"""Pattern of temporary file names. It identifies the files that killed runs left behind."""
 _NONBLOCK, _BINARY, _NOFOLLOW = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_BINARY", "O_NOFOLLOW"))
 
 
 def open_regular(path: Path, max_bytes: int, *, error: type[FusenmsError] = SourceError) -> BinaryIO:
-    """Open a regular file for reading, or a link to one.
+    """Open a regular file, or a link to one, for reading.
 
-    A FIFO, a device or a socket is refused without waiting for it.
+    A FIFO, a device or a socket is refused without blocking.
 
     Args:
         max_bytes: size limit.
         error: class of the error to raise.
 
     Raises:
-        FusenmsError: of the class ``error``: the file is missing, cannot be read, is of another kind, or is too large.
+        FusenmsError: the file is missing, unreadable, not a regular file, or too large. The error is of the class ``error``.
     """
     shown = printable(path)
     try:
@@ -50,7 +50,7 @@ def open_regular(path: Path, max_bytes: int, *, error: type[FusenmsError] = Sour
         if stat.S_ISDIR(status.st_mode):
             raise error(f"{shown}: is a directory; expected a file")
         if not stat.S_ISREG(status.st_mode):
-            raise error(f"{shown}: is no regular file (a pipe, a device or a socket); expected a file")
+            raise error(f"{shown}: is not a regular file (a pipe, a device or a socket); expected a file")
         if status.st_size > max_bytes:
             raise error(f"{shown}: has {status.st_size} bytes; expected at most {max_bytes}")
         return os.fdopen(descriptor, "rb")
@@ -60,11 +60,11 @@ def open_regular(path: Path, max_bytes: int, *, error: type[FusenmsError] = Sour
 
 
 def read_regular(path: Path, max_bytes: int, *, error: type[FusenmsError] = SourceError) -> bytes:
-    """Content of a regular file; arguments and errors are those of `open_regular`."""
+    """Read a regular file. Arguments and errors are those of `open_regular`."""
     with open_regular(path, max_bytes, error=error) as file:
         try:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(size + 1)  # not more: so much memory is taken at once
+            data = file.read(size + 1)  # a bound, because memory for it is allocated at once
         except OSError as problem:
             raise error(f"{printable(path)}: cannot be read ({problem.strerror or problem})") from problem
         except MemoryError as problem:
@@ -77,7 +77,7 @@ def read_regular(path: Path, max_bytes: int, *, error: type[FusenmsError] = Sour
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is that of a folder; false for a path that no file can have (too long, a NUL in it)."""
+    """Whether a path is a folder. False for an invalid path (too long, or with a NUL)."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -85,24 +85,24 @@ def is_folder(path: Path) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results, where it is not there yet.
+    """Make a folder for results, unless it exists.
 
     Raises:
-        SourceError: it cannot be made.
+        SourceError: the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise SourceError(
-            f"{printable(folder)}: cannot be made a folder ({_reason(error)}); choose another with -o"
+            f"{printable(folder)}: the folder cannot be made ({_reason(error)}); choose another with -o"
         ) from error
 
 
 def check_writable(path: Path, source: Path | None = None) -> None:
-    """Fail early where `write_atomically` would, and where the output would destroy its own source.
+    """Check that `write_atomically` can write a path, and that the output does not overwrite its own source.
 
     Raises:
-        SourceError: the path cannot be written, is no regular file, or is ``source``.
+        SourceError: the path cannot be written, is not a regular file, or is ``source``.
     """
     shown = printable(path)
     try:
@@ -114,7 +114,7 @@ def check_writable(path: Path, source: Path | None = None) -> None:
         if target.exists() and not target.is_file():
             raise SourceError(f"{shown}: is not a regular file; choose another place with -o")
         if source is not None and target.exists() and source.exists() and target.samefile(source):
-            raise SourceError(f"{shown}: is the weights themselves, which would be lost; choose another place with -o")
+            raise SourceError(f"{shown}: is the input file, which would be overwritten; choose another place with -o")
         folder = target.parent
         if not folder.is_dir():
             raise SourceError(
@@ -127,28 +127,30 @@ def check_writable(path: Path, source: Path | None = None) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
-    """Write ``data`` to ``path``, whole or not at all, and to the disk. A symbolic link stays one, and an existing file keeps its mode.
+    """Write ``data`` to ``path`` atomically, and synchronize it with the disk.
+
+    A symbolic link stays a link, and an existing file keeps its mode.
 
     Raises:
-        SourceError: the path cannot be written; an existing file is left as it was.
+        SourceError: the path cannot be written. An existing file is not changed.
     """
     return write_together({path: data})[0]
 
 
 def write_together(files: Mapping[Path, bytes]) -> list[Path]:
-    """Write files of one folder that belong together: all of them or none. Return their paths.
+    """Write several files of one folder together: all of them or none. Return their paths.
 
-    1. Remove what killed runs left in the folder.
+    1. Remove the temporary files that killed runs left in the folder.
     2. Write each file under a temporary name, locked, and synchronize it with the disk.
-    3. Rename them to their names, in order. If one cannot be renamed, those before it are put back as they were.
+    3. Rename the files to their final names, in order. If a rename fails, the earlier ones are undone.
     4. Synchronize the folder with the disk.
 
-    A run that is killed before step 3 leaves temporary files, which the next one removes, and nothing else. If several runs write the
-    same file at once, that of the last one stays, whole. A run that is killed between two renames leaves the first file new and the last
-    one as it was: put last what is checked against the others.
+    A run that is killed before step 3 leaves only temporary files, which the next run removes. If several runs write the same file at
+    the same time, the file of the last run remains, complete. A run that is killed between two renames leaves the first files new and
+    the last ones old. Therefore put a file that is checked against the others last.
 
     Raises:
-        SourceError: a path cannot be written; existing files are left as they were.
+        SourceError: a path cannot be written. Existing files are not changed.
     """
     for path in files:
         check_writable(path)
@@ -178,7 +180,7 @@ def write_together(files: Mapping[Path, bytes]) -> list[Path]:
 
 
 class _Temporary:
-    """One file on its way to its place. While it is written, a lock says that its writer is alive."""
+    """A file that is written under a temporary name and then renamed. A lock shows that its writer is still running."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -195,7 +197,7 @@ class _Temporary:
         _synchronize(self._file.fileno())
 
     def put(self, keep_old: bool) -> None:
-        """Rename it to its place. ``keep_old``: `take_back` can then restore the file that was there."""
+        """Rename the file to its target. With ``keep_old``, `take_back` can restore the previous file."""
         if keep_old and self.target.exists():
             self._old, self._old_file = _locked(self.target.parent, lambda path: _link(self.target, path))
         if fcntl is None:
@@ -204,7 +206,7 @@ class _Temporary:
         self._put = True
 
     def take_back(self) -> None:
-        """Restore what was there before `put`; what was not put needs nothing."""
+        """Undo `put`: restore the previous file, or remove the new one. Does nothing if `put` was not called."""
         with suppress(OSError):
             if self._put and self._old is not None:
                 os.replace(self._old, self.target)
@@ -223,7 +225,10 @@ class _Temporary:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove temporary files of runs that were killed in a folder; return their paths. Those of running ones are locked, and stay."""
+    """Remove the temporary files that killed runs left in a folder. Return their paths.
+
+    Files of running processes are locked, and remain.
+    """
     removed: list[Path] = []
     with suppress(OSError):
         for name in os.listdir(folder):
@@ -249,12 +254,12 @@ def _remove_unlocked(path: Path) -> None:
 
 
 def _locked(folder: Path, make: Callable[[Path], BinaryIO]) -> tuple[Path, BinaryIO]:
-    """Make a temporary file and lock it. A cleaner may come between the two: then another one."""
+    """Make a temporary file and lock it. If another process removes it before it is locked, make a new one."""
     while True:
         path = folder / f".fusenms-{secrets.token_hex(8)}.tmp"
         file = make(path)
         if fcntl is not None:
-            with suppress(OSError):  # a file system without locks has none for cleaners either
+            with suppress(OSError):  # without locks in the file system, other processes cannot clean up either
                 fcntl.flock(file.fileno(), fcntl.LOCK_SH)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
@@ -276,7 +281,7 @@ def _link(target: Path, path: Path) -> BinaryIO:
 
 def _synchronize(descriptor: int) -> None:
     """Wait until a file or folder is on the disk."""
-    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves it in the disk's own memory
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync does not flush the cache of the disk
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
@@ -284,10 +289,10 @@ def _synchronize(descriptor: int) -> None:
 
 
 def _synchronize_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can."""
+    """Wait until the entries of a folder are on the disk, if the system supports it."""
     if os.name == "nt":
         return
-    with suppress(PermissionError):  # a folder that can be written but not read
+    with suppress(PermissionError):  # a folder can be writable but not readable
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             _synchronize(descriptor)

@@ -1,7 +1,7 @@
 """Child processes with limits on memory and time, for files of unknown origin.
 
-The limits are those of the operating system: memory for data on Linux (``RLIMIT_DATA``), no core file, and time everywhere. A child
-process is no sandbox: it may read and write what its parent may.
+The operating system enforces the limits: memory for data on Linux (``RLIMIT_DATA``), no core file, and time on every system. A child
+process is not a sandbox: it can read and write everything that its parent can.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ _confined = False
 
 
 def is_confined() -> bool:
-    """Whether this is a child process with limits."""
+    """Whether this process is a child process with limits."""
     return _confined
 
 
 def confine(memory: int) -> None:
-    """Limit this process to so many bytes of memory for data, for good. Does nothing where the system has no such limit."""
+    """Limit the data memory of this process permanently. Does nothing if the system has no such limit.
+
+    Args:
+        memory: limit in bytes.
+    """
     global _confined
     _confined = True
     try:
@@ -50,19 +54,19 @@ def confine(memory: int) -> None:
 def run_isolated(
     module: str, arguments: Sequence[str], limits: Limits, *, what: str, given: bytes | None = None
 ) -> int:
-    """Run a module of Python as a program in a child process with limits.
+    """Run a Python module as a program in a child process with limits.
 
     Args:
-        module: its name, as for ``python -m``.
-        arguments: of the program.
-        what: the file that it reads, for messages.
-        given: its standard input; default: that of this process.
+        module: name of the module, as for ``python -m``.
+        arguments: command-line arguments of the program.
+        what: the file that the program reads, for messages.
+        given: standard input of the program; default: that of this process.
 
     Returns:
-        its exit status.
+        the exit status.
 
     Raises:
-        SourceError: the child process took too much time, or was ended by a signal, as it is where memory runs out in native code.
+        SourceError: the child process exceeded the time limit, or a signal ended it, for example because native code ran out of memory.
     """
     command = [sys.executable, "-c", _START, str(limits.max_isolated_bytes), module, *arguments]
     child = subprocess.Popen(
@@ -72,21 +76,21 @@ def run_isolated(
         child.communicate(given, timeout=limits.max_isolated_seconds)
     except subprocess.TimeoutExpired as error:
         raise SourceError(
-            f"{what}: it took more than {limits.max_isolated_seconds:g} s, and was stopped; "
+            f"{what}: the child process took more than {limits.max_isolated_seconds:g} s, and was stopped; "
             "if the file is trusted, raise max_isolated_seconds"
         ) from error
     finally:
         _end(child)
     if child.returncode < 0:
         raise SourceError(
-            f"{what}: it was ended by signal {-child.returncode}, as it is where memory runs out "
+            f"{what}: the child process was ended by signal {-child.returncode}, possibly because it ran out of memory "
             f"(at most {limits.max_isolated_bytes} bytes); if the file is trusted, raise max_isolated_bytes"
         )
     return child.returncode
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a child process and those that it has started."""
+    """End a child process and the processes that it started."""
     if child.poll() is None:
         if os.name == "posix":
             with contextlib.suppress(ProcessLookupError):

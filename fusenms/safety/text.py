@@ -1,4 +1,4 @@
-"""Text of unknown origin, made fit to print: names in a file, paths, messages of other libraries."""
+"""Makes text of unknown origin safe to print: names in a file, paths, messages of other libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def has_controls(text: str) -> bool:
-    r"""Whether a text has control characters, line ends, lone surrogates, or marks that turn the direction of writing.
+    r"""Whether a text has control characters, line ends, lone surrogates, or marks that change the writing direction.
 
     >>> has_controls("a\u3000b"), has_controls("a\x1bb"), has_controls("a\u202eb")
     (False, True, True)
@@ -20,10 +20,10 @@ def has_controls(text: str) -> bool:
 
 
 def printable(value: Any) -> str:
-    r"""Text in which every character is visible. All others are escaped, so that they cannot act on a terminal.
+    r"""Escape all characters that are not visible, so that they cannot control a terminal.
 
-    Escaped are control characters (line ends too), marks that turn the direction of writing, lone surrogates and unusual spaces. Nothing is
-    done to a backslash: the result is to be read, not to be parsed.
+    These are control characters (line ends included), marks that change the writing direction, lone surrogates and unusual spaces. A
+    backslash is not escaped: the result is for reading, not for parsing.
 
     >>> printable("bus\x1b[31m\n")
     'bus\\x1b[31m\\n'
@@ -36,9 +36,9 @@ def printable(value: Any) -> str:
 
 
 def printable_lines(value: Any) -> str:
-    r"""The same for text of several lines: line ends stay, and each other line is indented by at least two spaces.
+    r"""Like `printable`, for text of several lines. Line ends remain, and all lines after the first are indented by two spaces or more.
 
-    A line end in a name therefore never starts a line that looks like one of ours.
+    So a line end in a name cannot start a line that looks like output of fusenms.
 
     >>> print(printable_lines("x: not found\nwrote y"))
     x: not found

@@ -1,4 +1,4 @@
-"""Weights of every kind to a `RawModel`: one file per kind."""
+"""Reads weights of every kind into a `RawModel`. Each kind has its own file."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["CHECKPOINT_SUFFIXES", "EXPECTED", "LoadFields", "LoadOptions", "load
 
 
 def load(weights: Any, options: LoadOptions | None = None, **fields: Unpack[LoadFields]) -> RawModel:
-    """Read a detector's weights; export them to ONNX where they are none yet.
+    """Read the weights of a detector. Weights that are not ONNX are exported to ONNX.
 
     Args:
-        weights: path of an Ultralytics checkpoint or one of the original YOLOv5, YOLOv7, YOLOv9 (`.pt`), of a raw `.onnx`, or of a
-            directory of a Hugging Face detector; or an `nn.Module`.
-        options: how to read them.
-        **fields: fields of `LoadOptions` instead.
+        weights: an `nn.Module`, or a path: a checkpoint (`.pt`) of Ultralytics or of the original YOLOv5, YOLOv7, YOLOv9; a raw `.onnx`;
+            or the directory of a Hugging Face detector.
+        options: how the weights are read.
+        **fields: fields of `LoadOptions`, instead of ``options``.
 
     Raises:
-        SourceError: the weights are missing, damaged, unsafe, or no detector.
-        AlreadyFusedError: the `.onnx` already ends in detections.
-        ConfigError: a setting does not fit the weights.
+        SourceError: the weights are missing, damaged, unsafe, or not those of a detector.
+        AlreadyFusedError: the `.onnx` already returns detections.
+        ConfigError: an option does not fit the weights.
         BackendUnavailableError: the weights need a package, such as PyTorch, that is not installed.
 
     Example:
@@ -50,7 +50,7 @@ def load(weights: Any, options: LoadOptions | None = None, **fields: Unpack[Load
         return _module(weights, options)
     if options.example is not None or options.layout is not None or options.class_names:
         raise ConfigError(
-            "example, layout and class_names are for an nn.Module; a file says these itself: leave them out"
+            "example, layout and class_names are for an nn.Module; a file has these itself: leave them out"
         )
     path = Path(weights)
     raw = load_isolated(path, options) if options.isolate else _file(path, options)
@@ -62,10 +62,10 @@ def load(weights: Any, options: LoadOptions | None = None, **fields: Unpack[Load
 
 
 def options_from(options: LoadOptions | None, fields: LoadFields) -> LoadOptions:
-    """The options, given as a value or as keywords.
+    """The options, from a value or from keywords.
 
     Raises:
-        ConfigError: they are given as both, or one is unknown or out of its range.
+        ConfigError: both are given, an option is unknown, or a value is out of its range.
     """
     if options is None:
         known = LoadFields.__annotations__
@@ -85,7 +85,7 @@ def _file(path: Path, options: LoadOptions) -> RawModel:
     suffix = path.suffix.lower()
     if options.one_to_many and (path.is_dir() or suffix not in CHECKPOINT_SUFFIXES):
         raise ConfigError(
-            "one_to_many is for checkpoints with two heads; these weights have what they have: leave it out"
+            "one_to_many is for checkpoints (.pt) with two heads; these weights are of another kind: leave it out"
         )
     if suffix == ".onnx" and not path.is_dir():
         if options.opset is not None:

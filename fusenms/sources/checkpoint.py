@@ -1,11 +1,11 @@
-"""Load a `.pt` checkpoint as plain data: nothing of it is executed, and the package that wrote it is not needed.
+"""Loads a `.pt` checkpoint as plain data. No code of the file runs, and the package that wrote it is not needed.
 
-1. `archive.py` reads the zip archive, `unpickle.py` the pickle in it: names and records, no objects.
-2. A name that fusenms does not know is refused.
-3. `rebuild.py` builds a network of our own classes from the records, checks what it costs, and reads the weights.
-4. The head is checked: what it says of itself must be what it gives.
+1. `archive.py` reads the zip archive. `unpickle.py` reads the pickle in it, as names and records, not as objects.
+2. A checkpoint with a name that fusenms does not know is refused.
+3. `rebuild.py` builds a network from the records, with classes of fusenms, checks its cost, and reads the weights.
+4. The head is checked: its attributes must match the shapes of its outputs.
 
-Every step is held to `fusenms.limits.Limits`.
+`fusenms.limits.Limits` bounds every step.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ _PLAIN = (
     "ultralytics.utils.IterableSimpleNamespace",
     "ultralytics.yolo.utils.IterableSimpleNamespace",
 )
-"""Names of plain data. They stay names: what a file makes of them is a record that nothing calls."""
+"""Names of plain data. A file that uses them gets records. Nothing is imported or called."""
 
 
 def _stand_ins() -> dict[str, type[nn.Module] | None]:
-    """Map every name that a checkpoint may have to the class of ours that stands in for it; None: to plain data."""
+    """Map every name that a checkpoint may use to the fusenms class that replaces it, or to None for plain data."""
     table: dict[str, type[nn.Module] | None] = dict.fromkeys(_PLAIN)
     table |= {f"{cls.__module__}.{cls.__name__}": cls for cls in TORCH_LAYERS}
     table["torch.nn.modules.activation.MultiheadAttention"] = rtdetr.MultiheadAttention
@@ -131,7 +131,7 @@ TASKS: dict[type[nn.Module], str] = {
     tasks.AnchorSegment: "segment", tasks.AnchorFreeSegment: "segment", tasks.AnchorFreePose: "pose", tasks.AnchorFreePose26: "pose",
     tasks.AnchorFreeOriented: "obb", tasks.AnchorFreeOriented26: "obb",
 }  # fmt: skip
-"""Of heads that give more than boxes."""
+"""Tasks of the heads that return task outputs beside boxes."""
 MAX_STRIDE = 128
 Head = modules.AnchorFreeDetect | modules.AnchorDetect | rtdetr.RTDETRDecoder
 EXPECTED = (
@@ -142,13 +142,13 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network rebuilt from a checkpoint: evaluation mode, float32, batch normalization folded.
+    """A network rebuilt from a checkpoint, in evaluation mode and float32, with batch normalization folded.
 
     Attributes:
-        module: takes images ``[B, 3, height, width]`` float32 (RGB, 0 to 1), returns the head's taps.
-        class_names: by index.
+        module: takes images ``[B, 3, height, width]`` float32 (RGB, 0 to 1) and returns the head's taps.
+        class_names: class names by index.
         strides: stride of each level, in pixels.
-        size: side of the square image it was trained on, in pixels, where the checkpoint says so.
+        size: side of the square training images, in pixels; None if the checkpoint does not state it.
         task: ``detect``, ``segment``, ``pose`` or ``obb``.
     """
 
@@ -164,23 +164,23 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path, one_to_many: bool = False, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
-    """Load a checkpoint of Ultralytics, or of the original YOLOv5, YOLOv7 or YOLOv9, that detects objects.
+    """Load a detector from a checkpoint of Ultralytics, or of the original YOLOv5, YOLOv7 or YOLOv9.
 
     Args:
-        one_to_many: of a head with two branches (YOLOv10, YOLO26) take the one that needs suppression.
-        limits: what the file may cost.
+        one_to_many: use the branch that needs suppression, if the head has two branches (YOLOv10, YOLO26).
+        limits: bounds on the cost of the file.
 
     Raises:
-        SourceError: the file is no checkpoint, is damaged, names code that is not known, exceeds a bound, holds another kind of
-            model, or has weights that are not finite.
-        ConfigError: the head has one branch only.
+        SourceError: the file is not a checkpoint, is damaged, names unknown code, exceeds a limit, holds another kind of model, or has
+            weights that are not finite.
+        ConfigError: ``one_to_many`` is set, and the head has only one branch.
     """
     with _open(path, limits) as archive:
         content = _content(path, archive)
         record = content if isinstance(content, Record) else _network_of(path, content)
         if not _is_network(record):
             found = record.name.rsplit(".", 1)[-1] if isinstance(record, Record) else type(record).__name__
-            raise SourceError(f"{path}: found {found} in place of a network; expected {EXPECTED}")
+            raise SourceError(f"{path}: found {found} instead of a network; expected {EXPECTED}")
         try:
             checkpoint = _rebuild(archive, record, one_to_many)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
@@ -188,7 +188,7 @@ def load_checkpoint(path: Path, one_to_many: bool = False, limits: Limits = DEFA
         except _DAMAGE as error:
             raise SourceError(f"{path}: this checkpoint cannot be used: {error}. Expected {EXPECTED}") from error
     if one_to_many and "one2one_cv2" not in checkpoint.head._modules:
-        raise ConfigError(f"{path}: has one head only; leave one_to_many out")
+        raise ConfigError(f"{path}: has only one head; leave one_to_many out")
     return checkpoint
 
 
@@ -196,7 +196,7 @@ _DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError, RuntimeError,
     TypeError, ValueError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What the standard library and torch raise on data that does not fit."""
+"""Errors that the standard library and torch raise on damaged data."""
 
 
 def _open(path: Path, limits: Limits) -> Archive:
@@ -210,7 +210,7 @@ def _open(path: Path, limits: Limits) -> Archive:
         reason = (
             "it may have PyTorch's format from before 1.6, which a newer torch.save replaces"
             if data.startswith(b"\x80")
-            else "it holds neither an archive nor a pickle that can be read"
+            else "it is neither a zip archive nor a readable pickle"
         )
         raise SourceError(_unreadable(path, reason))
     try:
@@ -220,7 +220,7 @@ def _open(path: Path, limits: Limits) -> Archive:
 
 
 def _content(path: Path, archive: Archive) -> Any:
-    """The object tree of the pickle, all of whose names are known."""
+    """Read the object tree of the pickle, and check that all names in it are known."""
     try:
         data = archive.pickle()
     except _DAMAGE as error:
@@ -236,7 +236,7 @@ def _content(path: Path, archive: Archive) -> Any:
     if called := sorted(name for name in found.called if STAND_INS[name] is not None):
         raise SourceError(
             f"{path}: refused, because it calls the constructor of a layer: {', '.join(called[:8])}. Nothing of it was run. "
-            "A checkpoint that torch.save wrote gives a layer its state instead"
+            "Expected a checkpoint that torch.save wrote, in which layers have a state instead"
         )
     return found.tree
 
@@ -257,12 +257,12 @@ def _refusal(path: Path, unknown: list[str]) -> str:
                 return f"{path}: found {what} ({listed}); expected {EXPECTED}"
     return (
         f"{path}: refused, because it names code that fusenms does not know: {listed}. Nothing of it was run. "
-        f"Expected {EXPECTED}; export other models to .onnx where you trust them and pass that"
+        f"Expected {EXPECTED}; export other models to .onnx where you trust them, and pass the .onnx file"
     )
 
 
 def _network_of(path: Path, content: Any) -> Any:
-    """What a checkpoint's dictionary has for a network: the averaged one where there is one."""
+    """The network in a checkpoint's dictionary: the averaged one (``ema``) if present, else ``model``."""
     if not isinstance(content, dict):
         return content
     model = content.get("model") if content.get("ema") is None else content["ema"]
@@ -302,7 +302,7 @@ def _rebuild(archive: Archive, record: Record, one_to_many: bool) -> Checkpoint:
 def _strides(model: modules.DetectionModel, head: Head) -> tuple[int, ...]:
     strides = tuple(int(s) for s in (head.stride if hasattr(head, "stride") else model.stride).tolist())
     if not strides or list(strides) != sorted(set(strides)) or min(strides) < 1 or max(strides) > MAX_STRIDE:
-        raise ValueError(f"its strides are {list(strides)}; expected them rising, from 1 to {MAX_STRIDE}")
+        raise ValueError(f"its strides are {list(strides)}; expected ascending strides from 1 to {MAX_STRIDE}")
     return strides
 
 
@@ -313,7 +313,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _check_head(head: Head, strides: tuple[int, ...], shapes: list[tuple[int, ...]]) -> None:
-    """Compare what the head says of itself with the shapes that it gives for an image of twice its largest stride."""
+    """Compare the head's attributes with the shapes of its outputs, for an image with sides of twice its largest stride."""
     side = 2 * max(strides)
     expected: list[tuple[int, ...]]
     cells, classes = sum((side // s) ** 2 for s in strides), int(head.nc)
@@ -347,7 +347,7 @@ def _check_head(head: Head, strides: tuple[int, ...], shapes: list[tuple[int, ..
         expected.append((1, cells))
     if shapes != expected:
         raise ValueError(
-            f"with {classes} classes and strides {list(strides)} its head must give {expected}, but it gives {shapes}"
+            f"its head returns the shapes {shapes}; expected {expected} for {classes} classes and the strides {list(strides)}"
         )
 
 
@@ -357,7 +357,7 @@ def _names(state: dict[str, Any], count: int, limits: Limits) -> tuple[str, ...]
     table = dict(enumerate(names)) if isinstance(names, (list, tuple)) else names
     if not isinstance(table, dict) or max(len(table), count) > limits.max_class_names:
         raise ValueError(
-            f"its class names are {len(names)}, its classes {count}; expected a list of at most {limits.max_class_names}"
+            f"it has {len(names)} class names and {count} classes; expected a list of at most {limits.max_class_names} names"
         )
     return tuple(_name(table.get(i, f"class{i}"), limits) for i in range(count))
 
@@ -374,7 +374,7 @@ def _name(name: Any, limits: Limits) -> str:
 
 
 def _size(state: dict[str, Any], limits: Limits) -> int | None:
-    """Side of the square image that the network was trained on, in pixels; None where the file does not say it."""
+    """Side of the square training images, in pixels. None if the file does not state it."""
     args = state.get("args")
     args = args.state if isinstance(args, Record) else args
     size = args.get("imgsz") if isinstance(args, dict) else None
@@ -382,7 +382,7 @@ def _size(state: dict[str, Any], limits: Limits) -> int | None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         return None
     if size > limits.max_image_side:
-        raise ValueError(f"it asks for images of {size} pixels a side; expected at most {limits.max_image_side}")
+        raise ValueError(f"its input size is {size} pixels; expected at most {limits.max_image_side} (max_image_side)")
     return size
 
 

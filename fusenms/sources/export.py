@@ -1,4 +1,4 @@
-"""Export a PyTorch detector to ONNX, cut at the head's taps, and check it against PyTorch."""
+"""Exports a PyTorch detector to ONNX, up to the head's taps, and compares the export with PyTorch."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from fusenms.sources.torch_modules.layers import AnchorFreeDetect
 from fusenms.sources.torch_modules.rtdetr import RTDETRDecoder
 
 DEFAULT_OPSET = 17
-"""The newest opset that every supported TensorRT reads (8.5 reads 17 at most)."""
-OPSETS = range(13, 21)  # what PyTorch's TorchScript exporter writes
+"""The newest opset that all supported versions of TensorRT read. TensorRT 8.5 reads up to opset 17."""
+OPSETS = range(13, 21)  # the opsets that PyTorch's TorchScript exporter writes
 FIRST_OPSET_OF_DYNAMO = 18
 DEFAULT_SIZE = 640
 PARITY_BATCHES = (1, 2, 3)
@@ -56,14 +56,14 @@ class Network:
     """A PyTorch detector, ready for export.
 
     Attributes:
-        module: in evaluation mode, float32, on the CPU; takes ``[B, 3, height, width]``, returns the tensors that ``layout.sources`` names,
-            in that order.
-        layout: what they mean.
-        class_names, task, source: for the records.
-        size: (height, width) in pixels that it works at by default.
-        stride: what height and width must be multiples of.
-        open_size: whether it works at sizes other than the one that it was traced at.
-        pixels, stretch, notes: as `RawModel` has them.
+        module: the network, in evaluation mode, float32, on the CPU. It takes ``[B, 3, height, width]`` and returns the tensors that
+            ``layout.sources`` names, in that order.
+        layout: the meaning of these tensors.
+        class_names, task, source: as in `RawModel`.
+        size: default input size (height, width), in pixels.
+        stride: height and width must be multiples of it, in pixels.
+        open_size: whether the network works at sizes other than the traced one.
+        pixels, stretch, notes: as in `RawModel`.
     """
 
     module: nn.Module
@@ -80,7 +80,7 @@ class Network:
 
 
 def network_of(checkpoint: Checkpoint, source: str) -> Network:
-    """The network of a checkpoint; ``source`` is its file's name."""
+    """The network of a checkpoint. ``source`` is the name of its file."""
     size = (checkpoint.size or DEFAULT_SIZE,) * 2
     stride, queries = max(checkpoint.strides), isinstance(checkpoint.head, RTDETRDecoder)
     return Network(
@@ -96,18 +96,18 @@ def network_of(checkpoint: Checkpoint, source: str) -> Network:
 
 
 def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None) -> RawModel:
-    """Export to ONNX with dynamic batch; compare ONNX Runtime with PyTorch at batch 1, 2, 3.
+    """Export to ONNX with a dynamic batch. Compare ONNX Runtime with PyTorch at batch 1, 2 and 3.
 
-    PyTorch's TorchScript exporter writes it. What that cannot take goes to the newer exporter, where onnxscript is installed and
-    the opset is not asked to be an older one.
+    PyTorch's TorchScript exporter is tried first. If it fails, the newer exporter (dynamo) is used, provided that onnxscript is installed
+    and no opset below `FIRST_OPSET_OF_DYNAMO` is requested.
 
     Args:
-        size: (height, width) in pixels; default: the network's.
-        dynamic_size: leave height and width open.
+        size: input size (height, width) in pixels; default: that of the network.
+        dynamic_size: make height and width dynamic.
         opset: ONNX operator set; default `DEFAULT_OPSET`.
 
     Raises:
-        ConfigError: the size is no multiple of the stride or cannot be left open, or the opset cannot be written.
+        ConfigError: the size is not a multiple of the stride or cannot be dynamic, or the opset is not supported.
         SourceError: the network does not run, or the export differs from it.
     """
     if opset is not None and opset not in OPSETS:
@@ -117,10 +117,10 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
     if height % stride or width % stride:
         near = tuple(max(stride, round(side / stride) * stride) for side in (height, width))
         raise ConfigError(
-            f"size is {height}x{width}; expected multiples of the stride {stride}, as {near[0]}x{near[1]}"
+            f"size is {height}x{width}; expected multiples of the stride {stride}, for example {near[0]}x{near[1]}"
         )
     if dynamic_size and not network.open_size:
-        raise ConfigError(f"{source}: this network is made for one size; leave dynamic_size out")
+        raise ConfigError(f"{source}: this network works at one size only; leave dynamic_size out")
     sizes = [(height, width)] + ([(height + stride, width + 2 * stride)] if dynamic_size else [])
     try:
         model = _to_onnx(network, sizes, opset)
@@ -129,7 +129,7 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
     worst = max(_difference(network, model, batch, s) for batch in PARITY_BATCHES for s in sizes)
     if not worst <= PARITY_TOLERANCE:
         raise SourceError(
-            f"{source}: the exported network differs from PyTorch by {worst:.2g} (at most {PARITY_TOLERANCE:g} is rounding)"
+            f"{source}: the exported network differs from PyTorch by {worst:.2g}; expected at most {PARITY_TOLERANCE:g}, for rounding"
         )
     side, written = "height,width" if dynamic_size else f"{height},{width}", model.opset_import[0].version
     note = f"{IMAGE}[batch,3,{side}] · opset {written} · equal to PyTorch at batch 1, 2, 3 (max |Δ| {worst:.0e})"
@@ -173,7 +173,7 @@ def _layout(checkpoint: Checkpoint) -> Layout:
 
 
 def _task_terms(head: nn.Module) -> dict[str, Any]:
-    """What the head gives beside boxes, as `Layout` has it."""
+    """The terms of `Layout` for the head's task outputs."""
     if isinstance(head, (tasks.AnchorFreeSegment, tasks.AnchorSegment)):
         return {"masks": MaskTerms(Tap(HEAD_COEFFICIENTS, 1, 0, int(head.nm)), HEAD_PROTOTYPES)}
     if isinstance(head, tasks.AnchorFreePose):
@@ -186,7 +186,12 @@ def _task_terms(head: nn.Module) -> dict[str, Any]:
 
 
 def queries_layout(count: int, softmax: bool) -> Layout:
-    """Boxes ``[B, queries, 4]``, cx, cy, w, h normalized, and class logits; with a softmax, "no object" comes after the classes."""
+    """The layout of a head with queries: boxes ``[B, queries, 4]`` (cxcywh, normalized) and class logits.
+
+    Args:
+        count: number of classes.
+        softmax: whether scores are a softmax, with "no object" after the classes. Otherwise they are sigmoids.
+    """
     boxes, classes = Tap(HEAD_BOXES, 2, 0, 4), Tap(HEAD_CLASSES, 2, 0, count)
     decode = Decoded(BoxFormat.CXCYWH, normalized=True)
     if not softmax:
@@ -196,7 +201,7 @@ def queries_layout(count: int, softmax: bool) -> Layout:
 
 
 def _to_onnx(network: Network, sizes: list[tuple[int, int]], opset: int | None) -> onnx.ModelProto:
-    """The network as ONNX, with the dimensions open that differ between sizes, and the batch."""
+    """The network as ONNX. The batch is dynamic, and so are the dimensions that differ between the sizes."""
     shapes = [[tuple(tap.shape) for tap in _run(network.module, torch.zeros(1, 3, *size))] for size in sizes]
     fixed = [[len(set(sides)) == 1 for sides in zip(*some, strict=True)] for some in zip(*shapes, strict=True)]
     axes = {IMAGE: {0: "batch"} | ({2: "height", 3: "width"} if len(sizes) > 1 else {})}
@@ -210,7 +215,7 @@ def _to_onnx(network: Network, sizes: list[tuple[int, int]], opset: int | None) 
         model = _by_dynamo(network, sizes[0], axes[IMAGE], opset or FIRST_OPSET_OF_DYNAMO)
     for entry, shape, still in zip(
         model.graph.output, shapes[0], fixed, strict=True
-    ):  # exporters leave more of them open
+    ):  # exporters make more dimensions dynamic than necessary
         for dim, side, same in list(zip(entry.type.tensor_type.shape.dim, shape, still, strict=True))[1:]:
             if same:
                 dim.dim_value = side
@@ -223,7 +228,9 @@ def _by_torchscript(
 ) -> onnx.ModelProto:
     stream = io.BytesIO()
     with _exporting, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the TorchScript exporter announces its own retirement; opset 17 has no other
+        warnings.simplefilter(
+            "ignore"
+        )  # the TorchScript exporter warns that it is deprecated, but only it writes opset 17
         torch.onnx.export(
             network.module,
             (torch.zeros(2, 3, *size),),
@@ -263,7 +270,7 @@ def _run(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _difference(network: Network, model: onnx.ModelProto, batch: int, size: tuple[int, int]) -> float:
-    """Largest absolute difference between ONNX Runtime and PyTorch on a random batch."""
+    """Maximum absolute difference between ONNX Runtime and PyTorch on a random batch."""
     layout = network.layout
     images = np.random.default_rng(batch).random((batch, 3, *size), dtype=np.float32)
     try:
@@ -281,7 +288,10 @@ def _difference(network: Network, model: onnx.ModelProto, batch: int, size: tupl
 
 
 def _difference_of_queries(got: np.ndarray, expected: np.ndarray) -> float:
-    """Largest distance of a query ``[B, queries, channels]`` from its like: near-equal scores stand in any order."""
+    """Maximum difference between a query and its counterpart, for tensors ``[B, queries, channels]``.
+
+    The order of queries with nearly equal scores is arbitrary. So each query is compared with the nearest one on the other side.
+    """
     worst = 0.0
     for a, b in zip(got, expected, strict=True):
         if (np.abs(a - b) > PARITY_TOLERANCE).any():

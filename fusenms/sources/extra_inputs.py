@@ -1,8 +1,10 @@
-"""Inputs beside the images, of models that scale their own boxes: the images' size, or the factor they were scaled by.
+"""Replaces the inputs of models that scale their own boxes: the size of the images, or the factor by which they were scaled.
 
-A fused model takes images alone and gives boxes in pixels of its input, so such an input becomes a constant. What it means is found
-out by changing it: boxes that grow with it are scaled by the size, in the order that the axes show; boxes that shrink are
-divided by a factor.
+A fused model takes only images and returns boxes in pixels of its input, so such an input becomes a constant. Runs with changed values
+show its meaning:
+
+1. If the boxes grow with the input, they are scaled by the size. The axis that grows shows the order of height and width.
+2. If the boxes shrink, they are divided by a factor.
 """
 
 from __future__ import annotations
@@ -20,21 +22,24 @@ from fusenms.limits import Limits
 
 NUMBERS: dict[int, Any] = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32, TensorProto.FLOAT: np.float32}
 SEEN = 1000.0
-"""The size told while finding out; any number that floats hold and boxes are not cut at."""
+"""The size that the runs are given. It must be exact in float and large enough that boxes are not clipped at it."""
 
 
 def fill_extra_inputs(
     path: Path, model: onnx.ModelProto, image: str, shape: tuple[int, int, int], limits: Limits
 ) -> tuple[list[str], bool]:
-    """Make every input but the images a constant, in place; return a note on each, and whether one was the images' size.
+    """Replace every input except the images by a constant, in place.
 
     Args:
         image: name of the image input.
-        shape: its batch, and its height and width in pixels.
-        limits: bounds of each run.
+        shape: batch, height and width of the image input, in pixels.
+        limits: bounds on each run.
+
+    Returns:
+        a note for each input, and whether an input was the size of the images.
 
     Raises:
-        SourceError: an input is of another shape, or what it does is not understood.
+        SourceError: an input has another shape, or an unknown meaning.
     """
     constants = {item.name for item in model.graph.initializer}
     extra = [entry for entry in model.graph.input if entry.name not in constants and entry.name != image]
@@ -45,11 +50,11 @@ def fill_extra_inputs(
         if len(found) != 2 or found[1] != 2 or number is None:
             raise SourceError(
                 f"{path}: found an input {entry.name} {found} beside the images; expected none, or numbers [batch, 2]: "
-                "the size of the images, or the factor they were scaled by. Export the model without it"
+                "the size of the images, or the factor by which they were scaled. Export the model without it"
             )
     batch, height, width = shape
     meanings = []
-    for entry in extra:  # all of them before any is filled
+    for entry in extra:  # find all meanings before an input is replaced
         others = {other.name: np.full((batch, 2), SEEN) for other in extra if other is not entry}
         meanings.append(_meaning(path, model, image, shape, entry, others, limits))
     for entry, meaning in zip(extra, meanings, strict=True):
@@ -64,7 +69,7 @@ def _meaning(
     path: Path, model: onnx.ModelProto, image: str, shape: tuple[int, int, int], entry: onnx.ValueInfoProto,
     others: dict[str, np.ndarray], limits: Limits,
 ) -> str:  # fmt: skip
-    """What the input does to the boxes: "factor", "height, width" or "width, height"."""
+    """The meaning of an input, from its effect on the boxes: "factor", "height, width" or "width, height"."""
     kinds = {
         e.name: NUMBERS[e.type.tensor_type.elem_type] for e in model.graph.input if e.name in (entry.name, *others)
     }
@@ -82,7 +87,8 @@ def _meaning(
     except (SourceError, StopIteration) as error:
         said = first_line(error) if isinstance(error, SourceError) else "no output holds boxes [batch, candidates, 4]"
         raise SourceError(
-            f"{path}: what its input {entry.name} does could not be found out ({said}); export the model without it"
+            f"{path}: the meaning of its input {entry.name} is unknown ({said}); expected the size of the images, or the factor by which "
+            "they were scaled. Export the model without it"
         ) from error
     at, first, second = boxes
 
@@ -93,18 +99,18 @@ def _meaning(
     grown = [[round(ratio(changed, axis), 3) for axis in (0, 1)] for changed in (first, second)]
     if grown == [[2, 1], [1, 2]]:
         return "width, height"
-    if grown in ([[1, 2], [2, 1]], [[1, 1], [1, 1]]):  # the latter: it does nothing
+    if grown in ([[1, 2], [2, 1]], [[1, 1], [1, 1]]):  # in the second case the input has no effect
         return "height, width"
     if grown in ([[0.5, 1], [1, 0.5]], [[1, 0.5], [0.5, 1]]):
         return "factor"
     raise SourceError(
-        f"{path}: its input {entry.name} [batch, 2] changes x and y of the boxes by {grown} when either number is doubled; expected "
-        "the size of the images, or the factor they were scaled by. Export the model without it"
+        f"{path}: its input {entry.name} [batch, 2] scales x and y of the boxes by {grown} when either number is doubled; expected "
+        "the size of the images, or the factor by which they were scaled. Export the model without it"
     )
 
 
 def _fill(model: onnx.ModelProto, entry: onnx.ValueInfoProto, image: str, values: np.ndarray) -> None:
-    """Add nodes that make the input's tensor: these values, once for each image."""
+    """Add nodes that compute the input's tensor: the values, repeated for each image."""
     name = entry.name
     model.graph.initializer.extend([
         numpy_helper.from_array(values, f"{name}_values"),

@@ -1,7 +1,7 @@
-"""Detectors of Hugging Face transformers, from a directory with `config.json` and `model.safetensors`.
+"""Reads detectors of Hugging Face transformers, from a directory with `config.json` and `model.safetensors`.
 
-Networks are those of the transformers package; nothing is fetched, no code of the directory runs (`trust_remote_code` is never set), and
-weights are read from safetensors alone.
+The transformers package provides the networks. Nothing is downloaded, no code in the directory runs (`trust_remote_code` is never set),
+and weights are read only from safetensors.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SIGMOID = (
     "rt_detr", "rt_detr_v2", "d_fine", "deimv2", "deformable_detr", "conditional_detr", "dab-detr", "lw_detr", "rf_detr",
 )  # fmt: skip
 SOFTMAX = ("detr", "table-transformer", "yolos")
-"""Model types whose classes are a softmax with "no object" last; the others' are sigmoids of their own."""
+"""Model types whose scores are a softmax with "no object" as the last class. Scores of the others are sigmoids."""
 NOT_NORMALIZED = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")
 STRIDE = 32
 INDEX = "model.safetensors.index.json"
 
 
 class _Queries(nn.Module):
-    """A transformers detector that returns boxes and logits only."""
+    """A transformers detector that returns only boxes and logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ def load_directory(path: Path, limits: Limits = DEFAULT_LIMITS) -> Network:
     """Read a detector from a directory of unknown origin.
 
     Raises:
-        SourceError: it is no such directory, or one of another kind of model, exceeds a limit, or its weights are no safetensors or do
-            not fit.
-        BackendUnavailableError: transformers (or timm, for a backbone of it) is not installed.
+        SourceError: the directory is not one of a Hugging Face detector, exceeds a limit, or its weights are not safetensors or do not
+            fit its settings.
+        BackendUnavailableError: transformers is not installed, or timm for a backbone of timm.
     """
     with untrusted(path, "loading"):
         return _load_directory(path, limits)
@@ -86,12 +86,12 @@ def _load_directory(path: Path, limits: Limits) -> Network:
     try:
         with torch.no_grad():
             boxes, logits = module(torch.zeros(1, 3, *side))
-    except Exception as error:  # whatever its settings make it do
+    except Exception as error:  # the settings of the file can raise any error
         raise SourceError(f"{path}: the network does not run at {side[0]}x{side[1]} ({first_line(error)})") from error
     classes = logits.shape[2] - (kind in SOFTMAX)
     if boxes.shape[2] != 4 or classes != len(names):
         raise SourceError(
-            f"{path}: its config names {len(names)} classes, but it gives {list(logits.shape)} for {kind}"
+            f"{path}: its logits have the shape {list(logits.shape)}; expected the {len(names)} classes of its config for {kind}"
         )
     return Network(
         module, queries_layout(classes, softmax=kind in SOFTMAX), names, "detect", path.name, side, STRIDE, False, pixels, stretch, notes
@@ -99,23 +99,23 @@ def _load_directory(path: Path, limits: Limits) -> Network:
 
 
 LAYERS = re.compile(r"layer|depth|block|stage|repeat|levels|points|queries|tokens|heads|groups")
-"""Keys of a config whose numbers multiply the work."""
+"""Keys of a config whose numbers multiply the cost."""
 MOST_LAYERS = 3000
-"""Of such a number, or of a list of such numbers in sum."""
+"""Maximum of such a number, or of the sum of a list of such numbers."""
 TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 BACKBONE_SETTINGS = ("out_indices", "in_chans", "output_stride", "features_only", "num_channels")
 CODE = ("quantization_config", "custom_pipelines", "adapter_config")
-"""Keys without which the network would be another one, and which ask for code or packages beside transformers' own classes."""
+"""Keys that change the network and need code or packages other than the classes of transformers. They are refused."""
 IGNORED = ("auto_map", "trust_remote_code", "attn_implementation")
-"""Keys that transformers never gets to see: its own classes are taken, whatever code lies in the directory."""
+"""Keys that are not passed to transformers, so that its own classes are used instead of code in the directory."""
 LABELS = ("id2label", "label2id", "task_specific_params")
 
 
 def _check_config(path: Path, config: dict[str, Any], limits: Limits) -> None:
-    """Refuse settings that ask for code or for the network, and numbers beyond every detector.
+    """Refuse settings that need code or network access, and numbers that exceed those of every detector.
 
     Raises:
-        SourceError: there is one.
+        SourceError: a setting is refused.
     """
     where = f"{path / 'config.json'}"
     labels, count = config.get("id2label"), config.get("num_labels")
@@ -143,7 +143,7 @@ def _check_config(path: Path, config: dict[str, Any], limits: Limits) -> None:
 def _check_settings(where: str, settings: dict[str, Any]) -> None:
     if code := [key for key in CODE if settings.get(key)]:
         raise SourceError(
-            f"{where}: has {code[0]}, which asks for code beside the network; expected plain settings. Remove it, or save the plain model"
+            f"{where}: has {code[0]}, which needs code beside the network; expected plain settings. Remove it, or save the plain model"
         )
     backbone, own = settings.get("backbone"), settings.get("backbone_config")
     timm = settings.get("use_timm_backbone") or settings.get("model_type") == "timm_backbone"
@@ -154,12 +154,12 @@ def _check_settings(where: str, settings: dict[str, Any]) -> None:
     extra = settings.get("backbone_kwargs") or {}
     if not isinstance(extra, dict) or set(extra) - set(BACKBONE_SETTINGS):
         raise SourceError(
-            f"{where}: backbone_kwargs is {str(extra)[:60]}; expected no more than {', '.join(BACKBONE_SETTINGS)}"
+            f"{where}: backbone_kwargs is {str(extra)[:60]}; expected no keys except {', '.join(BACKBONE_SETTINGS)}"
         )
 
 
 def _plain(value: Any) -> Any:
-    """Settings without private ones, and without wishes for weights of another place."""
+    """The settings without private and ignored keys, and without requests for pretrained weights from elsewhere."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if not isinstance(value, dict):
@@ -174,10 +174,10 @@ def _plain(value: Any) -> Any:
 
 
 def _stage(path: Path, folder: Path, config: dict[str, Any], limits: Limits) -> None:
-    """Put what transformers may see into a folder of our own: the settings as they were checked, and links to the weights.
+    """Fill a temporary folder with the only files that transformers sees: the checked settings and links to the weights.
 
     Raises:
-        SourceError: a file of weights is none, or the index names another file.
+        SourceError: a weight file is not a regular file, or the index names a file that is not in the directory.
     """
     (folder / "config.json").write_text(json.dumps(_plain(config)), encoding="utf-8")
     weights = sorted(path.glob("*.safetensors"))
@@ -185,22 +185,22 @@ def _stage(path: Path, folder: Path, config: dict[str, Any], limits: Limits) -> 
         open_regular(file, limits.max_file_bytes).close()
         try:
             (folder / file.name).symlink_to(file.resolve())
-        except OSError:  # Windows, where links need a right of their own
+        except OSError:  # Windows, where links need a special permission
             shutil.copyfile(file, folder / file.name)
     index = path / f"{INDEX}"
     if (path / "model.safetensors") in weights or not os.path.lexists(index):
         return
     places = _read_json(index, limits).get("weight_map")
     if not isinstance(places, dict) or not set(map(str, places.values())) <= {file.name for file in weights}:
-        raise SourceError(f"{index}: names files that are not in the directory; expected its own .safetensors alone")
+        raise SourceError(f"{index}: names files that are not in the directory; expected only its own .safetensors")
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
 
 
 def _check_size(path: Path, config: Any, limits: Limits) -> None:
-    """Build the network without memory for its weights, and count.
+    """Build the network without memory for its weights, and count its layers and weights.
 
     Raises:
-        SourceError: it has too many layers or weights.
+        SourceError: the network has too many layers or weights.
     """
     import transformers
 
@@ -229,7 +229,7 @@ def _load(path: Path, settings: dict[str, Any], limits: Limits) -> Any:
         with tempfile.TemporaryDirectory(prefix="fusenms-") as folder:
             _stage(path, Path(folder), settings, limits)
             config = transformers.AutoConfig.from_pretrained(folder, **offline)
-            config.use_pretrained_backbone = False  # the weights are all here
+            config.use_pretrained_backbone = False  # all weights are in the folder
             _check_size(path, config, limits)
             model, report = transformers.AutoModelForObjectDetection.from_pretrained(
                 folder, config=config, use_safetensors=True, output_loading_info=True, attn_implementation="eager", **offline
@@ -238,7 +238,7 @@ def _load(path: Path, settings: dict[str, Any], limits: Limits) -> Any:
         raise
     except ImportError as error:
         raise BackendUnavailableError(f"{path}: its network needs another package ({first_line(error)})") from error
-    except Exception as error:  # whatever transformers or safetensors make of a damaged file
+    except Exception as error:  # transformers and safetensors can raise any error on a damaged file
         raise SourceError(
             f"{path}: cannot be loaded by transformers {transformers.__version__} ({first_line(error)})"
         ) from error
@@ -246,7 +246,7 @@ def _load(path: Path, settings: dict[str, Any], limits: Limits) -> Any:
         transformers.logging.set_verbosity(level)
     if missing := sorted(report["missing_keys"]):
         raise SourceError(
-            f"{path}: the weights lack {', '.join(missing[:3])} ({len(missing)} in all); they are of another model"
+            f"{path}: the weights lack {len(missing)} tensors ({', '.join(missing[:3])}); expected weights of the model in config.json"
         )
     return model
 
@@ -254,10 +254,10 @@ def _load(path: Path, settings: dict[str, Any], limits: Limits) -> Any:
 def _preprocessing(
     path: Path, config: dict[str, Any], limits: Limits
 ) -> tuple[Pixels, tuple[int, int] | None, bool, tuple[str, ...]]:
-    """How the model wants its images: pixels, (height, width), whether they are stretched to that; and notes on it.
+    """The preprocessing of the model: pixels, (height, width) in pixels, whether images are stretched, and notes.
 
     Raises:
-        SourceError: the settings are there, but cannot be used.
+        SourceError: the settings are present, but invalid.
     """
     file = path / "preprocessor_config.json"
     stated = config.get("image_size")
@@ -269,9 +269,7 @@ def _preprocessing(
     size = (sides[0], sides[1]) if sides else None
     if not os.path.lexists(file):
         name = "rgb" if config["model_type"] in NOT_NORMALIZED else "imagenet"
-        note = (
-            f"has no {file.name}: pixels as usual for {config['model_type']} ({name}); pixels and stretch say otherwise"
-        )
+        note = f"has no {file.name}: the usual pixels of {config['model_type']} ({name}) are used; set pixels and stretch to change them"
         return PIXELS[name], size, True, (note,)
     wanted = _read_json(file, limits)
     try:
@@ -281,7 +279,7 @@ def _preprocessing(
         return pixels, size, stretch, ()
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SourceError(
-            f"{file}: cannot be used ({type(error).__name__}: {error}); expected image_mean and image_std of three numbers where "
+            f"{file}: cannot be used ({type(error).__name__}: {error}); expected image_mean and image_std of three numbers if "
             "do_normalize is true, a positive rescale_factor, and a size of positive numbers"
         ) from error
 

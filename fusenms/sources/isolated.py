@@ -1,4 +1,4 @@
-"""`load` in a child process: what comes back is an ONNX file and JSON, which are read as files of unknown origin are."""
+"""Runs `load` in a child process, which returns an ONNX file and JSON. The ONNX file is checked like any file of unknown origin."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _OPTIONS = ("dynamic_size", "opset", "make_dynamic", "one_to_many")
 
 
 def load_isolated(path: Path, options: LoadOptions) -> RawModel:
-    """`fusenms.load` of a file in a child process.
+    """Run `fusenms.load` on a file in a child process.
 
     Raises:
-        FusenmsError: as `fusenms.load` does.
-        SourceError: the child process took too much memory or time, or failed in another way.
+        FusenmsError: `fusenms.load` raised it in the child process.
+        SourceError: the child process exceeded its memory or time, or failed in another way.
     """
     with tempfile.TemporaryDirectory(prefix="fusenms-") as name:
         folder, limits = Path(name), options.limits
@@ -67,7 +67,7 @@ def _from_files(folder: Path, limits: Limits) -> RawModel:
 
 
 def write_raw(raw: RawModel, folder: Path) -> None:
-    """Write a model where `load_isolated` reads it."""
+    """Write a model into the folder from which `load_isolated` reads it."""
     (folder / _MODEL).write_bytes(raw.model.SerializeToString())
     rest = {name: getattr(raw, name) for name in _PLAIN} | {
         "image": asdict(raw.image),

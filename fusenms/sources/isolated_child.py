@@ -1,6 +1,6 @@
 """The child process of `fusenms.sources.isolated`.
 
-``python -m fusenms.sources.isolated_child FOLDER`` takes its task from standard input.
+``python -m fusenms.sources.isolated_child FOLDER`` reads its task from standard input and writes the result to the folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An `nn.Module` of the user's own, with a layout written by hand."""
+"""Loads a custom `nn.Module` with a layout that the user wrote."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class _Head(nn.Module):
 
 
 def load_module(module: nn.Module, options: LoadOptions) -> Network:
-    """A copy of the module, ready for export: in evaluation mode, float32, on the CPU.
+    """Copy a module and prepare it for export: in evaluation mode, float32, on the CPU.
 
     Args:
-        module: takes images ``[B, 3, height, width]``; returns the tensors that ``layout.sources`` names: in that order, or by name.
-        options: with an example, whose size is the one that the model works at, and a layout.
+        module: takes images ``[B, 3, height, width]``. It returns the tensors that ``layout.sources`` names, in that order or by name.
+        options: options with an example and a layout. The size of the example becomes the input size.
 
     Raises:
-        ConfigError: the layout does not fit what the module returns.
-        SourceError: the module does not run on the example.
+        ConfigError: an option is invalid, or the layout does not fit the tensors that the module returns.
+        SourceError: the module does not run at the size of the example.
     """
     title, example, layout, class_names = type(module).__name__, options.example, options.layout, options.class_names
     if not isinstance(example, Tensor) or example.ndim != 4 or example.shape[1] != 3:
@@ -44,14 +44,16 @@ def load_module(module: nn.Module, options: LoadOptions) -> Network:
         raise ConfigError(f"example is {found}; expected a tensor [batch, 3, height, width]")
     if not isinstance(layout, Layout):
         raise ConfigError(
-            f"layout is a {type(layout).__name__}; expected a fusenms.layout.Layout that says what {title} returns"
+            f"layout is a {type(layout).__name__}; expected a fusenms.layout.Layout that describes what {title} returns"
         )
     if isinstance(class_names, str):
         raise ConfigError(f"class_names is the text {class_names!r}; expected a list of class names")
     if bad := [name for name in map(str, class_names) if has_controls(name)]:
         raise ConfigError(f"class_names has {bad[0]!a}, with control characters; expected text of one line")
     if class_names and layout.num_classes and len(class_names) != layout.num_classes:
-        raise ConfigError(f"class_names are {len(class_names)}, but the layout has {layout.num_classes} classes")
+        raise ConfigError(
+            f"class_names has {len(class_names)} names; expected {layout.num_classes}, as the layout has classes"
+        )
     head = _Head(copy.deepcopy(module), layout.sources).cpu().float().eval().requires_grad_(False)
     height, width = (int(side) for side in example.shape[2:])
     try:
@@ -59,7 +61,7 @@ def load_module(module: nn.Module, options: LoadOptions) -> Network:
             tensors = head(torch.zeros(2, 3, height, width))
     except ConfigError:
         raise
-    except Exception as error:  # the module's own
+    except Exception as error:  # the module can raise any error
         raise SourceError(
             f"{title}: does not run on [2, 3, {height}, {width}] ({type(error).__name__}: {error})"
         ) from error
@@ -80,10 +82,10 @@ def load_module(module: nn.Module, options: LoadOptions) -> Network:
 
 
 def outputs_of(found: Any, tensors: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """What a module returned as the tensors of these names.
+    """The returned value of a module as a tuple of tensors, in the order of the names.
 
     Raises:
-        ConfigError: there are others, or as many.
+        ConfigError: a name is missing, or the number of tensors differs.
     """
     if isinstance(found, Mapping):
         if missing := [name for name in tensors if name not in found]:
@@ -100,7 +102,7 @@ def outputs_of(found: Any, tensors: tuple[str, ...]) -> tuple[Tensor, ...]:
 
 
 def _check_scores(title: str, head: nn.Module, layout: Layout, size: tuple[int, int]) -> None:
-    """Refuse logits that the layout calls probabilities, where random images show them."""
+    """Refuse a layout without activation if the class scores of random images are not probabilities."""
     tensors = dict(zip(layout.sources, head(torch.rand(2, 3, *size)), strict=True))
     tap = layout.classes
     if layout.activation is not Activation.NONE or tap.tensor not in tensors:
@@ -108,20 +110,20 @@ def _check_scores(title: str, head: nn.Module, layout: Layout, size: tuple[int, 
     scores = tensors[tap.tensor].narrow(tap.channel_axis, tap.start, tap.channels)
     if scores.min() < -1e-3 or scores.max() > 1 + 1e-3:
         raise ConfigError(
-            f"{title}: class scores go from {scores.min():.3g} to {scores.max():.3g}; with Activation.NONE they are probabilities, from 0 "
-            "to 1: say Activation.SIGMOID or SOFTMAX if these are logits"
+            f"{title}: class scores range from {scores.min():.3g} to {scores.max():.3g}; expected probabilities from 0 to 1 for "
+            "Activation.NONE. If they are logits, use Activation.SIGMOID or SOFTMAX"
         )
 
 
 def _check_shapes(title: str, layout: Layout, tensors: tuple[Tensor, ...]) -> None:
-    """Refuse a layout whose taps are not in the tensors."""
+    """Refuse a layout whose taps do not fit the shapes of the tensors."""
     shapes = {name: tuple(t.shape) for name, t in zip(layout.sources, tensors, strict=True)}
     if bad := [name for name, t in zip(layout.sources, tensors, strict=True) if t.shape[0] != 2]:
         raise ConfigError(f"{title}: {bad[0]} is {list(shapes[bad[0]])} for a batch of 2; expected the batch first")
     counts = set()
     for tap in layout.taps:
         shape = shapes.get(tap.tensor)
-        if shape is None:  # joined of parts
+        if shape is None:  # a tensor that is joined from parts
             continue
         if len(shape) != 3 or shape[tap.channel_axis] < tap.stop:
             raise ConfigError(
@@ -136,5 +138,5 @@ def _check_shapes(title: str, layout: Layout, tensors: tuple[Tensor, ...]) -> No
             )
     if len(counts) > 1:
         raise ConfigError(
-            f"{title}: its tensors have {', '.join(map(str, sorted(counts)))} candidates; expected as many in each"
+            f"{title}: its tensors have {', '.join(map(str, sorted(counts)))} candidates; expected the same number in each"
         )

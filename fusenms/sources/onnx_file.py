@@ -1,4 +1,4 @@
-"""Read a raw `.onnx`, our own or a third party's, and make sure that its batch is dynamic."""
+"""Reads a raw `.onnx`, from fusenms or a third party, and checks that its batch is dynamic."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ MIN_OPSET = 11
 def load_onnx(path: Path, options: LoadOptions) -> RawModel:
     """Read a raw detector from an ONNX file of unknown origin.
 
-    A file with a frozen batch is taken with ``make_dynamic``; `fusenms.transforms.dynamic_batch` then opens it.
+    A file with a frozen batch is accepted with ``make_dynamic``. `fusenms.transforms.dynamic_batch` then makes the batch dynamic.
 
     Raises:
-        AlreadyFusedError: the graph already holds a non-maximum suppression.
-        SourceError: the file is unreadable, exceeds a limit, takes something else than one batch of images, or its batch is frozen.
+        AlreadyFusedError: the graph already has a non-maximum suppression.
+        SourceError: the file is unreadable, exceeds a limit, has other inputs than one batch of images, or its batch is frozen.
         ConfigError: the size contradicts the file.
     """
     model = read_onnx(path, options.limits)
@@ -58,7 +58,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     if frozen[0] is not None and not options.make_dynamic:
         raise SourceError(
             f"{path}: the batch size is frozen at {frozen[0]}; expected a dynamic batch. "
-            "Export again with a dynamic batch, or add make_dynamic=True to open it here and have that proven"
+            "Export again with a dynamic batch, or add make_dynamic=True to make it dynamic here, with a check that this is safe"
         )
     image = _image(path, entry.name, (frozen[2], frozen[3]), metadata, options.sides, dynamic_size, limits)
     shape = (frozen[0] or 1, 3, image.height, image.width)
@@ -69,7 +69,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     refuse_cost(path, model, {entry.name: shape}, limits)
     if dynamic_size and len(_inputs(model)) > 1:
         raise ConfigError(
-            f"{path}: asks for the images' size as an input, which becomes a constant; leave dynamic_size out"
+            f"{path}: has the size of the images as an input, which becomes a constant; leave dynamic_size out"
         )
     notes, asks_for_size = fill_extra_inputs(
         path, model, entry.name, (frozen[0] or 1, image.height, image.width), limits
@@ -86,7 +86,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
         raise SourceError(f"{path}: {error}; correct its metadata") from error
     stretch = (
         True if asks_for_size else None
-    )  # who gives boxes in the image's own size has had it stretched to the input's
+    )  # a model that scales boxes to the original image expects images stretched to its input
     return RawModel(
         model=model,
         image=image,
@@ -129,7 +129,11 @@ def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def _image_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    """The one input that takes images."""
+    """The input that takes images.
+
+    Raises:
+        SourceError: there is not exactly one, or its type or channels are not those of images.
+    """
     inputs = _inputs(model)
     found = ", ".join(f"{entry.name} {_shape_text(entry)}" for entry in inputs) or "none"
     images = [entry for entry in inputs if len(entry.type.tensor_type.shape.dim) == 4]
@@ -161,7 +165,7 @@ def _image(
     stride, asked = _metadata_stride(metadata), _metadata_size(metadata)
     if max(stride, *(asked or ()), fixed[0] or 0, fixed[1] or 0) > limits.max_image_side:
         raise SourceError(
-            f"{path}: asks for images of {fixed[0] or asked}x{fixed[1] or asked}, stride {stride}; expected at most "
+            f"{path}: takes images of {fixed[0] or asked}x{fixed[1] or asked}, stride {stride}; expected at most "
             f"{limits.max_image_side} pixels (max_image_side)"
         )
     if fixed[0] and fixed[1]:

@@ -1,4 +1,4 @@
-"""`LoadOptions`: everything that can be said about how weights are read."""
+"""`LoadOptions`: all options for reading weights."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fusenms.limits import DEFAULT_LIMITS, Limits
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How weights are read, checked on construction.
+    """Options for reading weights, checked on construction.
 
     Attributes:
-        size: input size in pixels, one side or (height, width); None: what the weights say, or 640.
-        dynamic_size: leave height and width open.
+        size: input size in pixels, one side or (height, width); None: the size that the weights state, or 640.
+        dynamic_size: make height and width dynamic.
         opset: ONNX operator set of an export; None: 17.
-        make_dynamic: open the frozen batch of an `.onnx`, where that is shown to be safe.
-        one_to_many: of a checkpoint with two heads (YOLOv10, YOLO26) take the one that needs suppression.
-        pixels: what the network wants for pixels, a name of `fusenms.artifacts.preprocessing.PIXELS` or a `Pixels`; None: what the
-            weights say, or what is usual in the family. The fused model takes RGB from 0 to 1 in any case.
-        stretch: images are stretched to the model's size rather than letterboxed; None: as for ``pixels``.
-        example: of an `nn.Module`: a batch of images ``[B, 3, height, width]`` of the size that it works at.
-        layout: of an `nn.Module`: what it returns.
-        class_names: of an `nn.Module`: its classes; empty: class0, class1, …
-        limits: bounds on what a file may cost, and on each run of its graph.
-        isolate: read a file in a child process, whose memory and time are limited too.
+        make_dynamic: make the frozen batch of an `.onnx` dynamic, if a check shows that this is safe.
+        one_to_many: use the head that needs suppression, of a checkpoint with two heads (YOLOv10, YOLO26).
+        pixels: pixel values that the network expects, a name of `fusenms.artifacts.preprocessing.PIXELS` or a `Pixels`; None: as the
+            weights state, or as usual for the family. The fused model always takes RGB from 0 to 1.
+        stretch: stretch images to the input size instead of letterboxing them; None: as the weights state, or as usual for the family.
+        example: for an `nn.Module`: a batch of images ``[B, 3, height, width]`` at its input size.
+        layout: for an `nn.Module`: the layout of the tensors that it returns.
+        class_names: for an `nn.Module`: its class names; empty: class0, class1, …
+        limits: bounds on the cost of a file, and on each run of its graph.
+        isolate: read a file in a child process with limits on memory and time.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -77,12 +77,12 @@ class LoadOptions:
 
     @property
     def preprocessing(self) -> Pixels | None:
-        """``pixels`` as a value."""
+        """``pixels`` as a `Pixels`."""
         return PIXELS[self.pixels] if isinstance(self.pixels, str) else self.pixels
 
     @property
     def given(self) -> list[str]:
-        """Names of the options that are not their default."""
+        """Names of the options that differ from their defaults."""
         return [item.name for item in fields(self) if not _is_default(getattr(self, item.name), item.default)]
 
 

@@ -1,1 +1,1 @@
-"""A checkpoint's zip and pickle, read as plain data."""
+"""Reads the zip archive and the pickle of a checkpoint as plain data."""

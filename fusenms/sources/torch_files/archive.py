@@ -1,6 +1,6 @@
-"""The zip archive that `torch.save` writes, read within bounds: the pickle and the storages, as bytes.
+"""Reads the zip archive that `torch.save` writes, within limits: the pickle and the storages, as bytes.
 
-Every entry is checked before any is read: methods, encryption, overlaps, sizes. Only the standard library reads it.
+All entries are checked before any is read: compression methods, encryption, overlaps, sizes. Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fusenms.limits import MIB, Limits
 from fusenms.safety.files import open_regular
 
 SIGNATURE = b"PK\x03\x04"
-_LOCAL_HEADER = 30  # bytes of an entry's own header, without its name
-_BYTES_OF_AN_ENTRY = 1024  # of the directory, at most, on average
-_ALLOWANCE = 16 * MIB  # that small archives may inflate to, whatever their size
+_LOCAL_HEADER = 30  # bytes of an entry's local header, without its name
+_BYTES_OF_AN_ENTRY = 1024  # maximum average size of an entry in the directory
+_ALLOWANCE = 16 * MIB  # every archive may inflate to this size, so that small ones pass
 _CHUNK = MIB
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -26,15 +26,16 @@ class Archive:
     """A checkpoint's archive, open for reading. Use it in a ``with`` statement.
 
     Attributes:
-        path: of the file.
-        limits: that it is held to.
+        path: path of the file.
+        limits: bounds on the archive.
     """
 
     def __init__(self, path: Path, limits: Limits) -> None:
         """Open and check the archive.
 
         Raises:
-            SourceError: the file is missing, is no archive, is damaged, or exceeds a bound.
+            SourceError: the file is missing or too large, or is a TorchScript archive.
+            ValueError: the archive is damaged, or exceeds a limit. Errors of `zipfile` pass unchanged.
         """
         self.path, self.limits = path, limits
         self._file = open_regular(path, limits.max_file_bytes)
@@ -61,12 +62,15 @@ class Archive:
 
         Args:
             key: name of the storage in the pickle.
-            size: bytes that it must have.
+            size: expected size, in bytes.
+
+        Raises:
+            ValueError: the storage is missing, or has another size.
         """
         name = f"{self._root}data/{key}"
         found = self._entries[name].file_size if name in self._entries else None
         if found != size:
-            raise ValueError(f"storage {key[:40]!r} has {found} bytes; the pickle says {size}")
+            raise ValueError(f"storage {key[:40]!r} has {found} bytes; expected {size}, the size in the pickle")
         return self._read(name, size)
 
     def _read(self, name: str, most: int) -> bytes:
@@ -75,10 +79,12 @@ class Archive:
             raise ValueError(f"{name[:80]!r} has {entry.file_size} bytes; expected at most {most}")
         data = bytearray()
         with self._zip.open(entry) as file:
-            while chunk := file.read(_CHUNK):  # in one piece, zipfile would inflate whatever there is
+            while chunk := file.read(_CHUNK):  # in chunks, because one read would inflate all data at once
                 data += chunk
         if len(data) != entry.file_size:
-            raise ValueError(f"{name[:80]!r} inflates to {len(data)} bytes; its header says {entry.file_size}")
+            raise ValueError(
+                f"{name[:80]!r} inflates to {len(data)} bytes; expected {entry.file_size}, the size in its header"
+            )
         return bytes(data)
 
     def _checked(self) -> dict[str, zipfile.ZipInfo]:
@@ -101,11 +107,11 @@ class Archive:
         size = self._file.seek(0, io.SEEK_END)
         inflated, most = sum(entry.file_size for entry in entries), self.limits.max_inflation * size + _ALLOWANCE
         if end > size or inflated > most:
-            raise ValueError(f"its entries inflate to {inflated} bytes; expected at most {most} of a file of {size}")
+            raise ValueError(f"its entries inflate to {inflated} bytes; expected at most {most} for a file of {size}")
         return by_name
 
     def _find_root(self) -> str:
-        """What stands before `data.pkl`: the name of the archive, and a slash."""
+        """The prefix of `data.pkl`: the name of the archive and a slash."""
         roots = [name.removesuffix("data.pkl") for name in self._entries if name.split("/")[1:] == ["data.pkl"]]
         if len(roots) != 1:
             raise ValueError(f"it has {len(roots)} entries */data.pkl; expected one")
@@ -113,7 +119,7 @@ class Archive:
         if f"{root}constants.pkl" in self._entries:
             raise SourceError(
                 f"{self.path}: is a TorchScript archive, which is code; expected a checkpoint that torch.save wrote. "
-                "Export it to .onnx where you trust it, and pass that"
+                "Export it to .onnx where you trust it, and pass the .onnx file"
             )
         if f"{root}byteorder" in self._entries and self._read(f"{root}byteorder", 16) != b"little":
             raise ValueError("its byte order is not little-endian")
@@ -121,7 +127,7 @@ class Archive:
 
 
 class _Capped(io.RawIOBase):
-    """A file of which no single read may ask for more than a bound: `zipfile` reads its directory in one piece."""
+    """A file that bounds the size of a single read. `zipfile` reads the directory of an archive in one piece."""
 
     def __init__(self, file: BinaryIO, most: int) -> None:
         self._file, self._most = file, most

@@ -1,8 +1,11 @@
-"""A pickle as plain data: no class, function or attribute that it names is looked up, let alone called.
+"""Reads a pickle as plain data. No class, function or attribute that it names is imported or called.
 
-A pickle is a program for a stack machine. This one runs the instructions that `torch.save` writes; what the pickle wants imported
-stays a `Global`, which is a name, and what it wants called stays a `Record` of that name and its arguments.
-The instructions are read by `pickletools`, of the standard library.
+A pickle is a program for a stack machine. This module runs only the instructions that `torch.save` writes:
+
+1. An import becomes a `Global`, which holds only the name.
+2. A call becomes a `Record`, which holds the name and the arguments.
+
+`pickletools` of the standard library decodes the instructions.
 
 Source of the instructions: the comments in CPython's `pickletools.py`.
 """
@@ -17,7 +20,7 @@ from typing import Any
 
 from fusenms.limits import Limits
 
-_LONGEST_INTEGER = 16  # bytes; torch writes 8 at most
+_LONGEST_INTEGER = 16  # bytes; torch writes at most 8
 _TEXT_AND_NUMBERS = frozenset({
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
     "BINBYTES8", "BYTEARRAY8", "BINSTRING", "SHORT_BINSTRING",
@@ -27,21 +30,23 @@ _DICTIONARIES = ("collections.OrderedDict", "builtins.dict", "__builtin__.dict")
 _SETS = ("builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset")
 _SCALARS = (str, int, bool, type(None))
 _LARGEST_KEY = 2**31  # larger integers can be made to collide in a hash table
-_PICKLES_OF_THE_OLD_FORMAT = 6  # of a file: magic number, version, platform, objects, storages, and one to spare
+_PICKLES_OF_THE_OLD_FORMAT = (
+    6  # in one file: magic number, version, platform, objects, storages, and one more as a margin
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """What the pickle wants imported: a name, ``module.attribute``."""
+    """An import that the pickle requests: a name, ``module.attribute``."""
 
     name: str
 
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What the pickle wants made by calling something: its name, the arguments, the state that it is given afterwards.
+    """A call that the pickle requests: the name, the arguments, and the state that is set afterwards.
 
-    What a pickle appends to an object, or sets in it by key, is not kept.
+    Values that the pickle appends to the object, or sets by key, are dropped.
     """
 
     name: str
@@ -51,7 +56,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage of tensors: the name of its class, the entry of the archive, its number of elements."""
+    """A storage of tensors: the name of its class, its entry in the archive, and its number of elements."""
 
     kind: str
     key: str
@@ -59,7 +64,7 @@ class Storage:
 
 
 class _Mark:
-    """Where a group of values begins on the stack."""
+    """Marks the start of a group of values on the stack."""
 
 
 _MARK = _Mark()
@@ -67,13 +72,13 @@ _MARK = _Mark()
 
 @dataclass(frozen=True, slots=True)
 class Unpickled:
-    """What a pickle describes.
+    """The content of a pickle.
 
     Attributes:
-        tree: the object tree: dictionaries, lists, tuples, sets, strings, bytes, numbers, None; and `Global`, `Record` and `Storage`
-            for the rest.
-        names: all that it wants imported.
-        called: those of them that it wants called with arguments.
+        tree: the object tree: dictionaries, lists, tuples, sets, strings, bytes, numbers and None. Everything else is a `Global`, a
+            `Record` or a `Storage`.
+        names: all names that the pickle requests to import.
+        called: the names that it requests to call with arguments.
     """
 
     tree: Any
@@ -92,10 +97,10 @@ def unpickle(data: bytes, limits: Limits) -> Unpickled:
     (frozenset({'pathlib.PurePosixPath'}), frozenset({'pathlib.PurePosixPath'}))
 
     Args:
-        data: the pickle, of protocol 2 to 5.
+        data: the pickle, protocol 2 to 5.
 
     Raises:
-        ValueError: the pickle is damaged, uses an instruction that `torch.save` does not write, or exceeds a bound.
+        ValueError: the pickle is damaged, uses an instruction that `torch.save` does not write, or exceeds a limit.
     """
     machine = _Machine()
     for name, argument in _instructions(io.BytesIO(data), limits):
@@ -105,7 +110,7 @@ def unpickle(data: bytes, limits: Limits) -> Unpickled:
 
 
 def globals_of(data: bytes, limits: Limits) -> set[str]:
-    """Names of all that a pickle wants imported, as far as it can be read; without running it."""
+    """Names of all imports in a pickle, without running it. Reading stops at the first damaged instruction."""
     found, texts, stream = set[str](), ["", ""], io.BytesIO(data)
     try:
         for _ in range(_PICKLES_OF_THE_OLD_FORMAT):
@@ -117,19 +122,23 @@ def globals_of(data: bytes, limits: Limits) -> set[str]:
                 elif isinstance(argument, str):
                     texts = [texts[1], argument]
     except ValueError:
-        pass  # it ends where it is no pickle any more
+        pass  # the rest of the data is not a pickle
     return found
 
 
 def _instructions(stream: io.BytesIO, limits: Limits) -> Iterator[tuple[str, Any]]:
-    """Name and argument of each instruction, up to the end of the pickle."""
+    """Yield the name and the argument of each instruction, up to the end of the pickle.
+
+    Raises:
+        ValueError: the pickle is damaged, has too many instructions, or uses one that `torch.save` does not write.
+    """
     count = 0
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             count += 1
             if count > limits.max_opcodes:
                 raise ValueError(f"the pickle has more than {limits.max_opcodes} instructions")
-            if opcode.name in ("LONG4", "LONG", "INT"):  # text, or of any length
+            if opcode.name in ("LONG4", "LONG", "INT"):  # integers as text or of arbitrary length
                 raise ValueError(f"the pickle uses the instruction {opcode.name}, which torch.save does not write")
             yield opcode.name, argument
     except (
@@ -138,7 +147,7 @@ def _instructions(stream: io.BytesIO, limits: Limits) -> Iterator[tuple[str, Any
         LookupError,
         TypeError,
         MemoryError,
-    ) as error:  # of pickletools, on damaged data
+    ) as error:  # pickletools raises these on damaged data
         raise ValueError(f"the pickle is damaged ({type(error).__name__})") from error
 
 
@@ -153,7 +162,7 @@ class _Machine:
 
     def result(self) -> Any:
         if len(self._stack) != 1:
-            raise ValueError("the pickle leaves something else than one value")
+            raise ValueError("the pickle leaves no value or several values; expected one")
         return self._pop()
 
     def run(self, name: str, argument: Any) -> None:
@@ -277,7 +286,7 @@ class _Machine:
         elif not isinstance(target, Record):
             raise ValueError(f"the pickle sets a key of a {type(target).__name__}")
 
-    # What is named, called, given a state.
+    # Imports, calls and states.
 
     def _run_global(self, argument: str) -> None:
         self._name(argument.replace(" ", ".", 1))
@@ -289,7 +298,7 @@ class _Machine:
     def _run_stack_global(self, _: Any) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise ValueError("the pickle names something by a value that is no text")
+            raise ValueError("the pickle has an import whose name is not a text")
         self._name(f"{module}.{name}")
 
     def _run_reduce(self, _: Any) -> None:
@@ -304,21 +313,21 @@ class _Machine:
 
     def _make(self, what: Any, arguments: Any) -> None:
         if not isinstance(what, Global) or not isinstance(arguments, tuple):
-            raise ValueError(f"the pickle calls a {type(what).__name__}, which is no name")
+            raise ValueError(f"the pickle calls a {type(what).__name__}; expected a name and a tuple of arguments")
         if arguments:
             self.called.add(what.name)
         if what.name in _DICTIONARIES:
             pairs = [pair for group in arguments for pair in group] if _all(list, arguments) else None
             if pairs is None or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-                raise ValueError("the pickle makes a dictionary of something else than pairs")
+                raise ValueError("the pickle makes a dictionary from something other than pairs")
             self._stack.append(dict(zip(_elements([key for key, _ in pairs]), [v for _, v in pairs], strict=True)))
         elif what.name in _SETS:
             if not _all(list, arguments):
-                raise ValueError("the pickle makes a set of something else than a list")
+                raise ValueError("the pickle makes a set from something other than a list")
             self._stack.append(set(_elements([value for group in arguments for value in group])))
-        elif what.name == "_codecs.encode":  # how protocol 2 writes bytes
+        elif what.name == "_codecs.encode":  # protocol 2 writes bytes in this way
             if len(arguments) != 2 or not isinstance(arguments[0], str) or arguments[1] != "latin1":
-                raise ValueError("the pickle encodes text in another way than latin1")
+                raise ValueError("the pickle encodes text in an encoding other than latin1")
             self._stack.append(arguments[0].encode("latin1"))
         else:
             self._stack.append(Record(what.name, arguments))
@@ -328,7 +337,9 @@ class _Machine:
         if isinstance(target, dict):
             return  # attributes of an OrderedDict, such as the versions in a state dict
         if not isinstance(target, Record) or target.state is not None:
-            raise ValueError(f"the pickle gives a state to a {type(target).__name__} that takes none, or has one")
+            raise ValueError(
+                f"the pickle sets the state of a {type(target).__name__}, which cannot have one or has one already"
+            )
         target.state = state
 
     def _run_binpersid(self, _: Any) -> None:
@@ -336,7 +347,7 @@ class _Machine:
             case ("storage", Global(name=kind), str(key), str(), int(count)) if count >= 0:
                 self._stack.append(Storage(kind, key, count))
             case _:
-                raise ValueError("the pickle refers to something else than a storage")
+                raise ValueError("the pickle refers to an object other than a storage")
 
 
 def _all(kind: type, values: tuple[Any, ...]) -> bool:
@@ -344,7 +355,7 @@ def _all(kind: type, values: tuple[Any, ...]) -> bool:
 
 
 def _elements(values: list[Any]) -> list[Any]:
-    """Keys or elements of a set. Others than small scalars could take forever to hash."""
+    """Check keys of a dictionary or elements of a set. Only small scalars are accepted, because others could be slow to hash."""
     if bad := [v for v in values if not isinstance(v, _SCALARS) or (isinstance(v, int) and abs(v) > _LARGEST_KEY)]:
         raise ValueError(f"the pickle uses a {type(bad[0]).__name__} as a key or an element of a set")
     return values

@@ -1,1 +1,1 @@
-"""Our classes in place of those that a checkpoint names, and how they are built from its records."""
+"""Classes that replace those that a checkpoint names (stand-ins), and the code that builds them from its records."""

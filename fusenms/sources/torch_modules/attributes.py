@@ -1,4 +1,4 @@
-"""The attributes of one layer in a checkpoint: which are known, and how each is taken."""
+"""The attributes of a layer in a checkpoint: the known ones, and how each is read and checked."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _HOOKS = frozenset({
 
 _EVERY_MODULE = frozenset({
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook",
-    "i", "f", "type", "np",  # what trainers give to each layer
+    "i", "f", "type", "np",  # trainers add these to each layer
 })  # fmt: skip
 
 
 _UNUSED = frozenset({
-    # of layers: what their constructors keep and nothing computes with
+    # of layers: arguments of the constructor that the computation does not use
     "c", "c_", "c1", "c2", "g", "deploy", "groups", "id_tensor", "in_channels", "out_channels", "dim", "is_first", "channel", "mean", "std",
     "all_head_dim", "num_layers", "hidden_dim", "d_model", "im2col_step", "embed_dim", "kdim", "vdim", "_qkv_same_embed_dim", "dropout",
     "batch_first", "head_dim", "bias_k", "bias_v", "d",
-    # of heads: caches, and settings of training and of the export that the trainer would do
+    # of heads: caches, and settings of training and of the trainer's own export
     "nl", "no", "ne", "nk", "nk_sigma", "npr", "inplace", "anchors", "strides", "shape", "shapes", "valid_mask", "grid", "anchor_grid",
     "max_det", "end2end", "_end2end", "export", "format", "dynamic", "legacy", "include_nms", "concat", "xyxy", "detect", "angle",
     "nhead", "num_decoder_layers", "num_denoising", "label_noise_ratio", "box_noise_scale", "feat_strides",
-    # of networks: how they were described and trained
+    # of networks: their description and their training
     "names", "args", "yaml", "yaml_file", "pt_path", "nc", "criterion", "task", "hyp", "class_weights", "gr", "traced", "md", "date",
     "kpt_shape", "kpt_names", "kpt_oks_sigmas", "version", "fp16", "transforms", "overrides", "override",
 })  # fmt: skip
-"""Attributes of stand-ins that checkpoints have and that the computation does not read. `names` and `args` are read from the record."""
+"""Attributes in checkpoints that the computation of a stand-in does not use. `names` and `args` are read from the record."""
 
 
 class Attributes:
-    """The attributes of one layer in the file. Each is taken once by its check; what is left over is refused."""
+    """The attributes of a layer in the file. Each is taken once, with a check. The remaining ones are refused."""
 
     def __init__(self, state: Mapping[str, Any], where: str, limits: Limits) -> None:
         self._state, self.where, self.limits = state, where, limits
@@ -51,7 +51,11 @@ class Attributes:
                 raise ValueError(f"{where} carries hooks; expected plain weights")
 
     def __call__(self, name: str, field: Field, *default: Any) -> Any:
-        """The value of an attribute, checked; or the default where there is none."""
+        """The checked value of an attribute, or the default if the layer does not have it.
+
+        Raises:
+            ValueError: the value is invalid, or it is missing and there is no default.
+        """
         if name not in self._state:
             if default:
                 return default[0]
@@ -71,7 +75,11 @@ class Attributes:
         return self._state.get(names[-1])
 
     def refuse_others(self, cls: type[nn.Module]) -> None:
-        """Refuse attributes that nothing has taken."""
+        """Refuse attributes that were not taken.
+
+        Raises:
+            ValueError: there is an unknown attribute.
+        """
         known = self._taken | _HOOKS | (_UNUSED | cls.parts | set(cls.tensors) if issubclass(cls, StandIn) else set())
         if unknown := [name for name in self._state if name not in known]:
             raise ValueError(

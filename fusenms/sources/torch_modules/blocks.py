@@ -1,7 +1,7 @@
-"""Stand-ins for the building blocks of the later YOLO families (v6 to v12, 26), which only run what a checkpoint brings.
+"""Stand-ins for the building blocks of the later YOLO families (v6 to v12, 26).
 
-Like those of `modules.py` they have the attribute names found in checkpoints. They have no constructors of their own: a
-checkpoint brings its parts. Each names the paper or the family that it comes from.
+Like those in `layers.py`, they have the attribute names found in checkpoints. They have no constructors, because their parts come from
+the checkpoint. Each docstring names the paper or the family of its block.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Block(StandIn):
 
 
 class DWConv(Conv):
-    """A `Conv` with one filter for each channel; the checkpoint's convolution says so."""
+    """A depthwise `Conv`. The checkpoint's convolution has the number of groups."""
 
 
 class C3k(C3):
-    """A `C3` with bottlenecks of another kernel (YOLO11)."""
+    """A `C3` whose bottlenecks have another kernel size (YOLO11)."""
 
 
 class C3k2(C2f):
@@ -39,7 +39,10 @@ class C3k2(C2f):
 
 
 class RepConv(Block):
-    """Two convolutions side by side, 3 x 3 and 1 x 1, and perhaps the input itself; one convolution after training (RepVGG, 2021)."""
+    """Sum of a 3 x 3 and a 1 x 1 convolution and, if present, the normalized input (RepVGG, 2021).
+
+    After training, the checkpoint can have one fused convolution instead.
+    """
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv", "conv1", "conv2", "bn", "act"})
 
@@ -60,7 +63,7 @@ class RepCSP(C3):
 
 
 class RepNCSPELAN4(Block):
-    """Every stage's result is kept, and all are joined (ELAN of YOLOv7 with the stages of YOLOv9)."""
+    """Concatenates the outputs of all stages (ELAN of YOLOv7 with the stages of YOLOv9)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "cv3", "cv4"})
 
@@ -72,11 +75,11 @@ class RepNCSPELAN4(Block):
 
 
 class ELAN1(RepNCSPELAN4):
-    """The same with plain convolutions as stages (YOLOv9)."""
+    """A `RepNCSPELAN4` with plain convolutions as stages (YOLOv9)."""
 
 
 class SPPELAN(Block):
-    """Spatial pyramid pooling, every level kept (YOLOv9)."""
+    """Spatial pyramid pooling that concatenates all levels (YOLOv9)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "cv3", "cv4", "cv5"})
 
@@ -88,7 +91,7 @@ class SPPELAN(Block):
 
 
 class AConv(Block):
-    """Half the size: smoothing, then a convolution with stride 2 (YOLOv9)."""
+    """Downsampling by 2: average pooling, then a convolution with stride 2 (YOLOv9)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1"})
 
@@ -97,7 +100,7 @@ class AConv(Block):
 
 
 class ADown(Block):
-    """Half the size: one half of the channels as in `AConv`, the other by pooling (YOLOv9)."""
+    """Downsampling by 2: one half of the channels as in `AConv`, the other half by max-pooling (YOLOv9)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2"})
 
@@ -107,7 +110,7 @@ class ADown(Block):
 
 
 class CBLinear(Block):
-    """One convolution whose result is cut into several (YOLOv9-E)."""
+    """One convolution whose output is split into several tensors by channels (YOLOv9-E)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv"})
     attributes: ClassVar[Mapping[str, Field]] = {"c2s": fields.several_channels}
@@ -118,7 +121,7 @@ class CBLinear(Block):
 
 
 class CBFuse(Block):
-    """The last map plus the chosen cut of each other one, brought to its size (YOLOv9-E)."""
+    """Sum of the last map and one split (`idx`) of each other map, resized to the last map (YOLOv9-E)."""
 
     attributes: ClassVar[Mapping[str, Field]] = {"idx": fields.indices}
     idx: list[int]
@@ -131,14 +134,14 @@ class CBFuse(Block):
 
 
 class Silence(Block):
-    """The input itself (YOLOv9-E)."""
+    """Identity (YOLOv9-E)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class SCDown(Block):
-    """Channels first, then half the size (YOLOv10)."""
+    """Downsampling by 2: a convolution that changes the channels, then one that halves the size (YOLOv10)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2"})
 
@@ -147,7 +150,7 @@ class SCDown(Block):
 
 
 class RepVGGDW(Block):
-    """Two depthwise convolutions side by side, 7 x 7 and 3 x 3 (YOLOv10)."""
+    """Sum of a 7 x 7 and, if present, a 3 x 3 depthwise convolution (YOLOv10)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv", "conv1", "act"})
 
@@ -175,7 +178,7 @@ class C2fCIB(C2f):
 
 
 class Attention(Block):
-    """Attention of every cell to every other, with a convolution for where they are (YOLOv10)."""
+    """Self-attention over all cells, with a convolution as positional encoding (YOLOv10)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"qkv", "proj", "pe"})
     attributes: ClassVar[Mapping[str, Field]] = {
@@ -196,7 +199,7 @@ class Attention(Block):
 
 
 class PSABlock(Block):
-    """Attention, then a small network, each beside its input (YOLO11)."""
+    """Self-attention, then a feed-forward network, each with a residual connection if `add` is set (YOLO11)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"attn", "ffn"})
     attributes: ClassVar[Mapping[str, Field]] = {"add": fields.flag}
@@ -208,7 +211,7 @@ class PSABlock(Block):
 
 
 class PSA(Block):
-    """Half of the channels go through attention (YOLOv10)."""
+    """Self-attention on half of the channels (YOLOv10)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "attn", "ffn"})
 
@@ -220,7 +223,7 @@ class PSA(Block):
 
 
 class C2PSA(Block):
-    """Half of the channels go through blocks of attention (YOLO11)."""
+    """Blocks of self-attention on half of the channels (YOLO11)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
 
@@ -230,7 +233,7 @@ class C2PSA(Block):
 
 
 class AAttn(Block):
-    """Attention within each of `area` strips of the image, with a convolution for where cells are (YOLO12)."""
+    """Self-attention within each of `area` strips of the map, with a convolution as positional encoding (YOLO12)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"qkv", "proj", "pe"})
     attributes: ClassVar[Mapping[str, Field]] = {
@@ -257,7 +260,7 @@ class AAttn(Block):
 
 
 class ABlock(Block):
-    """Area attention, then a small network, each beside its input (YOLO12)."""
+    """Area attention, then a feed-forward network, each with a residual connection (YOLO12)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"attn", "mlp"})
 
@@ -267,7 +270,7 @@ class ABlock(Block):
 
 
 class A2C2f(Block):
-    """Stages of area attention, or of `C3k`, all joined; with `gamma` beside the input (YOLO12)."""
+    """Concatenates stages of area attention or `C3k`. With `gamma`, there is a scaled residual connection (YOLO12)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
     tensors: ClassVar[frozenset[str]] = frozenset({"gamma"})
@@ -282,7 +285,7 @@ class A2C2f(Block):
 
 
 class C2(Block):
-    """Half of the channels through a row of bottlenecks (YOLOv8-P6)."""
+    """A chain of bottlenecks on half of the channels (YOLOv8-P6)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
 
@@ -302,7 +305,7 @@ class SPP(Block):
 
 
 class GhostConv(Block):
-    """Half of the channels by a convolution, the other half cheaply out of those (GhostNet, 2020)."""
+    """Half of the channels from a convolution, the other half from a cheap operation on the first half (GhostNet, 2020)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2"})
 
@@ -325,7 +328,7 @@ class C3Ghost(C3):
 
 
 class C3x(C3):
-    """A `C3` of bottlenecks with kernels of one row and one column."""
+    """A `C3` of bottlenecks with 1 x k and k x 1 kernels."""
 
 
 BLOCKS: tuple[type[nn.Module], ...] = (

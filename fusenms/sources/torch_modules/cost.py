@@ -1,4 +1,4 @@
-"""What a network costs: FLOPs, operators and sizes of tensors, counted on shapes alone."""
+"""Counts the cost of a network from shapes only: FLOPs, operators and sizes of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusenms.sources.torch_modules.layers import DetectionModel
 
 
 class _Cost(TorchDispatchMode):
-    """Counts operators and their floating-point operations, and refuses what is too much before it is run."""
+    """Counts operators and their floating-point operations, and raises ValueError when a limit is exceeded."""
 
     def __init__(self, most_flops: int, limits: Limits) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ class _Cost(TorchDispatchMode):
 
 
 def check_cost(network: DetectionModel, side: int, limits: Limits) -> list[tuple[int, ...]]:
-    """Run a network without content on an image ``[1, 3, side, side]`` and return the shapes that it gives, without the batch.
+    """Run a network on the meta device, with an image ``[1, 3, side, side]``. Return the shapes of its taps, without the batch.
 
     Raises:
-        ValueError: it costs more than the limits allow.
+        ValueError: the network exceeds the limits.
     """
     with torch.no_grad(), torch.device("meta"), _Cost(limits.max_flops_per_pixel * side * side, limits):
         taps = network(torch.empty(1, 3, side, side))

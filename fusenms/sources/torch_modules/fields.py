@@ -1,4 +1,4 @@
-"""What the attributes of a layer may be in a checkpoint: each is a function that returns the value, or raises ValueError."""
+"""Checks for attribute values of layers in a checkpoint. Each is a function that returns the value or raises ValueError."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ def flag(value: Any, _: Limits) -> bool:
 
 
 def no(value: Any, _: Limits) -> bool:
-    """False: what is true there changes what the layer computes, in a way that fusenms does not know."""
+    """False or None. True would change the computation of the layer in a way that fusenms does not support."""
     if value is not False and value is not None:
         raise ValueError(f"is {shown(value)}; expected false")
     return False
 
 
 def whole(value: Any, least: int, most: int) -> int:
-    """A whole number of a range."""
+    """An integer from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"is {shown(value)}; expected a whole number from {least} to {most}")
     return value
 
 
 def repeats(value: Any, limits: Limits) -> int:
-    """How often something is done, 0 included."""
+    """A number of repetitions, 0 included."""
     return whole(value, 0, limits.max_repeats)
 
 
 def channels(value: Any, limits: Limits) -> int:
-    """How many channels, or heads, or classes."""
+    """A number of channels, heads or classes."""
     return whole(value, 1, limits.max_channels)
 
 
 def index(value: Any, limits: Limits) -> int:
-    """A position, from the front or the back."""
+    """A position, from the start or, if negative, from the end."""
     return whole(value, -limits.max_modules, limits.max_modules)
 
 
 def indices(value: Any, limits: Limits) -> list[int]:
-    """Several positions."""
+    """A list of positions."""
     if not isinstance(value, (list, tuple)) or len(value) > limits.max_modules:
         raise ValueError(f"is {shown(value)}; expected a list of whole numbers")
     return [index(item, limits) for item in value]
 
 
 def index_or_indices(value: Any, limits: Limits) -> int | list[int]:
-    """A position, or several."""
+    """A position or a list of positions."""
     return indices(value, limits) if isinstance(value, (list, tuple)) else index(value, limits)
 
 
 def several_channels(value: Any, limits: Limits) -> list[int]:
-    """Several counts of channels."""
+    """A list of numbers of channels."""
     return [channels(item, limits) for item in indices(value, limits)]
 
 
@@ -72,12 +72,12 @@ def real(value: Any, _: Limits) -> float:
 
 
 def vector(value: Any, _: Limits) -> Any:
-    """A short tensor. The rebuilder, which can read storages, makes it."""
+    """A short tensor. The rebuilder makes it, because it can read storages."""
     return value
 
 
 def shown(value: Any) -> str:
-    """A value for a message. Containers are not followed: they can be endless."""
+    """A value as text, for messages. Containers are shown by type only, because they can be recursive."""
     if isinstance(value, str):
         return repr(value[:60])
     return str(value) if isinstance(value, (bool, int, float, type(None))) else f"a {type(value).__name__}"

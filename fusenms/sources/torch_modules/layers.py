@@ -1,14 +1,13 @@
-"""Our own modules of the YOLO families that stand in for the classes named in a checkpoint.
+"""Modules of the YOLO families that replace the classes named in a checkpoint (stand-ins).
 
-A checkpoint of Ultralytics or YOLOv5 is a pickled tree of modules. Loading rebuilds that tree out
-of these classes (`checkpoint.py`), so their attribute names are the ones found in such files, and
-the constructors exist to build and train networks of our own (`models/shapes`).
+A checkpoint of Ultralytics or YOLOv5 is a pickled tree of modules. Loading rebuilds that tree from these classes (`checkpoint.py`), so
+their attribute names are those found in such files. The constructors exist to build and train the networks of fusenms (`models/shapes`).
 
-Each class says what it takes of a checkpoint (`StandIn`); the loader refuses a layer that has more, since that
-would be left out of the computation.
+Each class declares the parts, attributes and tensors that it uses (`StandIn`). The loader refuses a layer that has others, because the
+computation would ignore them.
 
-The heads return their *taps*, not boxes: the tensors that stand before any decoding. Decoding is
-done once, in the fused graph, for the chosen candidates only.
+The heads return their *taps*, not boxes: the tensors before any decoding. Decoding happens once, in the fused graph, and only for the
+best candidates.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from fusenms.sources.torch_modules.fields import Field
 
 
 class StandIn(nn.Module):
-    """A module that stands in for a class named in checkpoints.
+    """A module that replaces a class named in checkpoints.
 
     Attributes:
         parts: names of its children.
-        attributes: those of its attributes that the computation reads, each with the check of its value.
+        attributes: attributes that the computation uses, each with the check of its value.
         tensors: names of its own parameters and buffers.
     """
 
@@ -38,7 +37,7 @@ class StandIn(nn.Module):
 
 
 class Conv(StandIn):
-    """Convolution, batch normalization, activation (SiLU unless the checkpoint says otherwise)."""
+    """Convolution, batch normalization and activation (SiLU unless the checkpoint has another one)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv", "bn", "act"})
 
@@ -50,11 +49,11 @@ class Conv(StandIn):
         self.act: nn.Module = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x, bn = self.conv(x), self._modules.get("bn")  # a folded checkpoint has none
+        x, bn = self.conv(x), self._modules.get("bn")  # missing if it was folded
         return self.act(x if bn is None else bn(x))
 
     def fold(self) -> None:
-        """Fold the batch normalization into the convolution, computed in float64. In evaluation mode only."""
+        """Fold the batch normalization into the convolution, computed in float64. For evaluation mode only."""
         bn: Any = self._modules.get("bn")
         if bn is not None:
             weight = self.conv.weight.double()
@@ -67,7 +66,7 @@ class Conv(StandIn):
 
 
 class Bottleneck(StandIn):
-    """Two convolutions, with the input added to their result where the shapes allow."""
+    """Two convolutions with a residual connection, if `add` is set."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2"})
     attributes: ClassVar[Mapping[str, Field]] = {"add": fields.flag}
@@ -84,7 +83,7 @@ class Bottleneck(StandIn):
 
 
 class C2f(StandIn):
-    """Cross-stage block of YOLOv8: every bottleneck's result is kept and all are joined."""
+    """Cross-stage block of YOLOv8: concatenates the outputs of all bottlenecks."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
 
@@ -103,7 +102,7 @@ class C2f(StandIn):
 
 
 class C3(StandIn):
-    """Cross-stage block of YOLOv5: a chain of bottlenecks beside a single convolution."""
+    """Cross-stage block of YOLOv5: a chain of bottlenecks in parallel with a single convolution."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "cv3", "m"})
 
@@ -120,12 +119,12 @@ class C3(StandIn):
 
 
 class SPPF(StandIn):
-    """Spatial pyramid pooling by repeated max-pooling. `n` poolings; `add` adds the input at the end."""
+    """Spatial pyramid pooling by `n` repeated max-poolings. `add` adds the input to the output."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "m"})
     attributes: ClassVar[Mapping[str, Field]] = {"n": fields.repeats, "add": fields.flag}
 
-    n = 3  # older checkpoints carry neither
+    n = 3  # older checkpoints have neither n nor add
     add = False
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 5) -> None:
@@ -143,7 +142,7 @@ class SPPF(StandIn):
 
 
 class Concat(StandIn):
-    """Join feature maps along dimension `d`."""
+    """Concatenate feature maps along dimension `d`."""
 
     attributes: ClassVar[Mapping[str, Field]] = {"d": fields.index}
 
@@ -156,9 +155,9 @@ class Concat(StandIn):
 
 
 class DFL(StandIn):
-    """Carrier of the bin values of the distribution focal loss (0, 1, 2, …) in a checkpoint.
+    """Holds the bin values of the distribution focal loss (0, 1, 2, …) in a checkpoint.
 
-    Source: Li et al., "Generalized Focal Loss", 2020. It is decoded in the fused graph, by these values.
+    The fused graph decodes the distribution with these values. Source: Li et al., "Generalized Focal Loss", 2020.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv"})
@@ -173,7 +172,7 @@ class DFL(StandIn):
 class AnchorFreeDetect(StandIn):
     """Head of the Ultralytics families: per level, distance bins (`cv2`) and class logits (`cv3`).
 
-    Some have a one-to-one branch beside it, whose candidates need no suppression.
+    Some heads also have a one-to-one branch, whose candidates need no suppression.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv2", "cv3", "dfl", "one2one_cv2", "one2one_cv3"})
@@ -182,7 +181,7 @@ class AnchorFreeDetect(StandIn):
         "reg_max": fields.repeats,
         "stride": fields.vector,
     }
-    one_to_one = False  # which branch runs, where there are two
+    one_to_one = False  # selects the branch that runs, if there are two
     one2one_cv2: nn.ModuleList
     one2one_cv3: nn.ModuleList
     nc: int
@@ -206,7 +205,7 @@ class AnchorFreeDetect(StandIn):
 
     @property
     def bin_values(self) -> tuple[float, ...]:
-        """What the bins of the box distribution stand for: 0, 1, 2, … but where weights were quantized."""
+        """The values of the bins of the box distribution: 0, 1, 2, … except in quantized weights."""
         return tuple(self.dfl.conv.weight.flatten().tolist()) if self.reg_max > 1 else (0.0,)
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
@@ -217,9 +216,10 @@ class AnchorFreeDetect(StandIn):
 
 
 class AnchorDetect(StandIn):
-    """Head of YOLOv5 and YOLOv7: per level, one convolution for every anchor's box, objectness, classes.
+    """Head of YOLOv5 and YOLOv7: per level, one convolution that returns box, objectness and classes of every anchor.
 
-    YOLOv7 has a learned summand before and a factor after each (`ia`, `im`), and auxiliary levels that only training uses (`m2`).
+    YOLOv7 adds a learned summand before and a learned factor after each convolution (`ia`, `im`), and auxiliary levels that only training
+    uses (`m2`).
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"m", "ia", "im", "m2"})
@@ -248,12 +248,12 @@ class AnchorDetect(StandIn):
 
 
 class DetectionModel(StandIn):
-    """A list of modules, each fed from the layers that its `f` names (-1: the previous one)."""
+    """A list of modules. The attribute `f` of each names the layers that are its inputs (-1: the previous one)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"model"})
     attributes: ClassVar[Mapping[str, Field]] = {"save": fields.indices, "stride": fields.vector}
     model: nn.Sequential
-    stride: Tensor  # of checkpoints whose head has none
+    stride: Tensor  # only in checkpoints whose head has no stride
 
     def __init__(self, layers: list[nn.Module], sources: list[int | list[int]]) -> None:
         super().__init__()

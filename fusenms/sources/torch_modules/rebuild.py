@@ -1,11 +1,11 @@
-"""A network of our own classes, built from the plain data of a checkpoint.
+"""Builds a network of fusenms classes from the plain data of a checkpoint.
 
-1. Each record becomes a layer of ours: `StandIn` says what a class takes, `LAYERS` what a layer of torch takes. An attribute, part or
-   tensor beyond that is refused. Parts get our own names. The tensors have shapes, but no content yet.
-2. The network runs once on shapes alone, so that its cost is known (`check_cost`).
+1. Each record becomes a layer. `StandIn` declares the attributes, parts and tensors of a stand-in, and `LAYERS` those of a torch layer.
+   Others are refused. Parts get the names that fusenms declares. Tensors have shapes, but no content yet.
+2. The network runs once on shapes only, to count its cost (`check_cost`).
 3. The weights are read.
 
-Nothing of the file is called, and no text of it becomes the name of anything.
+No code of the file is called, and no text of the file becomes a name in Python.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = {
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
     "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
-"""By the name of the storage's class in `torch`."""
+"""Data types by the name of the storage class in `torch`."""
 _LONGEST_VECTOR = 64
 _REBUILD_TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _REBUILD_PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
@@ -38,7 +38,7 @@ _REBUILD_PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_
 
 @dataclass(frozen=True)
 class _Built:
-    """A layer, and how many layers and weights it has, counted at each place where they are used."""
+    """A layer with its numbers of layers and weights. A shared layer counts at each place where it is used."""
 
     module: nn.Module
     layers: int
@@ -49,16 +49,21 @@ class Rebuilder:
     """Builds the network of one checkpoint."""
 
     def __init__(self, archive: Archive, classes: Mapping[str, type[nn.Module] | None]) -> None:
-        """Take the archive for its storages, and the class of ours for each name in the file; None: there is none."""
+        """Create a rebuilder.
+
+        Args:
+            archive: the archive with the storages.
+            classes: for each name in the file, the fusenms class that replaces it; None for plain data.
+        """
         self._archive, self._limits, self._classes = archive, archive.limits, classes
         self._built: dict[int, _Built | None] = {}
         self._tensors: list[tuple[nn.Module, str, Stored]] = []
 
     def network(self, record: Record) -> DetectionModel:
-        """The network of a record; its weights are float32 and have no content yet.
+        """Build the network of a record. Its weights are float32 and have no content yet.
 
         Raises:
-            ValueError: the record describes no network that fusenms knows, or exceeds a bound.
+            ValueError: the record is not a network that fusenms knows, or exceeds a limit.
         """
         module = self._build(record, "", 0).module
         if not isinstance(module, DetectionModel):
@@ -69,10 +74,10 @@ class Rebuilder:
         return module.eval()
 
     def read_weights(self) -> None:
-        """Give the network its weights. Each storage is read once.
+        """Read the weights of the network. Each storage is read once.
 
         Raises:
-            ValueError: a storage is missing, is damaged, or has another size.
+            ValueError: a storage is missing or damaged, or has another size.
         """
         waiting: dict[Storage, list[tuple[nn.Module, str, Stored]]] = {}
         for module, name, stored in self._tensors:
@@ -151,7 +156,9 @@ class Rebuilder:
             if field is fields.vector:
                 if (value := attributes.take(name)) is not None:
                     setattr(module, name, self._vector(value, f"{attributes.where}.{name}"))
-            elif name in state or not hasattr(cls, name):  # the class has what older checkpoints lack
+            elif name in state or not hasattr(
+                cls, name
+            ):  # the class has a default for attributes that older checkpoints lack
                 setattr(module, name, attributes(name, field))
         if unknown := sorted(set(tensors) - cls.tensors - {"num_batches_tracked"}):
             raise ValueError(
@@ -170,7 +177,11 @@ class Rebuilder:
         return module
 
     def _named(self, cls: type[nn.Module], children: dict[Any, Any], where: str) -> list[tuple[str, Any]]:
-        """The parts, with names of ours."""
+        """The parts, with the names that fusenms declares.
+
+        Raises:
+            ValueError: a part is unknown, or its name is invalid.
+        """
         if issubclass(cls, StandIn):
             if extra := sorted(shown_name(name) for name in children if name not in cls.parts):
                 raise ValueError(
@@ -184,13 +195,17 @@ class Rebuilder:
             return []
         for position, name in enumerate(children):
             if not isinstance(name, str) or not (name.isidentifier() or name.isdecimal()) or not name.isascii():
-                raise ValueError(f"{where} has a part of the name {shown_name(name)}; expected a word or a number")
+                raise ValueError(f"{where} has a part with the name {shown_name(name)}; expected a word or a number")
             if cls is nn.ModuleList and name != str(position):
                 raise ValueError(f"{where} has part {shown_name(name)} at position {position}")
         return [(str(position), child) for position, child in enumerate(children.values())]
 
     def _take(self, module: nn.Module, tensors: dict[str, Stored], where: str) -> None:
-        """Note the tensors of a layer of torch, which must be those that it has, in the same shapes."""
+        """Record the tensors of a torch layer, to be read later. Their names and shapes must be those of the layer.
+
+        Raises:
+            ValueError: a name or a shape differs.
+        """
         own = dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
         given = {name: stored for name, stored in tensors.items() if name != "num_batches_tracked"}
         if "num_batches_tracked" in own:
@@ -205,7 +220,7 @@ class Rebuilder:
             self._tensors.append((module, name, stored))
 
     def _connect(self, layers: Any, module: nn.Module) -> None:
-        """Tell each layer of the network where its input comes from."""
+        """Set the inputs of each layer of the network (`f`), and its index (`i`)."""
         sequence = module._modules.get("model")
         if not isinstance(layers, Record) or not isinstance(sequence, nn.Sequential):
             raise ValueError("the network has no list of layers")
@@ -218,7 +233,11 @@ class Rebuilder:
     # Tensors.
 
     def _stored(self, value: Any, where: str) -> Stored:
-        """Where a tensor is stored: its elements lie inside of the storage, and none of them is used twice."""
+        """The place of a tensor in its storage.
+
+        Raises:
+            ValueError: the value is not a tensor, its elements exceed the storage, or it uses an element more than once.
+        """
         if isinstance(value, Record) and value.name in _REBUILD_PARAMETER and value.arguments:
             value = value.arguments[0]
         if not isinstance(value, Record) or value.name not in _REBUILD_TENSOR or len(value.arguments) < 4:
@@ -238,7 +257,7 @@ class Rebuilder:
         if count > most:
             raise ValueError(f"{where} has {count} elements; expected at most {most}")
         if fields.whole(offset, 0, storage.count) + (reach if count else 0) > storage.count:
-            raise ValueError(f"{where} {list(size)} reaches out of its storage of {storage.count} elements")
+            raise ValueError(f"{where} {list(size)} exceeds its storage of {storage.count} elements")
         dense = 1
         for step, side in sorted((step, side) for step, side in zip(stride, size, strict=True) if side > 1):
             if step < dense:
@@ -260,7 +279,7 @@ class Rebuilder:
 
 
 def _tensor(stored: Stored, content: Tensor) -> Tensor:
-    """A tensor out of its storage, float32 and contiguous, with elements of its own."""
+    """Copy a tensor from its storage, as float32 and contiguous."""
     if 0 in stored.size:
         return torch.zeros(stored.size)
     tensor = content.as_strided(stored.size, stored.stride, stored.offset)

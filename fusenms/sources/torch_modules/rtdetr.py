@@ -1,7 +1,7 @@
 """Stand-ins for the modules of RT-DETR: the HGNetV2 backbone, the encoder's attention, and the decoder with its head.
 
-Like `blocks.py` they only run what a checkpoint brings. Sources: Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", 2023;
-Zhu et al., "Deformable DETR", 2020.
+Like those in `blocks.py`, they get their parts from the checkpoint. Sources: Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection",
+2023; Zhu et al., "Deformable DETR", 2020.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fusenms.sources.torch_modules.blocks import Block
 from fusenms.sources.torch_modules.fields import Field
 
 GRID_SIZE, MARGIN = 0.05, 1e-2
-"""Side of the anchors of the finest level, in units of the image; how near to its edge they may be."""
+"""Side of the anchors of the finest level, and minimum distance of an anchor from the edge, both normalized to the image."""
 
 
 class HGStem(Block):
-    """First layers of HGNetV2: a quarter of the size."""
+    """First layers of HGNetV2. They downsample by 4."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"stem1", "stem2a", "stem2b", "stem3", "stem4", "pool"})
 
@@ -33,7 +33,7 @@ class HGStem(Block):
 
 
 class LightConv(Block):
-    """Channels, then each channel by itself."""
+    """A convolution across channels, then a depthwise convolution."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv1", "conv2"})
 
@@ -42,7 +42,7 @@ class LightConv(Block):
 
 
 class HGBlock(Block):
-    """Convolutions in a row, all joined (HGNetV2)."""
+    """Concatenates the outputs of a chain of convolutions (HGNetV2)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"m", "sc", "ec"})
     attributes: ClassVar[Mapping[str, Field]] = {"add": fields.flag}
@@ -57,7 +57,7 @@ class HGBlock(Block):
 
 
 class RepC3(Block):
-    """Convolutions beside one convolution, added."""
+    """Sum of a chain of convolutions and one parallel convolution."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "cv3", "m"})
 
@@ -84,7 +84,7 @@ class ResNetLayer(Block):
 
 
 class MultiheadAttention(Block):
-    """Attention in the place of torch's own, which traces along its fast path: batch first, no mask."""
+    """Replaces torch's `MultiheadAttention`, whose fast path would be traced. Batch first, without a mask."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"out_proj"})
     attributes: ClassVar[Mapping[str, Field]] = {"num_heads": fields.channels, "add_zero_attn": fields.no}
@@ -95,7 +95,7 @@ class MultiheadAttention(Block):
     in_proj_bias: Tensor
 
     def forward(self, query: Tensor, value: Tensor) -> Tensor:
-        """Query, also the key, and value ``[B, n, C]`` to ``[B, n, C]``."""
+        """Attend with ``query`` as query and key. All tensors are ``[B, n, C]``."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(x, w, b).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
@@ -106,7 +106,7 @@ class MultiheadAttention(Block):
 
 
 class AIFI(Block):
-    """One transformer layer over the coarsest map, whose cells know where they are."""
+    """One transformer layer over the coarsest map, with a sine positional encoding of its cells."""
 
     parts: ClassVar[frozenset[str]] = frozenset(
         {"ma", "fc1", "fc2", "norm1", "norm2", "dropout", "dropout1", "dropout2", "act"}
@@ -129,7 +129,7 @@ class AIFI(Block):
 
 
 def _sine_places(height: int, width: int, channels: int, like: Tensor) -> Tensor:
-    """Sines and cosines of row and column, ``[1, cells, channels]``."""
+    """Sine positional encoding of rows and columns, ``[1, cells, channels]``."""
     count = channels // 4
     rate = 10000.0 ** -(torch.arange(count, dtype=torch.float32) / count)
     row, column = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
@@ -138,7 +138,7 @@ def _sine_places(height: int, width: int, channels: int, like: Tensor) -> Tensor
 
 
 class MLP(Block):
-    """Linear layers with an activation between."""
+    """Linear layers with activations between them."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"layers", "act", "out_norm"})
     attributes: ClassVar[Mapping[str, Field]] = {"sigmoid": fields.flag, "residual": fields.flag}
@@ -158,7 +158,7 @@ class MLP(Block):
 
 
 class MSDeformAttn(Block):
-    """Attention to a few points of each level, around the query's box (Deformable DETR)."""
+    """Attention to a few points of each level around the box of the query (Deformable DETR)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"sampling_offsets", "attention_weights", "value_proj", "output_proj"})
     attributes: ClassVar[Mapping[str, Field]] = {
@@ -171,7 +171,17 @@ class MSDeformAttn(Block):
     n_points: int
 
     def forward(self, query: Tensor, boxes: Tensor, value: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        """Query ``[B, n, C]``, boxes ``[B, n, 4]`` cxcywh normalized, value ``[B, cells, C]`` to ``[B, n, C]``."""
+        """Attend from queries to the maps.
+
+        Args:
+            query: ``[B, n, C]``.
+            boxes: ``[B, n, 4]``, cxcywh, normalized.
+            value: ``[B, cells, C]``, the cells of all levels.
+            shapes: (height, width) of each level, in cells.
+
+        Returns:
+            ``[B, n, C]``.
+        """
         heads, points, count = self.n_heads, self.n_points, query.shape[1]
         offsets = self.sampling_offsets(query).unflatten(2, (heads, self.n_levels * points, 2))
         share = self.attention_weights(query).unflatten(2, (heads, self.n_levels * points)).softmax(3)
@@ -195,7 +205,7 @@ class MSDeformAttn(Block):
 
 
 class DeformableTransformerDecoderLayer(Block):
-    """Queries look at each other, then at the image."""
+    """Self-attention among the queries, then attention to the image."""
 
     parts: ClassVar[frozenset[str]] = frozenset({
         "self_attn", "dropout1", "norm1", "cross_attn", "dropout2", "norm2", "linear1", "act", "dropout3", "linear2", "dropout4", "norm3",
@@ -208,7 +218,7 @@ class DeformableTransformerDecoderLayer(Block):
 
 
 class DeformableTransformerDecoder(Block):
-    """Layers whose boxes get better from one to the next; the head runs them."""
+    """A list of decoder layers. Each refines the boxes of the previous one. `RTDETRDecoder` runs them."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"layers"})
     attributes: ClassVar[Mapping[str, Field]] = {"eval_idx": fields.index}
@@ -216,9 +226,9 @@ class DeformableTransformerDecoder(Block):
 
 
 class RTDETRDecoder(Block):
-    """Head of RT-DETR: the cells with the best scores become queries.
+    """Head of RT-DETR. The cells with the best scores become queries.
 
-    Anchors that a checkpoint carries, in half precision and for one size, are not used.
+    Anchors in the checkpoint are not used, because they are in half precision and for one size only.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({
@@ -235,7 +245,7 @@ class RTDETRDecoder(Block):
     learnt_init_query: bool
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return boxes ``[B, queries, 4]``, cx, cy, w, h normalized to the input, and class logits ``[B, queries, C]``."""
+        """Return boxes ``[B, queries, 4]`` (cxcywh, normalized to the input) and class logits ``[B, queries, C]``."""
         maps = [project(level) for project, level in zip(self.input_proj, levels, strict=True)]
         shapes = [(int(m.shape[2]), int(m.shape[3])) for m in maps]
         cells = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
@@ -255,7 +265,12 @@ class RTDETRDecoder(Block):
 
 
 def _anchors(shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """One anchor per cell as logits ``[cells, 4]``, infinite where it is too near to an edge; and 0 there, else 1, ``[cells, 1]``."""
+    """One anchor for each cell.
+
+    Returns:
+        logits of the anchors ``[cells, 4]`` (cxcywh, normalized), infinite if the anchor is too near to an edge of the image; and a mask
+        ``[cells, 1]``, 0 for these cells and 1 for the others.
+    """
     every = []
     for level, (height, width) in enumerate(shapes):
         row, column = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")

@@ -1,6 +1,6 @@
 """Stand-ins for the heads of the other tasks: instance masks, keypoints, oriented boxes.
 
-Each is a detection head with one more branch; what that gives stands behind the boxes and classes among the taps.
+Each is a detection head with one more branch. The taps of this branch come after those of boxes and classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusenms.sources.torch_modules.layers import AnchorDetect, AnchorFreeDetect
 
 
 class Proto(Block):
-    """Prototypes of masks ``[B, M, 2 h, 2 w]`` out of the finest level (YOLACT, 2019)."""
+    """Prototypes of masks ``[B, M, 2 h, 2 w]``, from the finest level (YOLACT, 2019)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "upsample", "cv2", "cv3"})
 
@@ -31,7 +31,7 @@ class Proto(Block):
 
 
 class Proto26(Proto):
-    """Prototypes out of all levels, the coarser ones enlarged and added to the finest (YOLO26)."""
+    """Prototypes from all levels. The coarser levels are upsampled and added to the finest one (YOLO26)."""
 
     parts = Proto.parts | {"feat_refine", "feat_fuse", "semseg"}
 
@@ -43,34 +43,34 @@ class Proto26(Proto):
 
 
 class RealNVP(Block):
-    """The flow that trains the keypoints of YOLO26; nothing runs it."""
+    """The normalizing flow for the training of keypoints in YOLO26. It is not run."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"s", "t"})
     tensors: ClassVar[frozenset[str]] = frozenset({"loc", "cov", "mask"})
 
 
 class FurtherBranch(AnchorFreeDetect):
-    """A detection head with one more branch, `cv4`: convolutions for each level."""
+    """A detection head with one more branch, `cv4`, which has convolutions for each level."""
 
     parts = AnchorFreeDetect.parts | {"cv4", "one2one_cv4"}
     cv4: nn.ModuleList
     one2one_cv4: nn.ModuleList
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return box distances and class logits as `AnchorFreeDetect` does, and the extra channels ``[B, channels, N]``."""
+        """Return box distances and class logits as in `AnchorFreeDetect`, and the channels of the branch ``[B, channels, N]``."""
         return (*super().forward(levels), torch.cat([self.extra(i, x).flatten(2) for i, x in enumerate(levels)], 2))
 
     def extra(self, level: int, x: Tensor) -> Tensor:
-        """The extra channels ``[B, channels, height, width]`` of one level."""
+        """The channels of the branch ``[B, channels, height, width]`` at one level."""
         return self.branch("cv4")[level](x)
 
     def branch(self, name: str) -> Any:
-        """The convolutions of that name, of the branch that runs."""
+        """The convolutions with this name: the one-to-one ones if `one_to_one` is set, else the one-to-many ones."""
         return getattr(self, f"one2one_{name}" if self.one_to_one else name)
 
 
 class AnchorFreeSegment(FurtherBranch):
-    """Masks (YOLOv8, YOLOv9, YOLO11, YOLO26): coefficients and, last among the taps, prototypes ``[B, M, h, w]``."""
+    """Masks of YOLOv8, YOLOv9, YOLO11 and YOLO26. The last two taps are coefficients ``[B, M, N]`` and prototypes ``[B, M, h, w]``."""
 
     parts = FurtherBranch.parts | {"proto"}
     attributes: ClassVar[Mapping[str, Field]] = {**FurtherBranch.attributes, "nm": fields.channels}
@@ -82,7 +82,7 @@ class AnchorFreeSegment(FurtherBranch):
 
 
 class AnchorFreePose(FurtherBranch):
-    """Keypoints (YOLOv8, YOLO11): position = (2 t + cell) * stride."""
+    """Keypoints of YOLOv8 and YOLO11: position = (2 t + cell) * stride, in pixels."""
 
     attributes: ClassVar[Mapping[str, Field]] = {**FurtherBranch.attributes, "kpt_shape": fields.several_channels}
     kpt_shape: list[int]
@@ -90,7 +90,7 @@ class AnchorFreePose(FurtherBranch):
 
 
 class AnchorFreePose26(AnchorFreePose):
-    """Keypoints of YOLO26, from the center of the cell; what spreads them and the flow only train."""
+    """Keypoints of YOLO26, relative to the center of the cell. The parts for sigma and the flow are used in training only."""
 
     parts = AnchorFreePose.parts | {
         *("cv4_kpts", "cv4_sigma", "one2one_cv4_kpts", "one2one_cv4_sigma", "flow_model"),
@@ -102,19 +102,19 @@ class AnchorFreePose26(AnchorFreePose):
 
 
 class AnchorFreeOriented(FurtherBranch):
-    """The angle of oriented boxes (YOLOv8, YOLO11), before its sigmoid."""
+    """Angles of oriented boxes in YOLOv8 and YOLO11, before the sigmoid."""
 
     sigmoid = True
 
 
 class AnchorFreeOriented26(AnchorFreeOriented):
-    """The angle of oriented boxes itself, in radians (YOLO26)."""
+    """Angles of oriented boxes in YOLO26, in radians."""
 
     sigmoid = False
 
 
 class AnchorSegment(AnchorDetect):
-    """Masks of YOLOv5: coefficients are the last of each anchor's channels; prototypes ``[B, M, h, w]``."""
+    """Masks of YOLOv5. The last channels of each anchor are the coefficients. Prototypes are ``[B, M, h, w]``."""
 
     parts = AnchorDetect.parts | {"proto"}
     attributes: ClassVar[Mapping[str, Field]] = {**AnchorDetect.attributes, "nm": fields.channels}
@@ -122,7 +122,7 @@ class AnchorSegment(AnchorDetect):
     proto: nn.Module
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return box, objectness and classes as `AnchorDetect` does, coefficients ``[B, M, N]``, prototypes."""
+        """Return boxes, objectness and classes as in `AnchorDetect`, coefficients ``[B, M, N]`` and prototypes."""
         (rows,) = super().forward(levels)
         return *rows.split((rows.shape[1] - self.nm, self.nm), 1), self.proto(levels)
 
@@ -135,5 +135,5 @@ HEADS = {
     "OBB": AnchorFreeOriented,
     "OBB26": AnchorFreeOriented26,
 }
-"""By their names in checkpoints of Ultralytics."""
+"""Heads by their names in checkpoints of Ultralytics."""
 BLOCKS: tuple[type[nn.Module], ...] = (Proto, Proto26, RealNVP)

@@ -1,4 +1,4 @@
-"""Layers of torch, constructed from checked numbers, without content."""
+"""Builds layers of torch from checked numbers, without content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusenms.sources.torch_modules.fields import Field, shown
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a storage."""
+    """The place of a tensor in a storage. Offset and stride are in elements."""
 
     storage: Storage
     offset: int
@@ -26,7 +26,7 @@ class Stored:
 
 
 def _pair(least: int) -> Field:
-    """One or two whole numbers, as a pair."""
+    """A check for one or two integers, which returns a pair."""
 
     def check(value: Any, limits: Limits) -> tuple[int, int]:
         pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
@@ -93,7 +93,7 @@ def _convolution(cls: Any) -> Callable[[Attributes, dict[str, Stored]], nn.Modul
 def _batch_norm(a: Attributes, _: dict[str, Stored]) -> nn.Module:
     a.take("momentum")
     if not a("affine", fields.flag, True) or not a("track_running_stats", fields.flag, True):
-        raise ValueError(f"{a.where} normalizes by the batch; expected running statistics")
+        raise ValueError(f"{a.where} normalizes with statistics of the batch; expected running statistics")
     eps = a("eps", fields.real)
     return nn.BatchNorm2d(a("num_features", fields.channels), eps=eps, device="meta")
 
@@ -128,7 +128,7 @@ def _max_pool(a: Attributes, _: dict[str, Stored]) -> nn.Module:
 def _upsample(a: Attributes, _: dict[str, Stored]) -> nn.Module:
     a.take("name", "recompute_scale_factor")
     if a("size", _optional(_pair(1)), None) is not None:
-        raise ValueError(f"{a.where} enlarges to a fixed size; expected a factor")
+        raise ValueError(f"{a.where} resizes to a fixed size; expected a factor")
     mode = a("mode", _one_of("nearest", "nearest-exact", "bilinear", "bicubic"), "nearest")
     align = a("align_corners", _optional(fields.flag), None)
     return nn.Upsample(scale_factor=a("scale_factor", _factor), mode=mode, align_corners=align)
@@ -144,7 +144,7 @@ def _activation(cls: Any, **said: Field) -> Callable[[Attributes, dict[str, Stor
 
 def _zero_pad(a: Attributes, _: dict[str, Stored]) -> nn.Module:
     if a("value", fields.real, 0.0) != 0:
-        raise ValueError(f"{a.where} pads with another value than 0")
+        raise ValueError(f"{a.where} pads with a value other than 0; expected 0")
     return nn.ZeroPad2d(a("padding", _borders))
 
 

@@ -1,4 +1,4 @@
-"""Stand-ins for the modules that only the original repositories of YOLOv5, YOLOv7 and YOLOv9 have; run as a checkpoint brings them."""
+"""Stand-ins for modules that only the original repositories of YOLOv5, YOLOv7 and YOLOv9 have. Their parts come from the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class SP(MP):
 
 
 class ReOrg(Block):
-    """Half the size, four times the channels (YOLOv7-W6)."""
+    """Space to depth: half the size, four times the channels (YOLOv7-W6)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[..., row::2, column::2] for column in (0, 1) for row in (0, 1)], 1)
 
 
 class Focus(Block):
-    """The same before a convolution (YOLOv5 before release 6)."""
+    """Space to depth before a convolution (YOLOv5 before release 6)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"conv"})
 
@@ -48,7 +48,7 @@ class Shortcut(Block):
 
 
 class DownC(Block):
-    """Half the size: by convolution beside pooling (YOLOv7-E6)."""
+    """Downsampling by 2: concatenates a convolution branch and a pooling branch (YOLOv7-E6)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "cv3", "mp"})
 
@@ -57,7 +57,7 @@ class DownC(Block):
 
 
 class SPPCSPC(Block):
-    """Spatial pyramid pooling beside one convolution (YOLOv7)."""
+    """Spatial pyramid pooling in parallel with one convolution (YOLOv7)."""
 
     parts: ClassVar[frozenset[str]] = frozenset({"cv1", "cv2", "cv3", "cv4", "cv5", "cv6", "cv7", "m"})
 
@@ -114,7 +114,7 @@ class RepNCSP(C3):
 
 
 class AuxiliaryDetect(AnchorFreeDetect):
-    """Head of YOLOv9 as trained, with branches for the auxiliary ones (`DualDDetect`, `TripleDDetect`); the last branch counts."""
+    """Head of YOLOv9 with its auxiliary branches (`DualDDetect`, `TripleDDetect`). Only the last branch is used."""
 
     parts = AnchorFreeDetect.parts | {"cv4", "cv5", "cv6", "cv7", "dfl2", "dfl3"}
 
@@ -124,7 +124,7 @@ class AuxiliaryDetect(AnchorFreeDetect):
         return torch.cat(boxes, 2), torch.cat(classes, 2)
 
     def _branch(self, convolutions: nn.ModuleList, levels: list[Tensor]) -> list[Tensor]:
-        """What the branch makes of the last levels, which are its own, ``[B, channels, cells]`` each."""
+        """Run the convolutions on the last levels. Each output is ``[B, channels, cells]``."""
         own = levels[-len(convolutions) :]
         return [convolution(x).flatten(2) for convolution, x in zip(convolutions, own, strict=True)]
 
