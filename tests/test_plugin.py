@@ -505,8 +505,10 @@ def test_rest_of_the_graph_passes_the_parser(tmp_path, layout):
 def test_graph_with_a_wrong_node_does_not_pass(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
     for name, value, message in (
-        ("classes", [1, 7, 0], "not three sizes with 7 channels"), ("plugin_namespace", "", "version and namespace are"), ("bins", None, "missing"),
-    ):  # fmt: skip
+        ("classes", [1, 7, 0], "not three sizes with 7 channels"),
+        ("plugin_namespace", "", "version and namespace are"),
+        ("bins", None, "missing"),
+    ):
         model = fused_model(LAYOUTS["distances"](), "plugin").model
         change_attribute(model, name, value)
         onnx.save(model, tmp_path / "m.onnx")
