@@ -1,4 +1,4 @@
-"""fusenms: a detector's weights to one ONNX model with decoding and non-maximum suppression inside, proven exact."""
+"""fusenms: turn detector weights into one ONNX model with decoding and non-maximum suppression inside, verified as exact."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used, so that ``import fusenms`` stays fast."""
+    """Import a public name on first use, so that ``import fusenms`` stays fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'fusenms' has no attribute {name!r}")
     from importlib import import_module

@@ -7,7 +7,7 @@ import traceback
 
 
 def run() -> int:
-    """The command line, from its import on: an interrupt while that lasts is none of a user's traceback."""
+    """Import and run the command line. An interrupt during the import prints no traceback either."""
     try:
         from fusenms.cli.terminal import fill_descriptors, standard_streams
 
@@ -16,7 +16,7 @@ def run() -> int:
             from fusenms.cli import main
 
             return main()
-        except Exception:  # a mistake of ours; what it says may hold names from a file
+        except Exception:  # a bug in fusenms; the traceback may contain names from a file
             from fusenms.safety.text import printable_lines
 
             with standard_streams():

@@ -1,7 +1,7 @@
-"""Measure models side by side in ONNX Runtime: whole, tail alone, peak memory.
+"""Measure models side by side in ONNX Runtime: the whole model, its tail alone, and peak memory.
 
-Runs are interleaved (each in turn, twice, and the second time counts), so that a machine whose speed drifts treats all
-alike; quoted are medians, with the middle half of the runs as spread, and the median of the ratios within a round.
+A round runs each model twice in turn and times the second run, so that changes in machine speed affect all models alike.
+Times are medians, with the middle half of the runs as spread. Ratios are medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from fusenms.onnx_reading.metadata import read_json
 
 WHOLE, TAIL = "whole", "tail"
 REST = 0.005  # seconds
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc: freed memory leaves the process
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+}  # glibc returns freed memory to the system
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,14 @@ class Timing:
     """One model at one batch size.
 
     Attributes:
-        name: of the file.
-        part: ``whole`` model, or its ``tail`` alone (on the head tensors of the same image).
+        name: name of the file.
+        part: ``whole`` (the model) or ``tail`` (the part after the head, run on the head tensors of the same image).
         batch: batch size.
-        milliseconds: median of the runs.
-        low, high: the middle half of the runs.
-        ratio: median over the rounds of this time to that of the first file's whole model.
-        memory_mb: peak of what a run needs beyond the loaded model, without ONNX Runtime's arena; None where not measured.
-        note: why there is no time, where there is none (then it is NaN).
+        milliseconds: median time of a run.
+        low, high: first and third quartile of the times, in milliseconds.
+        ratio: median over the rounds of this time divided by that of the first file's whole model.
+        memory_mb: peak memory of a run beyond the loaded model, in megabytes, without ONNX Runtime's arena; None if not measured.
+        note: why there is no time; the times are then NaN.
     """
 
     name: str
@@ -60,13 +63,13 @@ class Timing:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; NaN as None."""
+        """Return plain values, with None for NaN."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to time: ``prepare(images)`` makes what a round calls. ``file`` and ``threads`` are for measuring its memory."""
+    """A model or tail to time. ``prepare(images)`` returns what a round calls. ``file`` and ``threads`` serve to measure memory."""
 
     name: str
     part: str
@@ -76,11 +79,11 @@ class Contestant:
 
 
 def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: bool = True) -> list[Contestant]:
-    """Whole models, and the tails of the fused ones.
+    """List what to time: every model, and the tail of every fused model.
 
     Args:
-        threads: of one run; default: ONNX Runtime's choice.
-        arena: let ONNX Runtime keep freed memory for itself, as it does by default.
+        threads: threads of one run; default: ONNX Runtime's choice.
+        arena: let ONNX Runtime keep freed memory for reuse, as it does by default.
 
     Raises:
         SourceError: a file cannot be read.
@@ -112,7 +115,7 @@ def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: boo
 
 
 def _tail(fused: FusedModel, images: np.ndarray, runner: Callable[[Any], OnnxRuntimeRunner]) -> Callable[[], Any]:
-    """The part behind the head, on the head tensors of these images."""
+    """Return a function that runs the part after the head on the head tensors of these images."""
     values = runner(with_outputs(fused.model, fused.layout.tensors)).infer(images)
     inputs = {name: values[name] for name in fused.layout.tensors}
     tail = runner(cut_before(fused.model, {name: value.shape[1:] for name, value in inputs.items()}))
@@ -130,12 +133,12 @@ def measure(
     memory: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Timing]:
-    """Time contestants in turn, at each batch size.
+    """Time all entries in turn, at each batch size.
 
     Args:
         images: ``[n, 3, height, width]`` float32; repeated to fill a batch.
-        runs: rounds.
-        memory: measure peak memory too, each file in a process of its own (Linux).
+        runs: number of rounds.
+        memory: also measure peak memory, each file in its own process (Linux).
 
     Raises:
         InputError: a batch size or the number of runs is not positive.
@@ -151,7 +154,7 @@ def measure(
             try:
                 ready[i] = entry.prepare(filled)
                 ready[i]()
-            except Exception as error:  # a frozen batch, mostly; ONNX Runtime raises its own kinds
+            except Exception as error:  # usually a frozen batch; ONNX Runtime raises its own exception types
                 ready.pop(i, None)
                 notes[i] = first_line(error)
         seconds: dict[int, list[float]] = {i: [] for i in ready}
@@ -159,8 +162,8 @@ def measure(
             if progress is not None:
                 progress(f"batch {batch}", step, runs)
             for i, call in ready.items():
-                time.sleep(REST)  # the threads of the one before come to rest
-                call()  # and the caches are one's own again, for each alike
+                time.sleep(REST)  # let the threads of the previous model come to rest
+                call()  # warm the caches, for each model alike
                 start = time.perf_counter()
                 call()
                 seconds[i].append(time.perf_counter() - start)
@@ -193,9 +196,9 @@ def _timing(
 def peak_memory(
     path: Path, part: str, batch: int, images: np.ndarray | None = None, threads: int | None = None
 ) -> float | None:
-    """Megabytes that a run needs at its peak beyond the loaded model and its input, measured in a process of its own; None off Linux.
+    """Measure the peak memory of a run beyond the loaded model and its input, in megabytes, in its own process; None except on Linux.
 
-    What it needs less than half a megabyte of may be hidden in memory that the process has kept.
+    Less than half a megabyte may go unnoticed, because the process may reuse memory that it has kept.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -223,7 +226,7 @@ def peak_memory(
 
 
 def _measure_peak(path: Path, part: str, batch: int, file: Path, threads: int) -> float:
-    """In a process of its own: highest resident memory during a run, less that before it."""
+    """Measure in this process: peak resident memory during a run minus resident memory before it, in megabytes."""
     entry = next(e for e in contestants([path], threads or None, arena=False) if e.part == part)
     images = np.load(file)
     run = entry.prepare(images[np.arange(batch) % len(images)])
@@ -240,11 +243,11 @@ def _status(key: str) -> float:
 
 
 def default_shape(path: Path) -> tuple[int, int]:
-    """Height and width that a model takes; where they are open, those that a fused file names as usual, or 640.
+    """Return the height and width of a model's input. If they are open: the default size of a fused file, or 640.
 
     Raises:
         SourceError: the file cannot be read.
-        InputError: it does not take images.
+        InputError: the model does not take images.
     """
     model = read_onnx(path)
     weights = {entry.name for entry in model.graph.initializer}

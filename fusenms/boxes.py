@@ -1,4 +1,4 @@
-"""Box arithmetic in NumPy. Boxes are ``[..., 4]``; xyxy are corners, cxcywh center and size. Oriented ones are ``[..., 5]``."""
+"""Box arithmetic in NumPy. Boxes are ``[..., 4]`` (xyxy: corners; cxcywh: center and size); oriented boxes are ``[..., 5]``."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[Any]
-"""Of any floating-point dtype."""
+"""An array of any floating-point dtype."""
 
 THINNEST = 1e-3
-"""Pixels. An oriented box with a side that is not longer is degenerate: it overlaps nothing."""
+"""Pixels. An oriented box with a side not longer than this is degenerate: it overlaps nothing."""
 MAX_REACH, MAX_REACH_ORIENTED = 1e18, 1e8
-"""Pixels, of a box's coordinates in sum. float32 holds its square, and of an oriented box its fourth power; boxes beyond never win."""
+"""Limits on the sum of a box's absolute coordinates, in pixels. float32 can hold the square of the first limit, and the fourth power of
+the second one, which is for oriented boxes. A box beyond its limit is never selected."""
 PROBIOU_EPSILON = 1e-7
-"""Added within the Hellinger distance, so that the probabilistic IoU of boxes far apart is 0, not next to it."""
+"""Added inside the Hellinger distance, so that the probabilistic IoU of distant boxes is exactly 0."""
 
 
 def cxcywh_to_xyxy(boxes: Floats) -> Floats:
-    """Center and size ``[..., 4]`` to corners, in the same unit and dtype."""
+    """Convert center and size ``[..., 4]`` to corners, in the same unit and dtype."""
     half = boxes[..., 2:] / 2
     return np.concatenate((boxes[..., :2] - half, boxes[..., :2] + half), -1)
 
 
 def oriented_to_corners(boxes: Floats) -> Floats:
-    """Corner points ``[..., 4, 2]`` of oriented boxes ``[..., 5]`` (cx, cy, w, h, angle in radians), around the box.
+    """Corner points ``[..., 4, 2]`` of oriented boxes ``[..., 5]`` (cx, cy, w, h, angle in radians), in order around the box.
 
-    The angle turns from x to y. The first point is that at the high end of both sides.
+    The angle turns from x to y. The first point is at the high end of both sides.
     """
     center, angle = boxes[..., None, :2], boxes[..., 4:]
     along = np.concatenate((np.cos(angle), np.sin(angle)), -1)[..., None, :] * (boxes[..., None, 2:3] / 2)
@@ -38,15 +39,15 @@ def oriented_to_corners(boxes: Floats) -> Floats:
 
 
 def upright_around(corners: Floats) -> Floats:
-    """The smallest xyxy boxes ``[..., 4]`` around points ``[..., n, 2]``."""
+    """Smallest xyxy boxes ``[..., 4]`` that contain points ``[..., n, 2]``."""
     return np.concatenate((corners.min(-2), corners.max(-2)), -1)
 
 
 def pairwise_probiou(a: Floats, b: Floats) -> Floats:
-    """Probabilistic IoU ``[n, m]`` of oriented boxes ``[n, 5]`` and ``[m, 5]``; 0 where a side is not above `THINNEST`.
+    """Probabilistic IoU ``[n, m]`` of oriented boxes ``[n, 5]`` and ``[m, 5]``; 0 if a side is not above `THINNEST`.
 
-    1 - the Hellinger distance of the boxes as normal distributions. Source: Llerena et al., "Gaussian Bounding Boxes and
-    Probabilistic Intersection-over-Union", 2021; with `PROBIOU_EPSILON`, as Ultralytics has it.
+    It is 1 minus the Hellinger distance of the boxes as normal distributions. Source: Llerena et al., "Gaussian Bounding Boxes and
+    Probabilistic Intersection-over-Union", 2021. `PROBIOU_EPSILON` is used as in Ultralytics.
     """
 
     def covariance(boxes: Floats) -> Floats:
@@ -71,7 +72,7 @@ def pairwise_probiou(a: Floats, b: Floats) -> Floats:
 
 
 def ordered(boxes: Floats) -> Floats:
-    """Corners ``[..., 4]`` with a negative size made zero: the high corner is never below the low one."""
+    """Set negative sizes of corners ``[..., 4]`` to zero, so that the high corner is never below the low one."""
     return np.concatenate((boxes[..., :2], np.maximum(boxes[..., :2], boxes[..., 2:])), -1)
 
 
@@ -81,7 +82,7 @@ def area(boxes: Floats) -> Floats:
 
 
 def pairwise_iou(a: Floats, b: Floats) -> Floats:
-    """IoU ``[n, m]`` of corners ``[n, 4]`` and ``[m, 4]``; 0 where either box is degenerate."""
+    """IoU ``[n, m]`` of corners ``[n, 4]`` and ``[m, 4]``; 0 if either box is degenerate."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     inter = np.clip(high - low, 0, None).prod(-1)

@@ -1,4 +1,4 @@
-"""The families of `models/catalog.toml`: how each is read, and what it was tried on."""
+"""The families in `models/catalog.toml`: how each is read, and which models it was tried on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ else:
 
 @dataclass(frozen=True)
 class Family:
-    """One entry; its fields are explained at the head of the file."""
+    """One entry of the catalog. The fields are documented at the top of the file."""
 
     name: str
     head: str
@@ -33,7 +33,7 @@ class Family:
 
 
 def families() -> tuple[Family, ...]:
-    """All entries, in the order of the file.
+    """Return all entries in file order.
 
     Raises:
         SourceError: the file is missing from the installation.

@@ -13,7 +13,7 @@ from fusenms.errors import ConfigError
 MAX_CANDIDATES_LIMIT = 3840
 """The largest TopK that TensorRT builds (measured with TensorRT-RTX 1.7.1: 3840 builds, 3841 is refused)."""
 MOST = 2**24
-"""Candidates, rows and rounds: candidates are ranked in float32, which counts exactly up to here."""
+"""Limit on candidates, rows and rounds. Candidates are ranked in float32, which holds every integer up to this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +22,20 @@ class PostprocessConfig:
 
     Attributes:
         score_threshold: keep candidates with score > this (0 to 1).
-        iou_threshold: drop a candidate whose IoU with a better one is > this (0 to 1).
+        iou_threshold: suppress a candidate whose IoU with a better one is > this (0 to 1).
         max_detections: output rows per image (K).
-        max_candidates: best candidates per image that enter suppression.
-        class_agnostic: suppress across classes, not only within one.
-        multi_label: every class of a box above the threshold is a candidate, not only its best one.
-        rounds: of the ``portable`` backend: rounds of suppression to unroll; None repeats until nothing changes. With a number
-            the graph has one output more, ``converged``.
-        masks: of a segmentation model: ``coefficients`` gives `mask_coefficients` and `prototypes`, ``prototype`` the masks themselves,
-            at the prototypes' size.
-        indices: add the output `indices`, the candidate that each row came from.
+        max_candidates: number of best candidates per image that enter suppression.
+        class_agnostic: suppress across classes, not only within a class.
+        multi_label: make every class of a box above the threshold a candidate, not only the best class.
+        rounds: number of suppression rounds that the ``portable`` backend unrolls; None: repeat until nothing changes. A number adds the
+            output ``converged``.
+        masks: mask outputs of a segmentation model: ``coefficients`` gives `mask_coefficients` and `prototypes`; ``prototype`` gives the
+            masks at the size of the prototypes.
+        indices: add the output `indices`, the candidate number of each row.
         output_preset: names of the first four outputs, a key of `fusenms.contract.OUTPUT_PRESETS`.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of range.
 
     Example:
         >>> from fusenms import PostprocessConfig
@@ -84,7 +84,7 @@ class PostprocessConfig:
 
     @property
     def output_names(self) -> tuple[str, str, str, str]:
-        """Names of the outputs, in the order of the contract."""
+        """Names of the first four outputs, in the order of the contract."""
         return OUTPUT_PRESETS[self.output_preset]
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,11 +95,11 @@ class PostprocessConfig:
         """Build from plain values.
 
         Raises:
-            ConfigError: not a mapping from names, an unknown name, or a value out of its range.
+            ConfigError: the values are not a mapping from names, a name is unknown, or a value is out of range.
         """
         if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
             raise ConfigError(f"settings are {values!r}; expected a mapping from names to values")
-        if "names" in values:  # what `output_preset` was called in 0.1.0
+        if "names" in values:  # the name of `output_preset` in 0.1.0
             values = {"output_preset" if name == "names" else name: value for name, value in values.items()}
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
@@ -123,5 +123,5 @@ class ConfigFields(TypedDict, total=False):
 
 
 def _within(value: Any, kind: Any, low: int, high: int) -> bool:
-    """Whether it is a number of that kind from low to high; NaN is not, nor is a truth value."""
+    """Whether a value is a number of this kind from low to high. NaN and booleans are not."""
     return isinstance(value, kind) and not isinstance(value, bool) and bool(low <= value <= high)

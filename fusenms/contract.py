@@ -1,4 +1,4 @@
-"""The contract of every fused model: output names, dtypes and shapes, and the metadata keys. Each is spelled once, here."""
+"""The contract of every fused model: output names, dtypes and shapes, and the metadata keys. Each is defined only here."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ OUTPUTS: Final = (
 )
 
 CONVERGED_OUTPUT: Final = Output(CONVERGED, np.dtype(np.int32), ("B", 1))
-"""Where suppression runs a fixed number of rounds: 1 where that was enough, 0 where an image's rows may be wrong."""
+"""Present if suppression runs a fixed number of rounds: 1 if they were enough, 0 if the rows of the image may be wrong."""
 
 INDICES_OUTPUT: Final = Output(INDICES, np.dtype(np.int32), ("B", "K"))
-"""On request: the number of the candidate that each row came from, as `fusenms.layout` counts them; -1 past num_detections."""
+"""Present on request: the candidate number of each row, as defined in `fusenms.layout`; -1 past num_detections."""
 
 MASK_KINDS: Final = ("coefficients", "prototype")
-"""What a model gives of masks: what they are made of, or the masks themselves at the size of the prototypes."""
+"""Mask outputs of a model: coefficients and prototypes, or the masks at the size of the prototypes."""
 
 OUTPUT_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
     "fusenms": (NUM_DETECTIONS, BOXES, SCORES, LABELS),
@@ -58,9 +58,9 @@ OUTPUT_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
     "deepstream": ("num_dets", "det_boxes", "det_scores", "det_classes"),
     "yolov7": ("num_dets", "det_boxes", "det_scores", "det_classes"),
 }
-"""What existing consumers parse, in the order of `OUTPUTS`. Further outputs have our names in each."""
+"""Output names that existing consumers parse, in the order of `OUTPUTS`. All other outputs keep the names of fusenms."""
 
-# Metadata keys of our own.
+# Metadata keys of fusenms.
 KEY_VERSION: Final = "fusenms.version"
 KEY_BACKEND: Final = "fusenms.backend"
 KEY_LAYOUT: Final = "fusenms.layout"
@@ -72,7 +72,7 @@ KEY_SUPPRESSION: Final = "fusenms.suppression"
 KEY_SOURCE: Final = "fusenms.source"
 KEY_NOTES: Final = "fusenms.notes"
 KEY_VERIFICATION: Final = "fusenms.verification"
-# Metadata keys of Ultralytics, kept so that their tools still read the file.
+# Metadata keys of Ultralytics, written so that its tools still read the file.
 KEY_NAMES: Final = "names"
 KEY_STRIDE: Final = "stride"
 KEY_TASK: Final = "task"
@@ -80,4 +80,4 @@ KEY_IMGSZ: Final = "imgsz"
 KEY_KEYPOINTS: Final = "kpt_shape"
 
 UNVERIFIED: Final = "unverified"
-"""Value of `KEY_VERIFICATION` in a file that was written without proof."""
+"""Value of `KEY_VERIFICATION` in a file that was written without verification."""

@@ -1,4 +1,4 @@
-"""Every error fusenms raises on purpose. All derive from :class:`FusenmsError`.
+"""The errors that fusenms raises on purpose. All derive from :class:`FusenmsError`.
 
 A message says what was found, what was expected, and what to do.
 """
@@ -24,7 +24,7 @@ class SourceError(FusenmsError):
 
 
 class RunError(SourceError):
-    """A graph fails while it runs, takes too long, or gives what it does not promise: the file is damaged."""
+    """A graph fails at run time, takes too long, or returns other outputs than it declares: the file is damaged."""
 
 
 class HeadError(FusenmsError):
@@ -44,7 +44,7 @@ class AlreadyFusedError(HeadError):
 
 
 class FusionError(FusenmsError):
-    """The fused graph could not be built although head and settings are fine: a bug in fusenms."""
+    """The fused graph could not be built although head and settings are valid. This is a bug in fusenms."""
 
 
 class BackendError(FusenmsError):
@@ -60,11 +60,11 @@ class UnsupportedByBackendError(BackendError):
 
 
 class EngineBuildError(BackendError):
-    """The builder cannot make an engine of the model."""
+    """The builder cannot build an engine from the model."""
 
 
 class VerificationError(FusenmsError):
-    """The fused model differs from the reference. ``report`` has every difference."""
+    """The fused model differs from the reference. ``report`` lists every difference."""
 
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
@@ -72,7 +72,7 @@ class VerificationError(FusenmsError):
 
 
 class InputError(FusenmsError, ValueError):
-    """An image or another input of a fused model is unusable."""
+    """An image or another input of a fused model cannot be used."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What `fusenms.fuse` tells of each step. Each event but `Progress` has a ``summary`` of one line, which is logged too."""
+"""Events that `fusenms.fuse` reports, one for each step. Every event except `Progress` has a one-line ``summary``, which is also logged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusenms.verification.agreement import Agreement
 
 @dataclass(frozen=True, kw_only=True)
 class Recognized:
-    """The weights are loaded, their head is recognized, and the batch is open."""
+    """The weights are loaded, the head is recognized, and the batch is dynamic."""
 
     raw: RawModel
     layout: Layout
@@ -41,7 +41,7 @@ class Fused:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """The model in half precision was run beside the one in float32. ``own_images``: on images that were given."""
+    """The half-precision model was compared with the float32 model. ``own_images``: on images that the caller gave."""
 
     agreement: Agreement
     own_images: bool
@@ -53,7 +53,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A part of a step is done: what, how much of it, and how much there is."""
+    """Part of a step is done: ``done`` of ``total`` units of ``what``."""
 
     what: str
     done: int
@@ -62,7 +62,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """The model was compared with the reference; a report with mismatches is followed by a `VerificationError`."""
+    """The model was compared with the reference. If the report has mismatches, a `VerificationError` follows."""
 
     report: Report
 

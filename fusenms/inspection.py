@@ -1,4 +1,4 @@
-"""`inspect`: what a file is, as a value with fields."""
+"""`inspect`: describe a file by a value with fields."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """An input or output: its name, its element type as NumPy names it, and its sizes; an open size is a name, or ``?``."""
+    """An input or output: its name, its NumPy dtype name, and its sizes. An open size is a name or ``?``."""
 
     name: str
     dtype: str
@@ -38,20 +38,20 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a file is.
+    """Description of a file.
 
     Attributes:
         kind: ``checkpoint``, ``onnx`` (a raw head) or ``fused``.
-        inputs, outputs: of the graph; none of a checkpoint.
-        layout: what the head means; None where no family fits.
-        reason: why none fits.
-        class_names: as far as the file says them.
-        notes: what was noticed while the file was read.
-        frozen_batch: batch size of a raw file that has one; None where it is open.
-        opened: of a frozen batch: what opening it showed, or why it cannot be opened.
-        fused: of a fused file, its model with backend, settings and precision.
-        verification: of a fused file, what its metadata says of its proof.
-        metadata: of an ONNX file, key to text.
+        inputs, outputs: inputs and outputs of the graph; empty for a checkpoint.
+        layout: meaning of the head; None if no family fits.
+        reason: why no family fits.
+        class_names: class names, if the file has them.
+        notes: observations made while reading the file.
+        frozen_batch: batch size of a raw file with a fixed batch; None if the batch is dynamic.
+        opened: for a frozen batch: the result of opening it, or why it cannot be opened.
+        fused: for a fused file: the model with backend, settings and precision.
+        verification: for a fused file: the result of its verification, from the metadata.
+        metadata: for an ONNX file: its metadata, key to text.
     """
 
     kind: str
@@ -69,14 +69,14 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> Inspection:
-    """Say what a file is: its kind, its head (or why none fits), its metadata.
+    """Describe a file: its kind, its head (or why no family fits), its metadata.
 
     Args:
         path: a checkpoint (`.pt`), a raw `.onnx`, a fused `.onnx`, or a directory of a Hugging Face detector.
         limits: bounds on what the file may cost.
 
     Raises:
-        SourceError: the file cannot be read, or is damaged.
+        SourceError: the file cannot be read or is damaged.
 
     Example:
         >>> import fusenms
@@ -126,7 +126,7 @@ def _with_head(found: Inspection, raw: RawModel) -> Inspection:
 
 
 def _inputs(model: onnx.ModelProto) -> tuple[TensorInfo, ...]:
-    constants = {item.name for item in model.graph.initializer}  # old files list those among their inputs
+    constants = {item.name for item in model.graph.initializer}  # old files also list initializers as inputs
     return tuple(_info(entry) for entry in model.graph.input if entry.name not in constants)
 
 

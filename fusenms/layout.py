@@ -1,7 +1,7 @@
 """`Layout`: what the raw head of a detector means, as plain data.
 
-A layout names the head's tensors at their earliest tap and says how scores and boxes come out of
-them. It is written into every fused file, so a file can be verified without its source.
+A layout names the earliest tensors of the head and says how scores and boxes are decoded from them. Every fused file stores its layout,
+so a file can be verified without its source.
 
 Candidates of a gridded head are numbered by level, then anchor, then row, then column.
 """
@@ -21,11 +21,11 @@ from fusenms.contract import Output
 from fusenms.errors import ConfigError, SourceError
 
 MOST_CHANNELS = 2**24
-"""Of one head tensor. float32 counts exactly up to here."""
+"""Limit on the channels of one head tensor. float32 holds every integer up to this one."""
 LARGEST_STRIDE = 2**16
 """Pixels."""
 LARGEST = float(np.finfo(np.float32).max)
-"""Of the numbers that become constants of the graph."""
+"""Limit on the magnitude of numbers that become constants of the graph."""
 
 
 class Activation(str, Enum):
@@ -37,27 +37,27 @@ class Activation(str, Enum):
 
 
 class BoxFormat(str, Enum):
-    """Corners, or center and size."""
+    """Box format: corners, or center and size."""
 
     XYXY = "xyxy"
     CXCYWH = "cxcywh"
 
 
 def cells_along(side: int, stride: int) -> int:
-    """Cells of one level along a side of the input, both in pixels; the last one may reach over the edge."""
+    """Number of cells of one level along a side of the input (both in pixels). The last cell may extend past the edge."""
     return -(-side // stride)
 
 
 def other_axis(axis: int) -> int:
-    """Of a head tensor ``[B, …, …]``: axis 2 for 1, 1 for 2."""
+    """Return the other axis of a head tensor ``[B, …, …]``: 2 for 1, and 1 for 2."""
     return 3 - axis
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A run of channels of a head tensor ``[B, C, N]`` (``channel_axis`` 1) or ``[B, N, C]`` (``channel_axis`` 2).
+    """A range of channels of a head tensor ``[B, C, N]`` (``channel_axis`` 1) or ``[B, N, C]`` (``channel_axis`` 2).
 
-    ``tensor`` is its name in the graph; ``start`` and ``stop`` bound the channels.
+    ``tensor`` is the tensor's name in the graph. The channels run from ``start`` up to but not including ``stop``.
     """
 
     tensor: str
@@ -72,7 +72,7 @@ class Tap:
         if not whole or self.channel_axis not in (1, 2) or not 0 <= self.start < self.stop <= MOST_CHANNELS:
             raise ConfigError(
                 f"tap of {self.tensor!r}: axis {self.channel_axis!r}, channels {self.start!r} to {self.stop!r}; expected axis 1 or 2, and "
-                f"a start from 0 on that is below the stop, which is at most {MOST_CHANNELS}"
+                f"channels with 0 <= start < stop <= {MOST_CHANNELS}"
             )
 
     @property
@@ -81,13 +81,13 @@ class Tap:
 
     @property
     def candidate_axis(self) -> int:
-        """Where the candidates are: the axis that does not have the channels."""
+        """Axis of the candidates: the one that does not hold the channels."""
         return other_axis(self.channel_axis)
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The four box channels are finished boxes, in pixels of the model's input or ``normalized`` to its size."""
+    """The four box channels are decoded boxes, in pixels of the model's input or ``normalized`` to its size."""
 
     kind: ClassVar[str] = "decoded"
     format: BoxFormat
@@ -100,11 +100,11 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Distances:
-    """Distances from a point of the cell to left, top, right, bottom in units of the stride (one anchor per cell).
+    """Distances from a point of the cell to left, top, right and bottom, in units of the stride (one anchor per cell).
 
-    Each distance is a distribution over ``bins`` numbers: ``4 * bins`` channels, side by side; with one bin, the number itself.
-    ``point`` is where in the cell they start: 0.5 at its center, 0 at its low corner (NanoDet-Plus). The numbers are 0, 1, 2, … but
-    where ``values`` says others, as in weights that were quantized.
+    Each distance is a distribution over ``bins`` values, in ``4 * bins`` adjacent channels. With one bin, the channel is the distance.
+    ``point`` is the origin within the cell: 0.5 is its center, 0 its low corner (NanoDet-Plus). The bins have the values 0, 1, 2, …
+    unless ``values`` gives others, as in quantized weights.
     Source: Li et al., "Generalized Focal Loss", 2020.
     """
 
@@ -129,7 +129,7 @@ class Distances:
 
     @property
     def bin_values(self) -> tuple[float, ...]:
-        """What each bin stands for."""
+        """Value of each bin."""
         return self.values or tuple(map(float, range(self.bins)))
 
 
@@ -195,9 +195,9 @@ BOX_DECODES: tuple[type[BoxDecode], ...] = (Decoded, Distances, AnchorBoxes, Gri
 
 @dataclass(frozen=True)
 class MaskTerms:
-    """Masks of instances: M ``coefficients`` of a candidate weigh the M ``prototypes`` ``[B, M, h, w]`` of the image.
+    """Instance masks: the M ``coefficients`` of a candidate weight the M ``prototypes`` ``[B, M, h, w]`` of the image.
 
-    The mask is where their sum is above 0, within the candidate's box; a pixel of the prototypes is a square of the input.
+    The mask is where the weighted sum is above 0, inside the candidate's box. A pixel of the prototypes covers a rectangle of the input.
     Source: Bolya et al., "YOLACT", 2019.
     """
 
@@ -214,10 +214,10 @@ class MaskTerms:
 
 @dataclass(frozen=True)
 class KeypointTerms:
-    """Keypoints: the channels of ``values`` are x, y and, with ``dims`` 3, the visibility of one point after the other.
+    """Keypoints: the channels of ``values`` hold x, y and, with ``dims`` 3, the visibility of each point in turn.
 
-    With a ``factor``: position = (factor * t + cell + point) * stride, as the cells of the layout's box decode have it, and visibility
-    is a sigmoid. Without: finished, in pixels of the input, and the visibility a probability.
+    With a ``factor``: position = (factor * t + cell + point) * stride, with the cells of the layout's box decode; the visibility is the
+    sigmoid of its channel. Without a factor: positions are in pixels of the input, and the visibility is a probability.
     """
 
     values: Tap
@@ -238,15 +238,15 @@ class KeypointTerms:
 
     @property
     def count(self) -> int:
-        """How many points there are."""
+        """Number of keypoints."""
         return self.values.channels // self.dims
 
 
 @dataclass(frozen=True)
 class AngleTerm:
-    """The angle of oriented boxes, one channel: radians, from x to y; with ``sigmoid``, (sigmoid(t) - 1/4) * pi.
+    """The angle of oriented boxes, one channel: in radians, from x to y; with ``sigmoid``, (sigmoid(t) - 1/4) * pi.
 
-    Of `Distances`, they are taken along the sides of the turned box; `Decoded` boxes are cx, cy, w, h of it.
+    With `Distances`, the distances are measured along the sides of the rotated box. `Decoded` boxes are its cx, cy, w, h.
     """
 
     value: Tap
@@ -260,10 +260,10 @@ class AngleTerm:
 
 @dataclass(frozen=True)
 class Join:
-    """A head tensor that fusing makes out of several of the model's, one for each level, by reshaping and joining alone.
+    """A head tensor that fusing builds from tensors of the model, usually one per level, only by reshaping and concatenating.
 
-    With ``channel_axis`` 2 a part is ``[B, anchors, rows, columns, C]`` or ``[B, n, C]``; with 1
-    ``[B, C, rows, columns]`` or ``[B, C, n]``. Parts of another type become float32.
+    With ``channel_axis`` 2, a part is ``[B, anchors, rows, columns, C]`` or ``[B, n, C]``; with 1, it is ``[B, C, rows, columns]`` or
+    ``[B, C, n]``. Parts of another dtype are cast to float32.
     """
 
     tensor: str
@@ -286,12 +286,12 @@ class Join:
 
     @property
     def candidate_axis(self) -> int:
-        """Where the candidates are, and the parts are joined."""
+        """Axis of the candidates, along which the parts are concatenated."""
         return other_axis(self.channel_axis)
 
     @property
     def part_shape(self) -> tuple[int, int, int]:
-        """What each part is reshaped to: 0 keeps the batch, -1 is what is left."""
+        """Shape that each part is reshaped to: 0 copies the batch, -1 is inferred."""
         return (0, -1, self.channels) if self.channel_axis == 2 else (0, self.channels, -1)
 
 
@@ -301,17 +301,17 @@ class Layout:
 
     Attributes:
         family: name of the detector family.
-        boxes: where the box terms stand.
-        classes: where the class scores stand.
-        objectness: where the objectness stands, where the head has one (a single channel).
+        boxes: channels of the box terms.
+        classes: channels of the class scores.
+        objectness: channel of the objectness; None if the head has none.
         activation: how class scores and objectness become probabilities.
         decode: how box terms become boxes.
-        suppress: false where the head gives each object once (end-to-end), so that nothing is suppressed.
-        joins: head tensors that the raw model has in parts; none in a fused model, which has them whole.
-        background: channel that says "nothing here", which a softmax counts among the classes.
-        labels: of end-to-end heads that give finished rows, the class's number; `classes` is then one channel, the score.
-        objectness_weight: w, where the score is objectness^w * class^(1 - w); None for their product.
-        masks, keypoints, angle: of heads that give more of a candidate than its box.
+        suppress: False for an end-to-end head, which gives each object once, so that nothing is suppressed.
+        joins: head tensors that the raw model has in parts; empty for a fused model, which has them whole.
+        background: channel of the background class, which a softmax includes; None if there is none.
+        labels: channel of the class numbers of an end-to-end head with finished rows; `classes` is then one channel, the score.
+        objectness_weight: w, if the score is objectness^w * class^(1 - w); None: the score is their product.
+        masks, keypoints, angle: task outputs; None if the head has none.
 
     Example:
         >>> from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
@@ -353,7 +353,7 @@ class Layout:
             if not _is_finite(weight) or not 0 <= weight <= 1:
                 raise ConfigError(f"objectness_weight is {weight!r}; expected a number from 0 to 1")
             if self.objectness is None:
-                raise ConfigError("objectness_weight goes with objectness, which this head has not")
+                raise ConfigError("objectness_weight requires objectness, which this head does not have")
         for name, kind in (("activation", Activation), ("decode", BOX_DECODES)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of fusenms.layout: {_named(kind)}")
@@ -373,16 +373,16 @@ class Layout:
             if getattr(self, name) is not None and not isinstance(getattr(self, name), terms):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a {terms.__name__}")
         if self.masks is not None and self.angle is not None:
-            raise ConfigError("masks end at upright boxes, so they do not go with an angle")
+            raise ConfigError("masks are cut at upright boxes, so they cannot be combined with an angle")
         if self.labels is not None and (self.classes.channels != 1 or self.suppress):
             raise ConfigError(
-                "labels are of finished rows: expected one channel of classes, the score, and suppress=False"
+                "labels require finished rows: expected one channel of classes (the score), and suppress=False"
             )
         softmax = self.activation is Activation.SOFTMAX
         if (self.background is not None and not softmax) or (self.objectness is not None and softmax):
-            raise ConfigError("background goes with Activation.SOFTMAX, and objectness does not")
+            raise ConfigError("background requires Activation.SOFTMAX, and objectness excludes it")
         if self.keypoints is not None and self.keypoints.factor is not None and not isinstance(self.decode, Distances):
-            raise ConfigError("keypoints with a factor go with the cells of Distances; finished ones have none")
+            raise ConfigError("keypoints with a factor require the cells of Distances; decoded ones have no factor")
         if self.angle is not None and not (
             isinstance(self.decode, Distances)
             or (
@@ -391,22 +391,22 @@ class Layout:
                 and not self.decode.normalized
             )
         ):
-            raise ConfigError("an angle goes with Distances, or with Decoded boxes as BoxFormat.CXCYWH in pixels")
+            raise ConfigError("an angle requires Distances, or Decoded boxes as BoxFormat.CXCYWH in pixels")
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; 0 where the head does not show it."""
+        """Number of classes; 0 if the head does not show it."""
         return self.classes.channels if self.labels is None else 0
 
     @property
     def task(self) -> str:
-        """What the head gives, in the words of Ultralytics: detect, segment, pose or obb (oriented boxes)."""
+        """Task of the head in Ultralytics' terms: detect, segment, pose or obb (oriented boxes)."""
         if self.masks is not None:
             return "segment"
         return "pose" if self.keypoints is not None else "obb" if self.angle is not None else "detect"
 
     def outputs(self, config: PostprocessConfig) -> tuple[tuple[str, Output], ...]:
-        """Every output of a model fused with these settings: its name, and what it is."""
+        """Every output of a model fused with these settings: its name and its `Output`."""
         number, *others = contract.OUTPUTS
         floats = np.dtype(np.float32)
         boxes = Output(contract.BOXES, floats, ("B", "K", 4 if self.angle is None else 5))
@@ -427,20 +427,20 @@ class Layout:
 
     @property
     def every_class(self) -> bool:
-        """Whether each class of a candidate counts, without being asked for: so the papers of end-to-end heads have it.
+        """Whether each class of a candidate counts by default, as in the papers of end-to-end heads.
 
-        Not of those with a softmax, whose classes exclude each other.
+        It is False for a softmax, whose classes exclude each other.
         """
         return not self.suppress and self.labels is None and self.activation is not Activation.SOFTMAX
 
     @property
     def decode_stage(self) -> str:
-        """``late``: boxes are decoded for chosen candidates only. ``full``: the source decodes all of them."""
+        """``late``: only the boxes of the best candidates are decoded. ``full``: the source decodes all boxes."""
         return "full" if isinstance(self.decode, Decoded) and not self.decode.normalized else "late"
 
     @property
     def box_taps(self) -> tuple[Tap, ...]:
-        """What candidates are chosen and their boxes decoded by."""
+        """Taps that are used to choose candidates and to decode their boxes."""
         angle = None if self.angle is None else self.angle.value
         every = (self.boxes, self.classes, self.objectness, self.background, self.labels, angle)
         return tuple(tap for tap in every if tap is not None)
@@ -452,18 +452,18 @@ class Layout:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of the head's tensors, each once; the prototypes of masks are the last."""
+        """Names of the head's tensors, each once. The prototypes of masks come last."""
         names = [tap.tensor for tap in self.taps] + ([] if self.masks is None else [self.masks.prototypes])
         return tuple(dict.fromkeys(names))
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the raw model's tensors that the head consists of, parts in place of what is joined of them."""
+        """Names of the raw model's tensors that form the head. A joined tensor is listed by its parts."""
         parts = {join.tensor: join.parts for join in self.joins}
         return tuple(name for tensor in self.tensors for name in parts.get(tensor, (tensor,)))
 
     def renamed(self, names: Mapping[str, str]) -> Layout:
-        """The same layout where tensors have other names: the new one by the old one."""
+        """Return the layout with tensors renamed. ``names`` maps old names to new ones."""
 
         def tap(old: Tap | None) -> Any:
             return old and replace(old, tensor=names.get(old.tensor, old.tensor))
@@ -484,7 +484,7 @@ class Layout:
         return next(tap.channel_axis for tap in self.taps if tap.tensor == tensor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, which `from_dict` reads."""
+        """Return plain values that `from_dict` reads."""
         values = asdict(self)
         values["activation"] = self.activation.value
         if isinstance(self.decode, Decoded):
@@ -494,10 +494,10 @@ class Layout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
-        """Build from plain values, as `to_dict` gives them.
+        """Build from plain values, as `to_dict` returns them.
 
         Raises:
-            SourceError: the values are no layout.
+            SourceError: the values are not a layout.
         """
         try:
             decode = dict(values["decode"])
@@ -552,7 +552,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a number that float32 holds."""
+    """Whether a value is a number in the range of float32."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)
 
 
@@ -569,7 +569,7 @@ def _tap(values: dict[str, Any] | None) -> Tap | None:
 
 
 def _terms(kind: type[Any], tap: str, values: dict[str, Any] | None) -> Any:
-    if values is not None and kind is KeypointTerms and "numbers" in values:  # what `dims` was called in 0.1.0
+    if values is not None and kind is KeypointTerms and "numbers" in values:  # the name of `dims` in 0.1.0
         values = {"dims" if name == "numbers" else name: value for name, value in values.items()}
     return None if values is None else kind(**values | {tap: Tap(**values[tap])})
 

@@ -1,4 +1,4 @@
-"""Bounds on what fusenms reads: every limit on a file of unknown origin stands here, once."""
+"""Bounds on what fusenms reads. Every limit on files of unknown origin is defined here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on files of unknown origin. What exceeds one is refused, before it costs more than the bound.
+    """Bounds on files of unknown origin. A file that exceeds one is refused before it costs more than the bound.
 
     >>> Limits(max_file_bytes=100 * 2**20).max_modules
     10000
@@ -19,28 +19,28 @@ class Limits:
     Attributes:
         max_file_bytes: size of a checkpoint, an ONNX file or one file of external data, in bytes.
         max_archive_entries: entries of a checkpoint's zip archive.
-        max_inflation: total size of the archive's entries, as a multiple of the file's size (beyond 16 MiB).
+        max_inflation: total uncompressed size of the archive's entries, as a multiple of the file size (beyond 16 MiB).
         max_pickle_bytes: size of the pickle in a checkpoint, in bytes.
         max_opcodes: instructions of that pickle.
-        max_nesting: depth of containers and modules within each other, in checkpoints, metadata and graphs.
-        max_modules: layers of a network, a shared layer counted at each place where it is used.
+        max_nesting: depth of nested containers, modules and subgraphs, in checkpoints, metadata and graphs.
+        max_modules: layers of a network; a shared layer counts once for each use.
         max_parameters: weights of a network, counted in the same way.
         max_operations: operators that a checkpoint's network runs on one image.
-        max_flops_per_pixel: floating-point operations of a checkpoint's network for each pixel of its input.
+        max_flops_per_pixel: floating-point operations of a checkpoint's network per input pixel.
         max_tensor_elements: elements of one tensor, stored or computed.
         max_channels: channels of one layer.
         max_repeats: kernel size, stride, padding and repeats of one layer.
         max_class_names: number of class names.
         max_name_length: characters of one class name.
-        max_image_side: height or width that a file asks for as its input size, in pixels.
-        max_nodes: nodes of an ONNX graph, the graphs inside of it included.
+        max_image_side: height or width that a file requests as its input size, in pixels.
+        max_nodes: nodes of an ONNX graph, including its subgraphs.
         max_metadata_bytes: total size of a file's metadata, in bytes.
         max_run_seconds: time for one run of a graph of unknown origin, in seconds.
         max_image_file_bytes: size of an image file, in bytes.
         max_pixels: height times width of an image, read from its header before it is decoded.
-        max_isolated_bytes: memory that a child process of ``isolate`` may take for data, in bytes (Linux).
-        max_isolated_seconds: time that it may take, in seconds.
-        max_run_operations: multiplications and results of one run of an ONNX graph at its own batch, or 1, as far as shapes show them.
+        max_isolated_bytes: data memory of a child process of ``isolate``, in bytes (Linux).
+        max_isolated_seconds: run time of that child process, in seconds.
+        max_run_operations: multiplications and results of one run of an ONNX graph at its own batch size (or 1), if shapes are known.
 
     Example:
         >>> from fusenms import Limits

@@ -1,4 +1,4 @@
-"""`fuse`: load, recognize, fuse, verify. The only place where this line is written."""
+"""`fuse`: load, recognize, fuse, verify. This module is the only implementation of the pipeline."""
 
 from __future__ import annotations
 
@@ -53,27 +53,28 @@ def fuse(
     on_event: OnEvent | None = None,
     **fields: Unpack[FuseFields],
 ) -> FusedModel:
-    """Load weights, recognize the head, fuse the post-processing and prove the result.
+    """Load weights, recognize the head, fuse the post-processing and verify the result.
 
     Args:
         weights: a checkpoint (`.pt`), a raw `.onnx`, a directory of a Hugging Face detector, an `nn.Module`, or a loaded `RawModel`.
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``.
-        family: name of the detector family, where the file leaves more than one open.
-        heads: families to try beside those that fusenms and installed packages know.
-        precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says what that changes on the images.
+        family: name of the detector family, if more than one fits the file.
+        heads: families to try in addition to those of fusenms and of installed packages.
+        precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says how the detections in the images change.
         images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images.
-        unverified: leave the verification out; the result can then be saved with ``unverified=True`` only.
+        unverified: skip the verification; the result can then be saved only with ``unverified=True``.
         config: settings of the post-processing.
         options: how the weights are loaded.
-        on_event: called after each step with what was done, an event of `fusenms.events`.
-        **fields: fields of `PostprocessConfig` instead of ``config``, and of `LoadOptions` instead of ``options``. Of a `RawModel`,
-            ``layout`` is what `fusenms.recognize` returned, and the other fields of `LoadOptions` are refused.
+        on_event: called after each step with an event of `fusenms.events`.
+        **fields: fields of `PostprocessConfig` instead of ``config``, and of `LoadOptions` instead of ``options``. For a `RawModel`,
+            ``layout`` is the result of `fusenms.recognize`, and the other fields of `LoadOptions` are refused.
 
     Returns:
         the fused model with its report.
 
     Raises:
-        FusenmsError: as each stage says; VerificationError where the result differs from the reference.
+        VerificationError: the result differs from the reference.
+        FusenmsError: another stage failed.
 
     Example:
         >>> import fusenms
@@ -90,7 +91,7 @@ def fuse(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if unverified and images is not None:
-        raise ConfigError("images are for verifying, and unverified leaves that out; leave one of them out")
+        raise ConfigError("found images and unverified, but images are only used to verify; leave one of them out")
     if isinstance(images, (str, os.PathLike)):
         list_images(Path(images))  # fails early
     raw, layout = _load(weights, options, loading)
@@ -121,13 +122,13 @@ def _settings(config: PostprocessConfig | None, fields: dict[str, Any]) -> Postp
 
 
 def _load(weights: Any, options: LoadOptions | None, fields: Any) -> tuple[RawModel, Layout | None]:
-    """The raw model, and its layout where that was given with a `RawModel`."""
+    """Return the raw model, and its layout if one was given with a `RawModel`."""
     if not isinstance(weights, RawModel):
         return load(weights, options, **fields), None
     given = options_from(options, fields)
     if others := [name for name in given.given if name != "layout"]:
         raise ConfigError(
-            f"{', '.join(others)}: for loading, but these weights are loaded already: give them to fusenms.load"
+            f"found {', '.join(others)} with a RawModel, which is loaded already; give loading options to fusenms.load"
         )
     return weights, given.layout
 
@@ -135,7 +136,7 @@ def _load(weights: Any, options: LoadOptions | None, fields: Any) -> tuple[RawMo
 def _fuse(
     raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str, precision: str
 ) -> tuple[FusedModel, FusedModel | None]:
-    """The fused model; in half precision, the one in float32 too."""
+    """Return the fused model and, for half precision, the float32 model too."""
     fused = fuse_head(raw, head, config, backend)
     if precision in (raw.precision, "fp32"):
         return fused, None
@@ -156,7 +157,7 @@ def _proven(fused: FusedModel, report: Report) -> FusedModel:
 
 
 class _Teller:
-    """Logs each step, and tells the caller of it."""
+    """Logs each step and reports it to the caller."""
 
     def __init__(self, on_event: OnEvent | None) -> None:
         self._on_event = on_event or (lambda _: None)

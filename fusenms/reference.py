@@ -1,23 +1,21 @@
-"""The semantics of fusenms in NumPy, float64: the truth that every fused graph is compared with.
+"""The semantics of fusenms in NumPy and float64: the reference that every fused graph is compared with.
 
-It shares no code with the graph's emitters. Per image:
+It shares no code with the modules that emit the graph. The steps for each image:
 
-1. score of a candidate = its highest class probability (times objectness, where the head has one); with
-   `multi_label`, and of an end-to-end head whose classes are not a softmax, each class is a candidate of its own. A class score
-   that is NaN or +infinity never wins: the candidate is left out. (Whether it has taken a place in step 3 is open: runtimes
-   differ in what a maximum makes of NaN.) The same goes for a candidate whose box is not finite, or whose
-   area would not be in float32.
-2. keep score > `score_threshold`.
-3. keep the `max_candidates` best (of an end-to-end head the `max_detections` best); among equals the lower candidate number (then the
-   lower class) wins.
-4. unless the head is end-to-end, by descending score, drop a candidate whose IoU with a kept one of the same class (of any class, if
-   `class_agnostic`) is > `iou_threshold`. Degenerate boxes have IoU 0 with everything. Of oriented boxes it is the probabilistic IoU.
-5. keep the best `max_detections`.
+1. Score every candidate. The score is the highest class probability, times the objectness if the head has one. With `multi_label`, and for
+   an end-to-end head whose classes are not a softmax, each class is a separate candidate. A candidate is left out if a class score is NaN
+   or +infinity, if its box is not finite, or if the area of its box exceeds float32. (Whether such a candidate takes a place in step 3 is
+   undefined: runtimes differ in the maximum of NaN.)
+2. Keep candidates with score > `score_threshold`.
+3. Keep the best `max_candidates`; for an end-to-end head, the best `max_detections`. Ties go to the lower candidate number, then to the
+   lower class.
+4. Unless the head is end-to-end: in descending order of score, drop a candidate whose IoU with a kept one of the same class (of any class,
+   with `class_agnostic`) is > `iou_threshold`. A degenerate box has IoU 0 with every box. Oriented boxes use the probabilistic IoU.
+5. Keep the best `max_detections`.
 
-Rounding. A graph in float32 cannot decide as float64 does where a decision hangs on less than its rounding.
-`postprocess` takes the rows that were observed; where a decision's margin is positive but below rounding it
-follows what was observed, and counts that as a close call. A decision with a larger margin, or with a margin of
-exactly zero, is never taken from what was observed.
+Rounding. A float32 graph cannot reproduce a float64 decision whose margin is smaller than the rounding of float32. `postprocess` therefore
+takes the observed rows. A decision with a positive margin below rounding is accepted either way: it follows the observed rows and is
+counted as a close call. A decision with a larger margin, or with a margin of exactly zero, never depends on the observed rows.
 """
 
 from __future__ import annotations
@@ -44,34 +42,34 @@ from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distance
 Floats = NDArray[np.float64]
 
 SCORE_ROUNDING = 1e-5
-"""Relative. Only where scores are products (objectness times class); otherwise their order is exact."""
+"""Relative. Used for scores that are a product (objectness times class) or a softmax; the order of other scores is exact."""
 SIGMOID_ROUNDING = 2e-7
-"""Absolute, for the same products: a float32 sigmoid is exact to a unit in the last place of 1, not of its value."""
+"""Absolute, for the same scores: a float32 sigmoid is accurate to a unit in the last place of 1, not of its value."""
 IOU_ROUNDING = 1e-5
 IOU_ROUNDING_MOST = 1e-3
-"""However small the boxes."""
+"""Upper limit of the IoU rounding, however small the boxes. A side that is itself below rounding has no limit."""
 PIXEL_ROUNDING = 4 * 2.0**-23
-"""Of the largest coordinate: four units in the last place of float32."""
+"""Relative to the largest coordinate: four units in the last place of float32."""
 BOX_TOLERANCE = 1e-3
-"""Pixels, plus `BOX_RELATIVE` of the largest coordinate: measured differences stay below a tenth of it."""
+"""Pixels, plus `BOX_RELATIVE` of the largest coordinate. Measured differences stay below a tenth of it."""
 BOX_RELATIVE = 2e-6
 SCORE_TOLERANCE = 1e-5
 ANGLE_TOLERANCE = 1e-5
-"""Radians; relative above one."""
+"""Radians; relative for angles above one."""
 DISTANCE_ROUNDING = 4e-6
-"""Absolute and relative, of the Bhattacharyya distance of two oriented boxes in float32."""
+"""Absolute and relative rounding of the Bhattacharyya distance of two oriented boxes in float32."""
 LOGIT_ROUNDING = 1e-5
-"""Of a mask's sum, relative to the sum of its terms' magnitudes."""
+"""Rounding of the weighted sum of a mask, relative to the sum of the magnitudes of its terms."""
 KEYPOINT_TOLERANCE = 1e-3
-"""Pixels, plus `BOX_RELATIVE` of the coordinate; of the visibility, `SCORE_TOLERANCE`."""
+"""Pixels, plus `BOX_RELATIVE` of the coordinate. The visibility has `SCORE_TOLERANCE`."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """Detections of one image, best first: ``boxes`` ``[n, 4]`` xyxy in pixels of the input, ``scores`` ``[n]``, ``labels`` ``[n]``.
 
-    Oriented boxes are ``[n, 5]``, cx, cy, w, h in pixels and the angle in radians. ``indices`` ``[n]`` are the candidates' numbers, where
-    they are known; they tell candidates apart that look the same.
+    Oriented boxes are ``[n, 5]``: cx, cy, w, h in pixels and the angle in radians. ``indices`` ``[n]`` are the candidate numbers, if they
+    are known. They distinguish candidates with equal values.
     """
 
     boxes: np.ndarray
@@ -85,10 +83,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the reference finds in one image.
+    """Result of the reference for one image.
 
-    ``indices`` ``[n]`` are the candidates' numbers. ``close_calls`` counts the decisions that were below rounding and
-    were taken from the observed rows.
+    ``indices`` ``[n]`` are the candidate numbers. ``close_calls`` counts the decisions with a margin below rounding that followed the
+    observed rows.
     """
 
     rows: Rows
@@ -100,9 +98,9 @@ class Expected:
 class Candidates:
     """All candidates of one image: boxes ``[N, 4]`` xyxy in pixels (oriented ones ``[N, 5]``), class values ``[N, C]``.
 
-    ``keys`` order the candidates and meet ``threshold``: logits where those are exact, else probabilities.
-    A class value that never wins is NaN in ``keys``; ``rounding`` is the relative rounding of the keys. ``suppress`` and ``every_class``
-    are the layout's. ``given`` ``[N]`` are labels that the head itself has chosen.
+    ``keys`` order the candidates and are compared with the threshold: logits if ``logits``, whose order is exact, else probabilities.
+    An unusable class value is NaN in ``keys``. ``rounding`` is the relative rounding of the keys. ``suppress`` and ``every_class`` are
+    those of the layout. ``given`` ``[N]`` are labels that the head gives; None if it gives none.
     """
 
     boxes: Floats
@@ -117,7 +115,7 @@ class Candidates:
 
 
 def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size: tuple[int, int]) -> Candidates:
-    """Decode all candidates of one image of the head's tensors, ``[B, …]`` float32 by name. ``size`` is (height, width)."""
+    """Decode all candidates of one image. ``head`` maps tensor names to ``[B, …]`` float32; ``size`` is (height, width)."""
     terms, raw = _channels(head, image, layout.boxes), _channels(head, image, layout.classes)
     usable = ~np.isnan(raw) & (raw != np.inf)
     values = np.where(usable, raw, -np.inf)
@@ -157,7 +155,7 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
 
 
 def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | None = None) -> Expected:
-    """Choose, suppress and select. With ``observed`` rows, close calls follow them."""
+    """Choose candidates, suppress and select. With ``observed`` rows, close calls follow these rows."""
     chosen = _choose(found, config, 0.0 if observed is None else found.rounding)
     boxes, labels = found.boxes[chosen.anchor], chosen.label
     alive: NDArray[np.bool_] = np.ones(len(labels), bool)
@@ -201,7 +199,7 @@ def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | N
 
 
 def matches(rows: Rows, row: int, box: Floats, score: float, label: int) -> bool:
-    """Whether an observed row is this candidate, within rounding."""
+    """Whether an observed row is this candidate, within tolerance."""
     tolerance = np.full(len(box), BOX_TOLERANCE + BOX_RELATIVE * np.abs(box).max())
     tolerance[4:] = ANGLE_TOLERANCE * np.maximum(1, np.abs(box[4:]))
     return bool(
@@ -212,7 +210,7 @@ def matches(rows: Rows, row: int, box: Floats, score: float, label: int) -> bool
 
 
 def mask_coefficients(head: Mapping[str, np.ndarray], image: int, layout: Layout, numbers: NDArray[np.int64]) -> Floats:
-    """Mask coefficients ``[n, M]`` of these candidates."""
+    """Mask coefficients ``[n, M]`` of the candidates with these numbers."""
     assert layout.masks is not None
     return _channels(head, image, layout.masks.coefficients)[numbers]
 
@@ -220,11 +218,11 @@ def mask_coefficients(head: Mapping[str, np.ndarray], image: int, layout: Layout
 def masks(
     coefficients: Floats, prototypes: np.ndarray, boxes: Floats, size: tuple[int, int]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Masks ``[n, h, w]`` at the size of the prototypes, and where rounding may decide otherwise.
+    """Masks ``[n, h, w]`` at the size of the prototypes, and the pixels ``[n, h, w]`` where rounding may decide either way.
 
     Args:
-        coefficients: ``[n, M]``; ``prototypes`` ``[M, h, w]``.
-        boxes: ``[n, 4]`` xyxy in pixels of the input, whose (height, width) is ``size``.
+        coefficients: ``[n, M]``; ``prototypes`` are ``[M, h, w]``.
+        boxes: ``[n, 4]`` xyxy in pixels of the input. ``size`` is the (height, width) of the input.
     """
     terms = prototypes.astype(np.float64)
     logits = np.tensordot(coefficients, terms, 1)
@@ -243,7 +241,7 @@ def masks(
 def keypoints(
     head: Mapping[str, np.ndarray], image: int, layout: Layout, size: tuple[int, int], numbers: NDArray[np.int64]
 ) -> Floats:
-    """Keypoints ``[n, P, D]`` of these candidates: x, y in pixels of the input, and the visibility where D is 3."""
+    """Keypoints ``[n, P, D]`` of the candidates with these numbers: x, y in pixels of the input, and the visibility if D is 3."""
     points = layout.keypoints
     assert points is not None
     found = _channels(head, image, points.values)[numbers].reshape(len(numbers), points.count, points.dims)
@@ -268,7 +266,7 @@ class _Chosen:
 
 
 def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _Chosen:
-    """Steps 1 to 3: candidates best first. Those whose place hangs on rounding (relative) are doubtful."""
+    """Steps 1 to 3: the candidates, best first. A candidate is doubtful if rounding (relative) decides whether it is among them."""
     threshold = float(np.float32(config.score_threshold))
     if found.logits:
         with np.errstate(divide="ignore"):
@@ -299,7 +297,7 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
 
 
 def _key_rounding(key: float, rounding: float) -> float:
-    """How far a key in float32 may be off; 0 where keys are exact."""
+    """Largest error of a key in float32; 0 if keys are exact."""
     return rounding * abs(key) + SIGMOID_ROUNDING if rounding else 0.0
 
 
@@ -307,7 +305,7 @@ def _follow(
     observed: Rows, row: int, found: Candidates, chosen: _Chosen, boxes: Floats,
     alive: NDArray[np.bool_], doubtful: NDArray[np.bool_], first: int,
 ) -> tuple[int, bool]:  # fmt: skip
-    """Which candidate comes next: (its place, whether that was certain); (-1, False) to leave the first one out."""
+    """Return the next candidate as (its place, whether that was certain), or (-1, False) to leave out the first one."""
     cluster = np.array([first])
     if found.rounding:
         reach = chosen.key[first] - _key_rounding(chosen.key[first], found.rounding)
@@ -322,9 +320,9 @@ def _follow(
 
 
 def _iou_rounding(box: Floats, rivals: Floats) -> Floats:
-    """How far the IoU of float32 boxes may be off: relative rounding, and coordinates over the shortest side.
+    """Largest error of the IoU of float32 boxes: relative rounding, plus the rounding of coordinates divided by the shortest side.
 
-    Where that side is itself below rounding, float32 may have none, and then the IoU is 0, whatever it was.
+    If that side is itself below rounding, it may be 0 in float32. The IoU is then 0, whatever its exact value.
     """
     largest = np.maximum(np.abs(box).max(), np.abs(rivals).max(1))
     shortest = np.minimum((box[2:] - box[:2]).min(), (rivals[:, 2:] - rivals[:, :2]).min(1))
@@ -333,7 +331,7 @@ def _iou_rounding(box: Floats, rivals: Floats) -> Floats:
 
 
 def _probiou_rounding(box: Floats, rivals: Floats, overlap: Floats) -> Floats:
-    """The same for the probabilistic IoU: how fast it changes with the distance, and coordinates over the shortest side."""
+    """The same for the probabilistic IoU: its slope by the distance, plus the rounding of coordinates divided by the shortest side."""
     apart = 1 - overlap  # the Hellinger distance
     distance = -np.log(np.maximum(1 + PROBIOU_EPSILON - apart**2, 1e-300))
     slope = np.exp(-distance) / (2 * np.maximum(apart, 1e-9))
@@ -395,7 +393,7 @@ def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
 
 
 def _oriented(terms: Floats, angle: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
-    """Boxes ``[N, 5]`` of their terms and the angle's channel ``[N, 1]``. Source: Ultralytics, dist2rbox."""
+    """Decode boxes ``[N, 5]`` from their terms and the angle channel ``[N, 1]``. Source: Ultralytics, dist2rbox."""
     assert layout.angle is not None
     if layout.angle.sigmoid:
         angle = (_sigmoid(angle) - 0.25) * np.pi
@@ -408,14 +406,14 @@ def _oriented(terms: Floats, angle: Floats, layout: Layout, size: tuple[int, int
         spread[:, :, 0] if layout.decode.bins == 1 else (_softmax(spread) * np.array(layout.decode.bin_values)).sum(2)
     ).T
     with np.errstate(invalid="ignore"):
-        turned = (((right - left) + 1j * (bottom - top)) / 2) * np.exp(1j * angle[:, 0])  # a turn of the plane
+        turned = (((right - left) + 1j * (bottom - top)) / 2) * np.exp(1j * angle[:, 0])  # a rotation
     center = np.stack((turned.real, turned.imag), 1) + cells + layout.decode.point
     extent = np.stack((left + right, top + bottom), 1)
     return np.concatenate((np.concatenate((center, extent), 1) * strides[:, None], angle), 1)
 
 
 def _grid(strides: tuple[int, ...], size: tuple[int, int], anchors: int) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Cell (column, row), stride and slot (level * anchors + anchor) of every candidate, in their order."""
+    """Cell (column, row), stride and slot (level * anchors + anchor) of every candidate, in candidate order."""
     cells, steps, slots = [], [], []
     for level, stride in enumerate(strides):
         shape = (anchors, math.ceil(size[0] / stride), math.ceil(size[1] / stride))

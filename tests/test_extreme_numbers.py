@@ -361,7 +361,7 @@ HUGE = 10**400
            ("t", ("a",), 1, HUGE))),
         *((lambda v=v: replace(LAYOUTS["weighted"](), objectness_weight=v), "objectness_weight is .*expected a number from 0 to 1")
           for v in (-0.1, 1.1, float("nan"), "1", True, HUGE)),
-        (lambda: replace(LAYOUTS["distances"](), objectness_weight=0.5), "objectness_weight goes with objectness"),
+        (lambda: replace(LAYOUTS["distances"](), objectness_weight=0.5), "objectness_weight requires objectness"),
         (lambda: replace(LAYOUTS["distances"](), suppress="no"), "suppress is 'no'; expected True or False"),
         (lambda: replace(LAYOUTS["distances"](), family=None), "family is None; expected a name"),
         (lambda: replace(LAYOUTS["distances"](), joins=(1,)), "joins is .*; expected a tuple of Join"),
@@ -409,7 +409,7 @@ def test_error_when_a_count_is_out_of_range(name, value):
         PostprocessConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["masks", "names"])
+@pytest.mark.parametrize("name", ["masks", "output_preset"])
 @pytest.mark.parametrize("value", ["", "other", None, 1, [], {}])
 def test_error_when_a_choice_is_unknown(name, value):
     with pytest.raises(ConfigError, match=f"{name} is .*; expected one of"):

@@ -203,7 +203,7 @@ def test_error_says_how_to_choose_when_two_fit(tmp_path, monkeypatch):
 def test_error_when_family_is_unknown_or_contradicts(shapes_raw):
     with pytest.raises(ConfigError, match="family is 'yolo99'"):
         recognize(shapes_raw, "yolo99")
-    with pytest.raises(ConfigError, match="is a yolov8 by its own account"):
+    with pytest.raises(ConfigError, match="its layout is of family yolov8"):
         recognize(shapes_raw, "yolov5")
 
 

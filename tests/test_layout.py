@@ -58,8 +58,8 @@ SOUND = {
         ({"objectness": "logits"}, "objectness is 'logits'; expected a Tap of 1"),
         ({"activation": "sigmoid"}, "activation is 'sigmoid'; expected one of fusenms.layout: Activation.NONE"),
         ({"decode": None}, "decode is None; expected one of fusenms.layout: Decoded"),
-        ({"labels": Tap("scores", 2, 3, 4)}, "labels are of finished rows"),
-        ({"background": Tap("scores", 2, 3, 4)}, "background goes with Activation.SOFTMAX"),
+        ({"labels": Tap("scores", 2, 3, 4)}, "labels require finished rows"),
+        ({"background": Tap("scores", 2, 3, 4)}, "background requires Activation.SOFTMAX"),
     ],
 )
 def test_error_when_a_layout_makes_no_sense(wrong, message):
@@ -70,7 +70,7 @@ def test_error_when_a_layout_makes_no_sense(wrong, message):
 
 @pytest.mark.parametrize("span", [(2, -3, 3), (2, 3, 3), (5, 0, 4)])
 def test_error_when_a_tap_is_none(span):
-    with pytest.raises(ConfigError, match="expected axis 1 or 2, and a start from 0 on"):
+    with pytest.raises(ConfigError, match="expected axis 1 or 2, and channels with 0 <= start"):
         Tap("scores", *span)
 
 
@@ -101,18 +101,18 @@ DISTANCES = ("any", Tap("b", 1, 0, 64), Tap("c", 1, 0, 3), None, Activation.SIGM
         (lambda: Layout(*DISTANCES, masks="p"), "masks is 'p'; expected a MaskTerms"),
         (lambda: Layout(*DISTANCES, keypoints=(1, 2)), r"keypoints is \(1, 2\); expected a KeypointTerms"),
         (lambda: Layout(*DISTANCES, angle=Tap("x", 1, 0, 1)), "expected a AngleTerm"),
-        (lambda: Layout(*DISTANCES, masks=MaskTerms(TAP, "p"), angle=AngleTerm(Tap("a", 1, 0, 1))), "masks end at upright boxes"),
+        (lambda: Layout(*DISTANCES, masks=MaskTerms(TAP, "p"), angle=AngleTerm(Tap("a", 1, 0, 1))), "masks are cut at upright boxes"),
         (
             lambda: Layout(*DISTANCES[:5], Decoded(BoxFormat.XYXY), angle=AngleTerm(Tap("a", 1, 0, 1))),
             "boxes has 64 channels",
         ),
         (
             lambda: Layout("any", Tap("b", 1, 0, 4), *DISTANCES[2:5], Decoded(BoxFormat.XYXY), angle=AngleTerm(Tap("a", 1, 0, 1))),
-            "an angle goes with Distances, or with Decoded boxes as BoxFormat.CXCYWH",
+            "an angle requires Distances, or Decoded boxes as BoxFormat.CXCYWH",
         ),
         (
             lambda: Layout("any", Tap("b", 1, 0, 4), *DISTANCES[2:5], Decoded(BoxFormat.XYXY), keypoints=KeypointTerms(TAP, 3, 2.0)),
-            "keypoints with a factor go with the cells of Distances",
+            "keypoints with a factor require the cells of Distances",
         ),
         (lambda: Distances((8, 16), 16, values=(0.0, 1.0)), "values are 2 numbers; expected one for each of 16 bins"),
     ],

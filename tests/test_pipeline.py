@@ -77,9 +77,9 @@ def test_images_may_be_a_folder(raw):
     [
         ({"config": PostprocessConfig(), "score_threshold": 0.3}, "found config and score_threshold"),
         ({"options": LoadOptions(), "size": 64}, "found options and size"),
-        ({"size": 64}, "size: for loading, but these weights are loaded already"),
-        ({"isolate": True, "pixels": "bgr"}, "pixels, isolate: for loading"),
-        ({"images": SHAPES, "unverified": True}, "unverified leaves that out"),
+        ({"size": 64}, "found size with a RawModel, which is loaded already"),
+        ({"isolate": True, "pixels": "bgr"}, "found pixels, isolate with a RawModel"),
+        ({"images": SHAPES, "unverified": True}, "images are only used to verify"),
         ({"precision": "int3"}, "precision is 'int3'; expected one of fp32, fp16"),
         ({"backend": "nothing"}, "backend is 'nothing'"),
         ({"scores": 0.3}, "unknown setting scores"),

@@ -321,8 +321,8 @@ def change_attribute(model, name, value):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("bins", 8, r"do not say the same \(bins\)"),
-        ("overlap_limit", 0.5, r"do not say the same \(overlap_limit\)"),
+        ("bins", 8, r"contradicts the metadata \(bins\)"),
+        ("overlap_limit", 0.5, r"contradicts the metadata \(overlap_limit\)"),
         ("classes", None, "classes is 'missing'"),
         ("strides", [8.5, 16.0], "strides is"),
     ],
@@ -338,7 +338,7 @@ def test_swapped_inputs_are_refused():
     fused = fused_model(LAYOUTS["corners_rows"](), "plugin")
     node = node_of(fused.model)
     node.input[1], node.input[2] = node.input[2], node.input[1]
-    with pytest.raises(SourceError, match=r"do not say the same \(inputs\)"):
+    with pytest.raises(SourceError, match=r"contradicts the metadata \(inputs\)"):
         verification.verify(fused)
 
 
@@ -354,7 +354,7 @@ def test_head_with_more_than_the_kernels_have_room_for_is_refused(decode, channe
     layout = Layout("t", Tap("b", 1, 0, channels), Tap("c", 1, 0, 3), None, Activation.SIGMOID, decode)
     head = Head(layout, ImageInput("images", 64, 64, 32), {"b": channels, "c": 3}, None)
     with pytest.raises(
-        UnsupportedByBackendError, match=f"{message}, which its kernels have no room for; take backend portable"
+        UnsupportedByBackendError, match=f"{message}, more than its kernels support; take backend portable"
     ):
         settings_of(head, PostprocessConfig())
 

@@ -114,7 +114,7 @@ def test_entry_point_is_a_family_on_the_command_line(raw, installed, capsys, mon
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ([HeadSpec("yolov8", lambda *_: Mismatch("never"))], "names its family 'yolov8', as another one"),
+        ([HeadSpec("yolov8", lambda *_: Mismatch("never"))], "the family name 'yolov8' is already taken"),
         (["yolov8"], "heads: is a str; expected a fusenms.heads.HeadSpec"),
     ],
 )

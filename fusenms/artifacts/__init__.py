@@ -1,1 +1,1 @@
-"""The values that travel along the line, and their files."""
+"""The values that the stages of the pipeline pass on, and their files."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedModel:
-    """A model with the outputs of the contract. ``suppressed_by`` is the operator, for people; ``report`` the proof, once verified."""
+    """A model with the outputs of the contract. ``suppressed_by`` names the operator, for display; ``report`` is set once verified."""
 
     model: onnx.ModelProto
     image: ImageInput
@@ -49,7 +49,7 @@ class FusedModel:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the file says of itself: keys of `fusenms.contract` to text."""
+        """Metadata of the file: keys of `fusenms.contract` to text."""
         from fusenms._version import __version__
 
         return {
@@ -75,10 +75,11 @@ class FusedModel:
         return {} if points is None else {contract.KEY_KEYPOINTS: str([points.count, points.dims])}
 
     def save(self, path: str | os.PathLike[str], *, unverified: bool = False) -> Path:
-        """Write the model to ``path`` (whole or not at all) and return the path.
+        """Write the model to ``path`` atomically and return the path.
 
         Raises:
-            VerificationError: the model has no passing report and ``unverified`` is false.
+            VerificationError: the report has mismatches.
+            ConfigError: the model has no report and ``unverified`` is False.
             SourceError: the path cannot be written.
         """
         if not isinstance(path, (str, os.PathLike)):
@@ -102,10 +103,10 @@ class FusedModel:
 
 
 def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> FusedModel:
-    """Read a fused file that `FusedModel.save` wrote. Its report is not stored: `fusenms.verify` makes a new one.
+    """Read a fused file that `FusedModel.save` wrote. The file does not store the report; `fusenms.verify` makes a new one.
 
     Args:
-        limits: bounds of what is read, and of each run.
+        limits: bounds on the file and on each run.
 
     Raises:
         SourceError: the file cannot be read, is not a fused model, is damaged, or exceeds a limit.
@@ -143,10 +144,10 @@ def _from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Lim
         )
     notes = read_json(metadata[contract.KEY_NOTES], limits)
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-        raise ValueError("its notes are no list of texts")
+        raise ValueError("its notes are not a list of strings")
     config = PostprocessConfig.from_dict(read_json(metadata[contract.KEY_CONFIG], limits))
     if not isinstance(config.output_preset, str) or not isinstance(config.masks, str):
-        raise ValueError("its settings are of other types")
+        raise ValueError("its settings output_preset and masks are not strings")
     return FusedModel(
         model=model,
         image=image,
@@ -164,7 +165,7 @@ def _from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Lim
 
 
 def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
-    """Refuse a file whose graph is not what its metadata says."""
+    """Refuse a file whose graph contradicts its metadata."""
     graph = fused.model.graph
     sizes = {
         entry.name: [d.dim_value for d in entry.type.tensor_type.shape.dim] for entry in (*graph.input, *graph.output)
@@ -172,15 +173,15 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     image, config = fused.image, fused.config
     wanted = {image.tensor: [0, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
     for name, spec in fused.layout.outputs(config):
-        height, width = sizes.get(name, [0, 0])[-2:] if "h" in spec.shape else (0, 0)  # the image's size says them
+        height, width = sizes.get(name, [0, 0])[-2:] if "h" in spec.shape else (0, 0)  # the image size sets them
         wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections, height, width)[1:])]
     if unknown := [entry.name for entry in graph.output if entry.name not in wanted]:
         raise SourceError(
-            f"{path}: the graph gives {', '.join(unknown)} too, which its metadata does not name; fuse the model again"
+            f"{path}: the graph has outputs {', '.join(unknown)} that its metadata does not name; fuse the model again"
         )
     if fused.task != fused.layout.task:
         raise SourceError(
-            f"{path}: its metadata says that its task is {fused.task!r}, but its head is one of {fused.layout.task!r}; fuse the model again"
+            f"{path}: its metadata says that its task is {fused.task!r}, but its head is for {fused.layout.task!r}; fuse the model again"
         )
     for name, shape in wanted.items():
         if sizes.get(name) != shape:

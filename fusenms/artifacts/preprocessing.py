@@ -1,4 +1,4 @@
-"""`Pixels`: what a network wants of an image's pixels."""
+"""`Pixels`: the pixel format that a network expects."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fusenms.errors import ConfigError
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a network wants for an image ``p`` (RGB, 0 to 1): ``(p * scale - mean) / std``, with the channels in this order.
+    """The input that a network expects for an image ``p`` (RGB, 0 to 1): ``(p * scale - mean) / std``, in the order of ``channels``.
 
-    ``mean`` and ``std`` are in the order of ``channels``, "rgb" or "bgr".
+    ``channels`` is "rgb" or "bgr". ``mean`` and ``std`` are in that order.
     """
 
     channels: str = "rgb"
@@ -35,14 +35,14 @@ class Pixels:
         return f"{text}, less ({normal[0]}), over ({normal[1]})" if any(self.mean) or set(self.std) != {1.0} else text
 
     def apply(self, images: np.ndarray) -> np.ndarray:
-        """Images ``[B, 3, height, width]`` float32 (RGB, 0 to 1) as the network wants them."""
+        """Convert images ``[B, 3, height, width]`` float32 (RGB, 0 to 1) to the format that the network expects."""
         ordered = images[:, ::-1] if self.channels == "bgr" else images
         factor, offset = self.terms
         return ordered * factor + offset
 
     @property
     def terms(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same as a factor and a summand, ``[1, 3, 1, 1]`` float32 each."""
+        """The same conversion as a factor and an offset, ``[1, 3, 1, 1]`` float32 each."""
         mean, std = (np.array(values, np.float64).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
         return (self.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
 
@@ -58,4 +58,4 @@ PIXELS: dict[str, Pixels] = {
     "imagenet": Pixels("rgb", 1.0, *_IMAGENET),
     "bgr255-imagenet": Pixels("bgr", 255.0, (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)),
 }
-"""By name: 0 to 1 or 0 to 255, RGB or BGR, normalized with the mean and deviation of ImageNet or not."""
+"""Pixel formats by name: 0 to 1 or 0 to 255, RGB or BGR, optionally normalized with ImageNet's mean and standard deviation."""

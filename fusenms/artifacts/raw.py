@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class ImageInput:
     """The image input of a model: float32 ``[B, 3, height, width]``, RGB, 0 to 1.
 
-    ``height`` and ``width`` are the sizes it works at by default; with ``dynamic_size`` other
-    multiples of ``stride`` work too. ``independent`` is false where the images of a batch change each other's results
-    (dynamic quantization, whose ranges span the batch). ``stretch``: images are stretched to the size, not letterboxed.
+    ``height`` and ``width`` are the default size. With ``dynamic_size``, other multiples of ``stride`` work too. ``independent`` is False
+    if the images of a batch change each other's results (dynamic quantization, whose ranges span the batch). With ``stretch``, images are
+    stretched to the size, not letterboxed.
     """
 
     tensor: str
@@ -47,13 +47,12 @@ class ImageInput:
 
 @dataclass(frozen=True, kw_only=True)
 class RawModel:
-    """A detector as ONNX, up to its raw head, with dynamic batch; or with a ``frozen_batch``, which
-    `fusenms.transforms.dynamic_batch` opens.
+    """A detector as ONNX, up to its raw head, with a dynamic batch or with a ``frozen_batch``.
 
-    ``layout`` is set where the source knows it (our own export, a module described by hand);
-    otherwise `fusenms.recognize` finds it. ``limits`` bound what its graph may do where it is of unknown origin. ``precision`` is that of
-    the network, "fp32" or "fp16". ``notes`` are lines for the user on how it came about. ``pixels`` and ``stretch`` say how the network
-    wants its images; None: as its family usually does.
+    `fusenms.transforms.dynamic_batch` opens a frozen batch. ``layout`` is set if the source knows it (an export of fusenms, a module
+    described by hand); otherwise `fusenms.recognize` finds it. ``limits`` apply to a graph of unknown origin. ``precision`` is that of the
+    network, "fp32" or "fp16". ``notes`` are lines for the user about how the model was made. ``pixels`` and ``stretch`` describe the images
+    that the network expects; None: the default of its family.
     """
 
     model: onnx.ModelProto

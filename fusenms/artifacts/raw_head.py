@@ -1,4 +1,4 @@
-"""`RawHead`: what a raw model's head means, with all else that fusing needs to know of it."""
+"""`RawHead`: the meaning of a raw model's head, and everything else that fusing needs to know about it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class RawHead:
     """The head of one raw model.
 
     Attributes:
-        layout: what its tensors mean.
-        pixels: what the network wants for pixels.
-        stretch: whether it wants images stretched to its size rather than letterboxed.
-        shapes: of each head tensor at the default image size, without the batch.
+        layout: meaning of the head's tensors.
+        pixels: pixel format that the network expects.
+        stretch: whether the network expects images stretched to its size instead of letterboxed.
+        shapes: shape of each head tensor at the default image size, without the batch.
     """
 
     layout: Layout
@@ -26,9 +26,9 @@ class RawHead:
     shapes: Mapping[str, tuple[int, ...]]
 
     def channels(self, tap: Tap) -> int:
-        """Channels of the tensor that a tap is a part of."""
+        """Number of channels of the tensor that a tap belongs to."""
         return self.shapes[tap.tensor][tap.channel_axis - 1]
 
     def candidates(self, tap: Tap) -> int:
-        """Candidates of the tensor that a tap is a part of."""
+        """Number of candidates of the tensor that a tap belongs to."""
         return self.shapes[tap.tensor][tap.candidate_axis - 1]

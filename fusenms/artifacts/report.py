@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One image of one run: where it was, what was compared, what differed (empty: nothing).
+    """Result for one image of one run: its position, what was compared, and what differed (empty: nothing).
 
-    ``converged`` is false where the model itself says that its rounds were too few; then nothing is compared.
+    ``converged`` is False if the model reports that its rounds were too few; then nothing is compared.
     """
 
     batch: int
@@ -25,7 +25,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """Every comparison of a verification. True when nothing differed; prints as text."""
+    """Every comparison of a verification. It is true if nothing differed, and prints as text."""
 
     checks: tuple[Check, ...]
     batches: tuple[int, ...]
@@ -47,12 +47,12 @@ class Report:
 
     @property
     def unconverged(self) -> int:
-        """Images that the model says it had too few rounds for; they were not compared."""
+        """Number of images for which the model reports too few rounds. They were not compared."""
         return sum(not check.converged for check in self.checks)
 
     @property
     def worst_box(self) -> float:
-        """Largest difference of a matched box coordinate, in pixels."""
+        """Largest difference in a coordinate of a matched box, in pixels."""
         return max((check.worst_box for check in self.checks), default=0.0)
 
     @property
@@ -100,5 +100,5 @@ class Report:
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """A number and what it counts."""
+    """Format a number with the noun that it counts."""
     return f"{count} {one if count == 1 else many or one + 's'}"

@@ -1,1 +1,1 @@
-"""A raw model and its layout to a fused model."""
+"""From a raw model and its layout to a fused model."""

@@ -1,7 +1,7 @@
-"""Choose the candidates that enter suppression, in the graph: score all, keep the best above the threshold, decode those.
+"""Choose the candidates that enter suppression, in the graph: score all, keep the best above the threshold, decode these.
 
-Where the backend allows (`Backend.adaptive`), the number of candidates carried on is that of the fullest image of
-the batch, so a quiet image costs next to nothing; else it is `max_candidates`, and what is below the threshold is marked.
+If the backend allows it (`Backend.adaptive`), the number of candidates is that of the image of the batch with the most, so that a batch
+with few objects costs little. Otherwise it is `max_candidates`, and candidates below the threshold are marked.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Head:
     """A head in a graph.
 
     Attributes:
-        layout: what it means.
-        image: the model's input.
-        widths: channels of each head tensor.
-        total: candidates per image, None where that is open.
+        layout: meaning of the head.
+        image: image input of the model.
+        widths: number of channels of each head tensor.
+        total: number of candidates per image; None if it is open.
     """
 
     layout: Layout
@@ -43,13 +43,13 @@ class CandidateTensors:
 
     Attributes:
         scores: ``[B, k]`` float32 probabilities.
-        passing: ``[B, k]`` bool: above the threshold; those that are not stand last.
-        decode: emit the decoding of some columns (``[n]`` int32; None: of all) to boxes ``[B, n, 4 or 5]`` float32, labels ``[B, n]`` int32
-            and valid ``[B, n]`` bool: passing, and without a class score or a box that never wins.
-        count: k; None where it depends on the data (`Backend.adaptive`).
-        num_classes: how many classes there are.
-        oriented: whether boxes are cx, cy, w, h and an angle, and suppressed by their probabilistic IoU; else they are xyxy.
-        indices: emit the candidates' indices ``[B, n]`` int32 (as `fusenms.layout` counts them) of places ``[B, n]`` int32 among the
+        passing: ``[B, k]`` bool, True above the threshold. Candidates that do not pass come last.
+        decode: emits the decoding of some columns (``[n]`` int32; None: all) to boxes ``[B, n, 4 or 5]`` float32, labels ``[B, n]`` int32
+            and valid ``[B, n]`` bool. A candidate is valid if it passes and its class scores and box are usable.
+        count: k; None if it depends on the data (`Backend.adaptive`).
+        num_classes: number of classes.
+        oriented: whether boxes are cx, cy, w, h and an angle, and are suppressed by their probabilistic IoU; otherwise they are xyxy.
+        indices: emits the candidate numbers ``[B, n]`` int32 (as defined in `fusenms.layout`) of places ``[B, n]`` int32 among these
             candidates.
     """
 
@@ -63,14 +63,14 @@ class CandidateTensors:
 
     @property
     def box_size(self) -> int:
-        """Numbers of a box."""
+        """How many numbers a box has."""
         return 5 if self.oriented else 4
 
 
 def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: bool) -> CandidateTensors:
-    """Emit scoring and top-k; the decoding of the candidates is emitted where the backend asks for it.
+    """Emit scoring and top-k. The backend emits the decoding of the candidates by `CandidateTensors.decode`.
 
-    ``adaptive``: let the number of candidates follow the data.
+    ``adaptive``: the number of candidates may depend on the data.
     """
     layout, image, total = head.layout, head.image, head.total
     multi_label = layout.every_class or (config.multi_label and layout.labels is None)
@@ -89,7 +89,7 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
         best, place = g.top_k(eligible, _most_passing(g, passes, most))
     else:
         count = most
-        if total is None:  # an open number of candidates: add as many that nobody wants
+        if total is None:  # an open number of candidates: pad with -inf
             end = g.cast(g.slice(g.op("Shape", eligible), 0, 1, 2), INT32)
             eligible = g.op("Pad", eligible, g.const([0, 0, 0, count], np.int64), g.floats(-np.inf))
         else:
@@ -115,7 +115,7 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
                 labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
             else:
                 labels = g.cast(g.reshape(candidates.part(layout.labels), 0, -1), INT32)
-            # ReduceMax may pass over a NaN. The sum of a candidate's classes does not, and is infinite where one of them is.
+            # ReduceMax may ignore NaN. The sum of a candidate's classes is NaN or infinite if one of them is.
             valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
         angle = None if layout.angle is None else candidates.part(layout.angle.value)
         boxes = decode_boxes(g, layout, image, candidates.part(layout.boxes), in_head(anchor), angle)
@@ -137,9 +137,9 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
 
 
 def strict_threshold(score_threshold: float, activation: Activation) -> np.float32:
-    """The float32 t for which ``x > t`` says of every float32 score that it is above the threshold.
+    """Return the float32 t such that a float32 score x is above the threshold exactly if ``x > t``.
 
-    With a sigmoid, scores are logits and the threshold is its logit: the largest float32 not above it.
+    With a sigmoid, scores are logits, and t is the largest float32 not above the logit of the threshold.
     """
     value = float(np.float32(score_threshold))
     if activation is Activation.SIGMOID:
@@ -167,7 +167,7 @@ class _Pool:
         return cls(g, tensors, widths, layout)
 
     def part(self, tap: Tap) -> Tensor:
-        """The channels of a tap; no copy where it is the whole tensor."""
+        """The channels of a tap; no copy if the tap is the whole tensor."""
         tensor, axis = self.tensors[tap.tensor]
         whole = (tap.start, tap.stop) == (0, self.widths[tap.tensor])
         return tensor if whole else self.g.slice(tensor, axis, tap.start, tap.stop)
@@ -176,7 +176,7 @@ class _Pool:
         return self.tensors[tap.tensor][1]
 
     def take(self, index: Tensor, *names: str) -> _Pool:
-        """These candidates ``[B, k]`` only, of all tensors or of those named: ``[B, k, C]`` each."""
+        """Return only these candidates ``[B, k]``, of all tensors or of those named: ``[B, k, C]`` each."""
         taken: dict[str, tuple[Tensor, int]] = {
             name: (self.g.take_rows(tensor, index, other_axis(axis), self.widths[name]), 2)
             for name, (tensor, axis) in self.tensors.items()
@@ -186,9 +186,9 @@ class _Pool:
 
 
 def _scores(g: Graph, pool: _Pool, multi_label: bool) -> tuple[Tensor, Activation]:
-    """Emit the score of every candidate of the pool and say what it still needs to be a probability.
+    """Emit the score of every candidate of the pool. Return it with the activation that still turns it into a probability.
 
-    ``[B, n]``: the best class of each box; with ``multi_label`` ``[B, n * C]``, classes of a box side by side.
+    Scores are ``[B, n]``, the best class of each box; with ``multi_label`` ``[B, n * C]``, with the classes of a box side by side.
     """
     layout, activation = pool.layout, pool.layout.activation
     classes, axis = pool.part(layout.classes), pool.channel_axis(layout.classes)
@@ -212,7 +212,7 @@ def _scores(g: Graph, pool: _Pool, multi_label: bool) -> tuple[Tensor, Activatio
 
 
 def _softmax(g: Graph, pool: _Pool) -> Tensor:
-    """Class probabilities ``[B, n, C]`` of a softmax over the classes and the background, where there is one."""
+    """Class probabilities ``[B, n, C]`` of a softmax over the classes and, if there is one, the background."""
     layout = pool.layout
     parts = [
         g.op("Transpose", pool.part(tap), perm=[0, 2, 1]) if pool.channel_axis(tap) == 1 else pool.part(tap)
@@ -225,15 +225,15 @@ def _softmax(g: Graph, pool: _Pool) -> Tensor:
 
 def _objectness(g: Graph, pool: _Pool, tap: Tap) -> Tensor:
     """Objectness as a probability, ``[B, n]``."""
-    values = g.reduce("ReduceMax", pool.part(tap), pool.channel_axis(tap))  # of one channel: drops the axis
+    values = g.reduce("ReduceMax", pool.part(tap), pool.channel_axis(tap))  # one channel: only drops the axis
     return g.op("Sigmoid", values) if pool.layout.activation is Activation.SIGMOID else values
 
 
 def _pass_objectness(g: Graph, pool: _Pool, config: PostprocessConfig, total: int | None) -> Tensor:
     """Emit the numbers of the candidates whose objectness alone is above the threshold, ascending, ``[B, k]`` int32.
 
-    The score is objectness times a sigmoid, at most 1, so no other candidate can win. An image with fewer of them than the
-    fullest one is filled up with others, which the score sorts out.
+    The score is objectness times a sigmoid, which is at most 1, so no other candidate can pass. An image with fewer such candidates than
+    the image with the most is padded with other candidates, which their score then removes.
     """
     assert pool.layout.objectness is not None
     objectness = _objectness(g, pool, pool.layout.objectness)
@@ -247,7 +247,7 @@ def _pass_objectness(g: Graph, pool: _Pool, config: PostprocessConfig, total: in
 
 
 def _most_passing(g: Graph, passes: Tensor, most: int | None) -> Tensor:
-    """How many candidates of the fullest image pass: at least 1, ``[1]`` int64."""
+    """Number of passing candidates in the image with the most of them: at least 1, ``[1]`` int64."""
     counts = g.reduce("ReduceSum", g.cast(passes, INT32), 1)
     fullest = g.cast(g.reduce("ReduceMax", counts, 0, keepdims=True), INT64)
     one = g.const([1], np.int64)
@@ -256,4 +256,4 @@ def _most_passing(g: Graph, passes: Tensor, most: int | None) -> Tensor:
 
 
 def _smaller(g: Graph, a: Tensor, b: Tensor) -> Tensor:
-    return g.where(g.op("Less", a, b), a, b)  # Min takes no integers before opset 12
+    return g.where(g.op("Less", a, b), a, b)  # Min does not take integers before opset 12

@@ -1,4 +1,4 @@
-"""Terms of the head to boxes, keypoints and masks, in the graph, for the candidates that are asked for."""
+"""Decode terms of the head to boxes, keypoints and masks, in the graph, for some candidates only."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def decode_boxes(
 
     Args:
         terms: the box channels of the candidates, ``[B, k, channels]`` float32.
-        index: their numbers, ``[B, k]`` int32.
-        angle: of oriented boxes, the angle's channel ``[B, k, 1]`` float32.
+        index: the candidate numbers, ``[B, k]`` int32.
+        angle: for oriented boxes, the angle channel ``[B, k, 1]`` float32.
 
     Returns:
-        boxes ``[B, k, 4]`` float32, xyxy in pixels of the input, the high corner never below the low one; oriented ones are
-        ``[B, k, 5]``, cx, cy, w, h in pixels and the angle in radians.
+        boxes ``[B, k, 4]`` float32, xyxy in pixels of the input; the high corner is never below the low one. Oriented boxes are
+        ``[B, k, 5]``: cx, cy, w, h in pixels and the angle in radians.
     """
     decode = layout.decode
     if angle is not None:
@@ -63,11 +63,11 @@ def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor,
     """Emit the decoding of some candidates' keypoints.
 
     Args:
-        terms: their channels, ``[B, k, P * D]`` float32.
+        terms: the keypoint channels of the candidates, ``[B, k, P * D]`` float32.
         index: as for `decode_boxes`.
 
     Returns:
-        ``[B, k, P, D]`` float32: x, y in pixels of the input, and the visibility from 0 to 1 where D is 3.
+        ``[B, k, P, D]`` float32: x, y in pixels of the input, and the visibility from 0 to 1 if D is 3.
     """
     points = layout.keypoints
     assert points is not None
@@ -85,27 +85,28 @@ def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor,
 
 
 ROWS = 32
-"""Masks that are made at once where their number is fixed."""
+"""Number of masks that are made at once if their total number is fixed."""
 
 
 def assemble_masks(
     g: Graph, image: ImageInput, coefficients: Tensor, prototypes: Tensor, boxes: Tensor, valid: Tensor, rows: int,
     sides: tuple[int, ...] | None, adaptive: bool, branches: bool,
 ) -> Tensor:  # fmt: skip
-    """Emit the masks of detections, at the size of the prototypes. What they take in memory follows the rows in use.
+    """Emit the masks of detections, at the size of the prototypes. Memory use grows with the number of rows in use.
 
-    A pixel is in the mask where the sum is above 0 (a sigmoid of it above a half) and its low corner in the box; so does Ultralytics.
+    A pixel is in the mask if the weighted sum is above 0 (its sigmoid above a half) and the pixel's low corner is in the box, as in
+    Ultralytics.
 
     Args:
-        coefficients: ``[B, K, M]`` float32; ``prototypes`` ``[B, M, h, w]`` float32.
-        boxes: ``[B, K, 4]`` float32, xyxy in pixels of the input; ``valid`` ``[B, K]`` bool, the valid ones first.
+        coefficients: ``[B, K, M]`` float32; ``prototypes`` are ``[B, M, h, w]`` float32.
+        boxes: ``[B, K, 4]`` float32, xyxy in pixels of the input; ``valid`` is ``[B, K]`` bool, valid rows first.
         rows: K.
-        sides: h and w, None where they are open.
-        adaptive: make as many as the image with the most detections has. Else `ROWS` at once.
-        branches: leave out the rows that are not in use, by `If` nodes; else all are made, and control flow does not follow the data.
+        sides: h and w; None if they are open.
+        adaptive: make as many masks as the image with the most detections has. Otherwise make `ROWS` at once.
+        branches: skip rows that are not in use, by `If` nodes. Otherwise make all masks; control flow then does not depend on the data.
 
     Returns:
-        ``[B, K, h, w]`` bool; past the detections all false.
+        ``[B, K, h, w]`` bool; all False past the detections.
     """
     size = g.op("Shape", prototypes)
     tall_wide = g.slice(size, 0, 2, 4) if sides is None else g.const(sides, np.int64)
@@ -120,7 +121,7 @@ def assemble_masks(
         return g.op("And", g.op("Greater", sums, g.floats(0.0)), g.op("And", *within))
 
     def blank(count: Tensor) -> Tensor:
-        """So many masks that are empty, ``[B, count, h, w]`` bool."""
+        """This number of empty masks, ``[B, count, h, w]`` bool."""
         return g.op("Expand", g.const(False, np.bool_), g.concat([g.slice(size, 0, 0, 1), count, tall_wide], 0))
 
     most = g.reduce("ReduceMax", g.reduce("ReduceSum", g.cast(valid, INT32), 1), 0)
@@ -142,9 +143,9 @@ def assemble_masks(
 def _within(
     g: Graph, image: ImageInput, boxes: Tensor, size: Tensor, sides: tuple[int, ...] | None, axis: int
 ) -> Tensor:
-    """Whether the rows (``axis`` 0) or columns (1) of the prototypes have their low edge in the boxes: ``[B, K, h, 1]`` or
+    """Whether the low edge of each row (``axis`` 0) or column (1) of the prototypes is in the boxes: ``[B, K, h, 1]`` or
     ``[B, K, 1, w]`` bool."""
-    low = 1 - axis  # y stands second
+    low = 1 - axis  # y is the second coordinate
     shape = (1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)
     if sides is None:
         count = g.op("Gather", size, g.const(2 + axis, np.int64), axis=0)
@@ -159,7 +160,7 @@ def _within(
 
 
 def _oriented(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor, angle: Tensor) -> Tensor:
-    """Oriented boxes ``[B, k, 5]`` of their terms and the angle's channel. Source of the turned distances: Ultralytics, dist2rbox."""
+    """Decode oriented boxes ``[B, k, 5]`` from their terms and the angle channel. Source of rotated distances: Ultralytics, dist2rbox."""
     assert layout.angle is not None
     if layout.angle.sigmoid:
         angle = g.op("Mul", g.op("Sub", g.op("Sigmoid", angle), g.floats(0.25)), g.floats(np.pi))
@@ -194,7 +195,7 @@ def _distances(g: Graph, decode: Distances, terms: Tensor) -> Tensor:
 
 
 def _around(g: Graph, cell: Tensor, distance: Tensor, stride: Tensor, point: float) -> Tensor:
-    """Distances from a point of the cell to corners."""
+    """Convert distances from a point of the cell to corners."""
     center = g.op("Add", cell, g.floats(point)) if point else cell
     low = g.op("Sub", center, g.slice(distance, 2, 0, 2))
     high = g.op("Add", center, g.slice(distance, 2, 2, 4))
@@ -202,19 +203,19 @@ def _around(g: Graph, cell: Tensor, distance: Tensor, stride: Tensor, point: flo
 
 
 def _corners(g: Graph, boxes: Tensor) -> Tensor:
-    """Center and size to corners."""
+    """Convert center and size to corners."""
     center, half = g.slice(boxes, 2, 0, 2), g.op("Mul", g.slice(boxes, 2, 2, 4), g.floats(0.5))
     return g.concat([g.op("Sub", center, half), g.op("Add", center, half)], 2)
 
 
 def _ordered(g: Graph, boxes: Tensor) -> Tensor:
-    """Make a negative size zero, so that every runtime gives the box IoU 0."""
+    """Set negative sizes to zero, so that every runtime gives the box IoU 0."""
     low = g.slice(boxes, 2, 0, 2)
     return g.concat([low, g.op("Max", low, g.slice(boxes, 2, 2, 4))], 2)
 
 
 def _sides(g: Graph, image: ImageInput, count: int) -> Tensor:
-    """Width, height (and both again) of the input in pixels, ``[count]`` float32."""
+    """Width and height of the input in pixels, repeated to ``[count]`` float32."""
     if not image.dynamic_size:
         return g.const(np.resize([image.width, image.height], count), np.float32)
     shape = g.cast(g.op("Shape", g.tensor(image.tensor)), FLOAT)
@@ -222,7 +223,7 @@ def _sides(g: Graph, image: ImageInput, count: int) -> Tensor:
 
 
 def _locate(g: Graph, decode: Gridded, image: ImageInput, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each candidate stands on the grid.
+    """Locate each candidate on the grid.
 
     Candidates are numbered by level, anchor, row, column.
 
@@ -259,7 +260,7 @@ def _locate(g: Graph, decode: Gridded, image: ImageInput, index: Tensor) -> tupl
 
 
 def _level_sizes(g: Graph, strides: tuple[int, ...], image: ImageInput) -> tuple[Tensor, Tensor]:
-    """Columns and cells of each level, ``[levels]`` int32: constants, or computed from the image's open size."""
+    """Number of columns and of cells of each level, ``[levels]`` int32: constants, or computed from a dynamic image size."""
     if not image.dynamic_size:
         columns = [cells_along(image.width, s) for s in strides]
         return g.const(columns, np.int32), g.const(

@@ -1,6 +1,6 @@
-"""Fuse the post-processing behind a raw head: choose candidates, decode those, suppress, select.
+"""Fuse the post-processing after a raw head: choose candidates, decode them, suppress, select.
 
-The semantics are those of `reference.py`, which shares no code with this.
+The semantics are those of `reference.py`, which shares no code with this module.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fuse_head(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: 
     """Return the model with the outputs of the contract, for images in RGB from 0 to 1. It is not verified yet.
 
     Raises:
-        ConfigError: no backend of that name, or a setting that it does not have.
+        ConfigError: there is no backend of that name, or a setting does not apply to the backend or the head.
         UnsupportedByBackendError: the backend cannot express the settings.
     """
     emitter = get_backend(backend, config)
@@ -60,7 +60,7 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
     widths = {new.tensor: head.channels(old) for old, new in zip(taps, layout.taps, strict=True)}
     _join(g, layout, types)
     layout = replace(layout, joins=())
-    suppressor = emitter if layout.angle is None or emitter.knows_oriented else PORTABLE  # no NMS operator knows them
+    suppressor = emitter if layout.angle is None or emitter.knows_oriented else PORTABLE  # NMS operators: upright only
     find, by = suppressor.find, suppressor.suppresses_by
     if not layout.suppress:
         find, by = by_candidates(select, adaptive=False), NO_SUPPRESSION
@@ -78,7 +78,7 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
         ]
     )
     names = raw.class_names or tuple(f"class{i}" for i in range(layout.num_classes))
-    notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; inside made into {pixels}")
+    notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; converted inside to {pixels}")
     if idle := _idle_settings(layout, config):
         notes = (*notes, f"{NO_SUPPRESSION}: {' and '.join(idle)} mean{'s' * (len(idle) == 1)} nothing to this head")
     return FusedModel(
@@ -101,8 +101,8 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
 class _Tail:
     """Emits what comes after suppression.
 
-    ``widths`` are the channels of each head tensor, ``sides`` the prototypes' height and width where they are fixed, ``adaptive``
-    whether shapes may follow the data.
+    ``widths`` are the numbers of channels of the head tensors. ``sides`` are the prototypes' height and width, if they are fixed.
+    ``adaptive``: shapes may depend on the data.
     """
 
     g: Graph
@@ -114,7 +114,7 @@ class _Tail:
     adaptive: bool
 
     def outputs(self, found: DetectionTensors) -> dict[str, Tensor]:
-        """The outputs of the contract, by our names; what else a row has is gathered for it."""
+        """The outputs of the contract by the names of fusenms. Task outputs are gathered for each row."""
         g, layout, valid = self.g, self.layout, found.valid
         made = {
             contract.NUM_DETECTIONS: found.count,
@@ -146,7 +146,7 @@ class _Tail:
         return {contract.MASKS: masks}
 
     def _channels(self, tap: Tap, numbers: Tensor, valid: Tensor) -> Tensor:
-        """The channels of a tap for these candidates ``[B, K]``: ``[B, K, channels]``; zeros where a row is not valid."""
+        """The channels of a tap for the candidates ``[B, K]``: ``[B, K, channels]``; zeros in rows that are not valid."""
         g, tensor = self.g, self.g.tensor(tap.tensor)
         whole = (tap.start, tap.stop) == (0, self.widths[tap.tensor])
         part = tensor if whole else g.slice(tensor, tap.channel_axis, tap.start, tap.stop)
@@ -155,7 +155,7 @@ class _Tail:
 
 
 def _idle_settings(layout: Layout, config: PostprocessConfig) -> list[str]:
-    """Settings that are not the default, and mean nothing to a head that needs no suppression."""
+    """Settings that differ from the default but have no effect on this head, because it needs no suppression."""
     names = [] if layout.suppress else ["iou_threshold", "max_candidates", "class_agnostic"]
     if layout.labels is not None:
         names.append("multi_label")
@@ -164,7 +164,7 @@ def _idle_settings(layout: Layout, config: PostprocessConfig) -> list[str]:
 
 
 def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:
-    """Give tensors that have the names of outputs-to-be other names; layout and input follow."""
+    """Rename tensors that have the name of an output of the fused model. Return layout and image input with the new names."""
     renamed = {}
     for name, _ in layout.outputs(config):
         if name in g.names:
@@ -177,7 +177,7 @@ def _free_names(g: Graph, layout: Layout, image: ImageInput, config: Postprocess
 
 
 def _feed_pixels(g: Graph, image: ImageInput, pixels: Pixels) -> None:
-    """Emit what makes the network's own pixels of an image in RGB from 0 to 1; nothing where it takes those."""
+    """Emit the conversion of images in RGB from 0 to 1 to the network's pixel format, if it is another one."""
     if pixels == Pixels():
         return
     factor, offset = (g.const(values, np.float32) for values in pixels.terms)
@@ -192,7 +192,7 @@ def _feed_pixels(g: Graph, image: ImageInput, pixels: Pixels) -> None:
 
 
 def _join(g: Graph, layout: Layout, types: list[int]) -> None:
-    """Emit the head tensors that the model has in parts. ``types`` are those of the parts, in order, 0 where it declares none."""
+    """Emit the head tensors that the model has in parts. ``types`` are the element types of the parts, in order; 0 if not declared."""
     kinds = iter(types)
     for join in layout.joins:
         parts = []

@@ -1,1 +1,1 @@
-"""ONNX graphs: how one is edited (`builder`), taken apart (`model`) and run (`session`)."""
+"""ONNX graphs: editing (`builder`), cutting and inspecting (`model`), running (`session`)."""

@@ -1,6 +1,6 @@
-"""Editing ONNX graphs: a small builder over onnx-graphsurgeon, which nothing else imports.
+"""Edit ONNX graphs: a small builder over onnx-graphsurgeon, which only this folder imports.
 
-onnx-graphsurgeon drops metadata and producer; `Graph.to_model` carries them over.
+onnx-graphsurgeon drops metadata and producer; `Graph.to_model` restores them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Graph:
         return int(self._graph.opset)
 
     def tensor(self, name: str) -> gs.Variable:
-        """An existing tensor. Raises KeyError where there is none."""
+        """Return an existing tensor. Raises KeyError if there is none of that name."""
         return self._tensors[name]
 
     def rename(self, name: str, new_name: str) -> None:
@@ -51,12 +51,12 @@ class Graph:
         self._tensors[new_name] = tensor
 
     def name(self, tensor: gs.Variable, name: str) -> None:
-        """Give a tensor made here a name, under which `tensor` finds it."""
+        """Name a tensor made here, so that `tensor` finds it by that name."""
         tensor.name = name
         self._tensors[name] = tensor
 
     def feed(self, name: str, make: Callable[[Tensor], Tensor]) -> None:
-        """Give the nodes that read a tensor what ``make`` emits from it instead."""
+        """Replace a tensor in all nodes that read it by what ``make`` emits from it."""
         tensor = self._tensors[name]
         readers = list(tensor.outputs)
         made = make(tensor)
@@ -66,13 +66,13 @@ class Graph:
                     node.inputs[i] = made
 
     def in_half(self, tensor: Tensor) -> Tensor | None:
-        """The same values in float16, where they were cast from it and only moved since; None where they were not."""
+        """Return the same values in float16, if they were cast from float16 and only moved since; otherwise None."""
         node = tensor.inputs[0] if tensor.inputs else None
         if node is None or node.op not in ("Cast", *DATA_MOVEMENT_OPS):
             return None
         if node.op == "Cast":
             return node.inputs[0] if node.attrs["to"] == FLOAT and node.inputs[0].name in self._half else None
-        moved = len(node.inputs) if node.op == "Concat" else 1  # what else it is given says where to
+        moved = len(node.inputs) if node.op == "Concat" else 1  # other inputs say where to move
         inputs = [self.in_half(given) for given in node.inputs[:moved]]
         if any(given is None for given in inputs):
             return None
@@ -81,13 +81,13 @@ class Graph:
 
     @cached_property
     def _half(self) -> set[str]:
-        """Tensors in float16 of the model that is being edited."""
+        """Names of the float16 tensors of the model being edited."""
         graph = onnx.shape_inference.infer_shapes(self._model).graph
         known = (*graph.value_info, *graph.output, *graph.input)
         return {entry.name for entry in known if entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
 
     def replace(self, op: str, make: Callable[[], Sequence[Tensor]]) -> None:
-        """Put what ``make`` emits, a tensor for each of its outputs, in the place of the one node of that operator."""
+        """Replace the only node of an operator by what ``make`` emits: one tensor for each output of the node."""
         (node,) = (node for node in self._graph.nodes if node.op == op)
         before = list(node.outputs)
         node.outputs.clear()
@@ -114,7 +114,7 @@ class Graph:
         model.metadata_props.extend(self._model.metadata_props)
         del model.graph.value_info[
             :
-        ]  # shapes within, which every runtime finds itself, and tract takes for a frozen symbol
+        ]  # inner shapes: every runtime infers them, and tract takes their symbols as fixed sizes
         return model
 
     # Operators.
@@ -122,7 +122,7 @@ class Graph:
     def add(
         self, op: str, inputs: Sequence[Tensor], outputs: int = 1, domain: str | None = None, **attrs: Any
     ) -> list[gs.Variable]:
-        """Add any node and return its outputs. An input of None is an omitted optional one."""
+        """Add any node and return its outputs. None as an input omits an optional one."""
         self._count += 1
         name = f"{TAIL}/{op}_{self._count}"
         made = [gs.Variable(name if outputs == 1 else f"{name}_{i}") for i in range(outputs)]
@@ -155,23 +155,23 @@ class Graph:
         return self.op("Cast", x, to=to)
 
     def reshape(self, x: Tensor, *shape: int) -> gs.Variable:
-        """Reshape; 0 copies a dimension, one -1 is what is left."""
+        """Reshape; 0 copies a dimension, -1 is inferred."""
         return self.op("Reshape", x, self.const(shape, np.int64))
 
     def slice(self, x: Tensor, axis: int, start: int, stop: int) -> gs.Variable:
         return self.op("Slice", x, *(self.const([value], np.int64) for value in (start, stop, axis)))
 
     def slice_at(self, x: Tensor, axis: int, start: Tensor, stop: Tensor) -> gs.Variable:
-        """Slice between computed ends, ``[1]`` int64 each."""
+        """Slice between computed bounds, ``[1]`` int64 each."""
         return self.op("Slice", x, start, stop, self.const([axis], np.int64))
 
     def split(self, x: Tensor, axis: int, parts: int) -> list[gs.Variable]:
-        """Cut an axis into so many equal parts; the opset decides whether their number has to be said."""
+        """Split an axis into equal parts. The opset decides whether the node states their number."""
         said: dict[str, Any] = {"num_outputs": parts} if self.opset >= 18 else {}
         return self.add("Split", [x], parts, axis=axis, **said)
 
     def reduce(self, op: str, x: Tensor, axis: int, keepdims: bool = False) -> gs.Variable:
-        """ReduceMax, ReduceMin or ReduceSum over one axis; the opset decides where the axis goes."""
+        """ReduceMax, ReduceMin or ReduceSum over one axis. The opset decides whether the axis is an input or an attribute."""
         since = 13 if op == "ReduceSum" else 18
         if self.opset >= since:
             return self.op(op, x, self.const([axis], np.int64), keepdims=int(keepdims))
@@ -184,12 +184,12 @@ class Graph:
         return self.op("Where", condition, x, y)
 
     def top_k(self, x: Tensor, k: Tensor) -> tuple[gs.Variable, gs.Variable]:
-        """The k largest of the last axis, in descending order, lower index first among equals: values, indices (int32)."""
+        """The k largest values of the last axis, in descending order, and their indices (int32). Ties go to the lower index."""
         values, indices = self.add("TopK", [x, k], 2, axis=-1, largest=1, sorted=1)
         return values, self.cast(indices, INT32)
 
     def take_rows(self, x: Tensor, index: Tensor, axis: int, width: int) -> gs.Variable:
-        """From ``x`` ``[B, width, N]`` (``axis`` 2) or ``[B, N, width]`` (``axis`` 1) take ``index`` ``[B, k]``: ``[B, k, width]``."""
+        """Take rows ``index`` ``[B, k]`` of ``x`` ``[B, width, N]`` (``axis`` 2) or ``[B, N, width]`` (``axis`` 1): ``[B, k, width]``."""
         if axis == 2:
             wide = self.op("Expand", self.unsqueeze(index, 1), self.const([1, width, 1], np.int64))
             return self.op("Transpose", self.op("GatherElements", x, wide, axis=2), perm=[0, 2, 1])
@@ -207,11 +207,11 @@ class Graph:
         """Repeat ``step`` on a float32 state and return its last value.
 
         Args:
-            most: rounds at most.
+            most: maximum number of rounds.
             start: bool scalar, whether there is a first round.
-            state: the value before it, of ``shape``.
-            step: from the round's number (int64 scalar) and the state to whether there is another round (bool scalar) and the new
-                state. What it emits becomes the body; tensors from outside it may be used there.
+            state: initial state, of ``shape``.
+            step: maps the round number (int64 scalar) and the state to whether there is another round (bool scalar) and the new state.
+                What it emits becomes the body, which may use tensors from outside.
         """
         self._count += 1
         name, outer = f"{TAIL}/Loop_{self._count}", self._graph
@@ -228,9 +228,9 @@ class Graph:
     def if_else(
         self, condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor], dtype: type[np.generic]
     ) -> gs.Variable:
-        """What ``then`` emits where the condition (bool scalar) holds, else what ``otherwise`` does; only that one is computed.
+        """Return what ``then`` emits if the condition (bool scalar) holds, else what ``otherwise`` emits. Only that branch is computed.
 
-        Tensors from outside may be used in both. ``dtype`` is that of the result.
+        Both may use tensors from outside. ``dtype`` is that of the result.
         """
         self._count += 1
         outer, branches = self._graph, {}
@@ -243,14 +243,14 @@ class Graph:
         return self.add("If", [condition], **branches)[0]
 
     def unsqueeze(self, x: Tensor, axis: int) -> gs.Variable:
-        """Insert an axis; the opset decides where its number goes."""
+        """Insert an axis. The opset decides whether its number is an input or an attribute."""
         if self.opset >= 13:
             return self.op("Unsqueeze", x, self.const([axis], np.int64))
         return self.op("Unsqueeze", x, axes=[axis])
 
 
 def _names(graph: onnx.GraphProto) -> Iterator[str]:
-    """Names of all tensors that are made in a graph, and in the graphs within it."""
+    """Names of all tensors that are made in a graph and in its subgraphs."""
     yield from (item.name for item in graph.initializer)
     for node in graph.node:
         yield from node.output
@@ -259,6 +259,6 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _last_number(names: Iterable[str]) -> int:
-    """The highest number among names that were given here before; 0 where none was."""
+    """Highest number in names that this builder gave before; 0 if there are none."""
     numbers = (re.match(rf"{TAIL}/.*?_(\d+)", name) for name in names)
     return max((int(found[1]) for found in numbers if found), default=0)

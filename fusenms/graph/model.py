@@ -1,4 +1,4 @@
-"""Models as values: their outputs, the part behind some tensors, what their outputs declare. Each function returns a new model."""
+"""Models as values: their outputs, the part after some tensors, what their outputs declare. No function changes its arguments."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DATA_MOVEMENT_OPS = (
     "Transpose",
     "Unsqueeze",
 )
-"""Operators that give values as they get them, in other places."""
+"""Operators that only move values."""
 
 
 def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy of the model that also gives these inner tensors (float32)."""
+    """Return a copy of the model with these inner tensors (float32) as additional outputs."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     present = {entry.name for entry in copy.graph.output}
@@ -37,7 +37,7 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
 
 
 def with_only_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy whose outputs are these tensors alone, in the model's order."""
+    """Return a copy whose only outputs are these tensors, in the model's order."""
     copy = with_outputs(model, tensors)
     kept = [entry for entry in copy.graph.output if entry.name in tensors]
     del copy.graph.output[:]
@@ -46,7 +46,7 @@ def with_only_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.Mo
 
 
 def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model without nodes that nothing needs, in order, each with a name of its own. Its metadata stays behind."""
+    """Return the model without unused nodes, sorted topologically, with a unique name for each node. Metadata is not copied."""
     graph = gs.import_onnx(model)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     taken: set[str] = set()
@@ -59,7 +59,7 @@ def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model with initializers in place of its `Constant` nodes that hold a tensor."""
+    """Return the model with initializers in place of its `Constant` nodes that hold a tensor."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     nodes = list(copy.graph.node)
@@ -75,12 +75,12 @@ def constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
-    """The part of the model behind some of its tensors, which become its inputs.
+    """Return the part of the model after some of its tensors, which become its inputs.
+
+    Inputs of the model that this part still needs (for their shape) stay.
 
     Args:
         tensors: name to shape of one image (without the batch dimension); float32.
-
-    Inputs of the model that this part still needs (for their shape) stay.
     """
     graph = gs.import_onnx(model)
     known = graph.tensors()
@@ -89,7 +89,7 @@ def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> o
         tensor.inputs.clear()
         tensor.dtype, tensor.shape = np.dtype(np.float32), ["batch", *shape]
         graph.inputs.append(tensor)
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()  # true would take the inputs of loop bodies too
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()  # True would also remove inputs of loop bodies
     graph.inputs = [tensor for tensor in graph.inputs if tensor.outputs]
     cut = gs.export_onnx(graph, do_type_check=False)
     cut.ir_version = model.ir_version
@@ -97,13 +97,13 @@ def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> o
 
 
 def declared_shape(model: onnx.ModelProto, tensor: str) -> tuple[int, ...]:
-    """Shape of an output ``[B, …]`` without the batch; empty where the tensor is no output, or a size is open."""
+    """Declared shape of an output ``[B, …]`` without the batch; empty if the tensor is not an output or a size is open."""
     entry = next((entry for entry in model.graph.output if entry.name == tensor), None)
     dims = entry.type.tensor_type.shape.dim[1:] if entry is not None else []
     return tuple(dim.dim_value for dim in dims) if all(dim.dim_value for dim in dims) else ()
 
 
 def declared_type(model: onnx.ModelProto, tensor: str) -> int:
-    """Element type of an output; 0 where the tensor is no output."""
+    """Declared element type of an output; 0 if the tensor is not an output."""
     entry = next((entry for entry in model.graph.output if entry.name == tensor), None)
     return 0 if entry is None else int(entry.type.tensor_type.elem_type)

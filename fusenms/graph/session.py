@@ -1,8 +1,7 @@
-"""Every ONNX Runtime session of the package is opened here: with a time limit on each run, and with our errors.
+"""Every ONNX Runtime session of the package is opened here, with a time limit on each run and with the errors of fusenms.
 
-ONNX Runtime looks at its stop flag before each node, in loops too. One thread watches over all runs that are going on, so that
-a run costs a few microseconds more. What cannot be stopped is a single operator, and the making of a session; `onnx_reading` bounds both
-as far as shapes are known.
+ONNX Runtime checks its stop flag before each node, in loops too. One thread watches all current runs, so a run costs only a few
+microseconds more. A single operator and the creation of a session cannot be stopped; `onnx_reading` bounds both if shapes are known.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MISSING = "ONNX Runtime is not installed; install it with: pip install 'fusenms[
 
 
 class Session:
-    """A model, open in ONNX Runtime. Safe to call from several threads.
+    """A model opened in ONNX Runtime. Safe to call from several threads.
 
     Attributes:
         inputs: names of its inputs.
@@ -49,7 +48,7 @@ class Session:
             source: name of the file, for messages.
             max_seconds: time limit of one run.
             providers: execution providers, in order of preference.
-            threads: of one run; default: ONNX Runtime's choice.
+            threads: threads of one run; default: ONNX Runtime's choice.
             arena: keep freed memory for the next run, as ONNX Runtime does by default.
 
         Raises:
@@ -64,7 +63,7 @@ class Session:
         if missing := [name for name in providers if name not in available]:
             raise BackendUnavailableError(f"ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what it has to say comes as an error
+        options.log_severity_level = 4  # problems are raised as errors
         options.enable_cpu_mem_arena = arena
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -73,13 +72,13 @@ class Session:
             self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
             self.inputs = [entry.name for entry in self._session.get_inputs()]
             self.outputs = [entry.name for entry in self._session.get_outputs()]
-        except Exception as error:  # ONNX Runtime raises its own kinds, protobuf a ValueError beyond 2 GB
+        except Exception as error:  # ONNX Runtime raises its own exception types, protobuf a ValueError beyond 2 GB
             raise SourceError(
                 f"{source}: ONNX Runtime refuses the model ({first_line(error)}); it is damaged, or too new for this version"
             ) from error
 
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[Any]:
-        """Values of the outputs; all of them, or those named.
+        """Run the model and return the values of all outputs, or of those named.
 
         Raises:
             RunError: ONNX Runtime fails, or does not finish within the time limit.
@@ -92,7 +91,7 @@ class Session:
         number = _watch.start(options, self._max_seconds)
         try:
             return session.run(list(outputs) if outputs is not None else None, dict(inputs), options)
-        except Exception as error:  # ONNX Runtime raises its own kinds
+        except Exception as error:  # ONNX Runtime raises its own exception types
             if options.terminate:
                 raise RunError(
                     f"{self._source}: one run took longer than {self._max_seconds:g} s and was stopped (max_run_seconds); "
@@ -108,21 +107,21 @@ class Session:
 
 
 class _Watch:
-    """Stops runs that take too long. Its thread exists while runs go on, and for one time limit after the last of them."""
+    """Stops runs that take too long. Its thread exists during runs, and for up to one time limit after the last one."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._forget()
 
     def _forget(self) -> None:
-        """Start anew: the thread of a forked process is not there."""
+        """Reset the state. A forked process does not have the thread."""
         self._changed = threading.Condition()
         self._runs: dict[int, tuple[float, Any]] = {}
         self._wakes = float("inf")
         self._thread: threading.Thread | None = None
 
     def start(self, options: Any, seconds: float) -> int:
-        """Watch over a run; return its number."""
+        """Watch a run; return its number."""
         number, deadline = next(self._numbers), time.monotonic() + seconds
         with self._changed:
             self._runs[number] = (deadline, options)
@@ -176,7 +175,7 @@ class OnnxRuntimeRunner:
         self.inputs, self.outputs = self._session.inputs, self._session.outputs
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Inputs by name to outputs by name.
+        """Run on inputs by name; return outputs by name.
 
         Raises:
             RunError: ONNX Runtime fails, or does not finish within the time limit.
@@ -184,7 +183,7 @@ class OnnxRuntimeRunner:
         return dict(zip(self.outputs, self._session.run(inputs), strict=True))
 
     def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Images ``[B, 3, height, width]`` float32 to outputs by name."""
+        """Run on images ``[B, 3, height, width]`` float32; return outputs by name."""
         return self.run({self.inputs[0]: images})
 
     def close(self) -> None:

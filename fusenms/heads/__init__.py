@@ -1,4 +1,4 @@
-"""Detector families, one file each, and `recognize`: a raw model to the meaning of its head."""
+"""Detector families, one file each, and `recognize`, which finds the layout of a raw model's head."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ __all__ = ["ENTRY_POINTS", "HEADS", "HeadSpec", "Mismatch", "Probe", "known_head
 
 
 ENTRY_POINTS = "fusenms.heads"
-"""Group of entry points of other packages, each a `HeadSpec`."""
+"""Entry point group for families of other packages. Each entry point is a `HeadSpec`."""
 
 
 def known_heads(heads: Sequence[HeadSpec] = ()) -> tuple[HeadSpec, ...]:
-    """Our families, those of installed packages (entry points of the group `ENTRY_POINTS`), and ``heads``.
+    """Return the families of fusenms, those of installed packages (entry point group `ENTRY_POINTS`), and ``heads``.
 
     Raises:
-        ConfigError: one is no `HeadSpec`, cannot be imported, or has the name of another.
+        ConfigError: a family is not a `HeadSpec`, cannot be imported, or has the name of another one.
     """
     known: dict[str, HeadSpec] = {}
     for where, head in (*(("fusenms", head) for head in HEADS), *_installed(), *(("heads", head) for head in heads)):
         if not isinstance(head, HeadSpec):
             raise ConfigError(f"{where}: is a {type(head).__name__}; expected a fusenms.heads.HeadSpec")
         if known.setdefault(head.name, head) is not head:
-            raise ConfigError(f"{where}: names its family {head.name!r}, as another one is named; give it another name")
+            raise ConfigError(f"{where}: the family name {head.name!r} is already taken; give it another name")
     return tuple(known.values())
 
 
@@ -61,7 +61,7 @@ def _installed() -> tuple[tuple[str, Any], ...]:
         where = f"entry point {entry.name} = {entry.value}"
         try:
             found.append((where, entry.load()))
-        except Exception as error:  # the package's own
+        except Exception as error:  # any error of the package
             raise ConfigError(
                 f"{where}: cannot be imported ({first_line(error)}); repair or uninstall its package"
             ) from error
@@ -69,17 +69,17 @@ def _installed() -> tuple[tuple[str, Any], ...]:
 
 
 def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadSpec] = ()) -> Layout:
-    """Find what the head of a raw model means.
+    """Find the layout of a raw model's head.
 
     Args:
-        family: name of a family, to choose where the probe leaves more than one open.
-        heads: families to try beside those that fusenms and installed packages know.
+        family: name of a family, to choose one if the probe fits more than one.
+        heads: families to try in addition to those of fusenms and of installed packages.
 
     Raises:
-        SourceError: the model does not run, or not within its time limit.
-        HeadNotRecognizedError: no family fits; the message lists each one's reason.
-        AmbiguousHeadError: more than one fits.
-        ConfigError: no family of that name.
+        SourceError: the model does not run, or exceeds its time limit.
+        HeadNotRecognizedError: no family fits; the message lists the reason of each.
+        AmbiguousHeadError: more than one family fits.
+        ConfigError: there is no family of that name.
 
     Example:
         >>> import fusenms
@@ -94,7 +94,7 @@ def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadS
     if raw.layout is not None:
         if family not in (None, raw.layout.family):
             raise ConfigError(
-                f"{raw.source}: is a {raw.layout.family} by its own account, but family is {family!r}; leave the family out"
+                f"{raw.source}: its layout is of family {raw.layout.family}, but family is {family!r}; leave the family out"
             )
         return raw.layout
     probe = Probe(raw)
@@ -116,9 +116,10 @@ def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadS
 
 
 def raw_head(raw: RawModel, layout: Layout, heads: Sequence[HeadSpec] = ()) -> RawHead:
-    """All that fusing needs to know of a head: its layout, what is usual in its family where the model does not say, its shapes.
+    """Return what fusing needs to know about a head: its layout, its shapes, and its pixel format and stretching.
 
-    Shapes are as the model declares them, or as ONNX Runtime finds them at the default image size.
+    Pixel format and stretching are those of the family if the model does not state them. Shapes are those that the model declares, or
+    those that ONNX Runtime computes at the default image size.
 
     Raises:
         SourceError: a tensor of the layout is not in the model, or the model does not run.
@@ -129,7 +130,7 @@ def raw_head(raw: RawModel, layout: Layout, heads: Sequence[HeadSpec] = ()) -> R
         raise SourceError(
             f"{raw.source}: the layout names {', '.join(lost)}, which is not in the model; its outputs are {outputs}"
         )
-    unknown = HeadSpec(layout.family, lambda *_: Mismatch("written by hand"))  # a layout written by hand may name any
+    unknown = HeadSpec(layout.family, lambda *_: Mismatch("written by hand"))  # a handwritten layout may name any
     spec = next((head for head in known_heads(heads) if head.name == layout.family), unknown)
     shapes = {name: declared_shape(raw.model, name) for name in layout.tensors}
     if not all(shapes.values()):

@@ -1,4 +1,4 @@
-"""What a detector family has to say of itself."""
+"""The definition of a detector family."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A detector family. ``match`` looks at the probe and never edits; ``certain`` false accepts what only contradicts nothing.
+    """A detector family.
 
-    ``match(probe, certain)``: with ``certain`` the family must be shown by the probe; without (the user named
-    the family) it is enough that nothing speaks against it. ``tasks`` are what its heads can be for. ``pixels`` and ``stretch`` are
-    how networks of the family usually want their images.
+    ``match(probe, certain)`` inspects the probe and changes nothing. With ``certain``, the probe must show that the family fits. Without it
+    (the user named the family), it is enough that nothing contradicts the family. ``tasks`` are the tasks that its heads support.
+    ``pixels`` and ``stretch`` are the family's usual pixel format and stretching.
     """
 
     name: str
@@ -34,7 +34,7 @@ class HeadSpec:
 
 
 def match_pairs(probe: Probe, judge: Callable[[Pair], Layout | Mismatch]) -> Layout | Mismatch:
-    """What ``judge`` makes of two outputs as boxes and class scores: the one way to read them that it takes."""
+    """Let ``judge`` try each way to read two outputs as boxes and class scores. Return the layout if exactly one way fits."""
     found = pairs(probe)
     if isinstance(found, str):
         return Mismatch(found)

@@ -1,8 +1,9 @@
-"""Find the tensors before a decode that a third-party graph contains, and show by value that they are the ones.
+"""Find the tensors before the decode of a third-party graph, and prove by value that they are the right ones.
 
-The graph only suggests tensors: what goes into the sigmoids, and into the softmax of the box distribution. For the proof the
-graph is cut there, and what is left of it runs on random values, so that every class and every bin counts: the reference,
-decoding the same values, must give the model's own output for every candidate.
+1. The graph only suggests tensors: the inputs of the sigmoids and of the softmax over the box distribution; for finished rows, the inputs
+   of the top-k and of the gathers.
+2. The graph is cut at these tensors. The part after the cut runs on random values, so that every class and every bin counts.
+3. The reference decodes the same values. It must give the model's own output for every candidate. Otherwise the tensors are rejected.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fusenms.layout import (
 )
 from fusenms.reference import candidates, keypoints, mask_coefficients, postprocess
 
-BOX_TOLERANCE = 0.02  # of a distribution's decode in float32; a wrong tensor is off by tens
+BOX_TOLERANCE = 0.02  # pixels, for decoding a distribution in float32; a wrong tensor is off by tens
 SCORE_TOLERANCE = 1e-4
 ANGLE_TOLERANCE = 1e-5
 JOINED = "fusenms/head"
@@ -39,11 +40,10 @@ MOST_ROWS = 1000
 
 
 def earliest_distances(probe: Probe, layout: Layout) -> Layout:
-    """The layout of the same head before its sigmoid and softmax, where that can be shown; else the layout as it is.
+    """Return the layout of the same head before its sigmoid and softmax if that can be proven, else ``layout``.
 
-    Where the boxes are decoded in a way that is not known (in int8, for one), before its sigmoid alone.
-    ``layout`` is that of a decoded output with one anchor per cell and no objectness. Masks, keypoints and angles are taken before
-    their own decode in the same way.
+    If the boxes are decoded in an unknown way (for example in int8), only the sigmoid is left out. ``layout`` is that of a decoded output
+    with one anchor per cell and no objectness. Masks, keypoints and angles are taken before their own decode in the same way.
     """
     count = _count(probe, layout)
     strides = probe.strides(1, count)
@@ -56,7 +56,7 @@ def earliest_distances(probe: Probe, layout: Layout) -> Layout:
     spreads = list(dict.fromkeys(name for start in softmaxes for name in _behind(start, producers)))
     if not logits:
         return layout
-    plain = _upstream(layout.boxes.tensor, producers)[::-1]  # of one bin: the distances themselves; the farthest first
+    plain = _upstream(layout.boxes.tensor, producers)[::-1]  # with one bin, the distances; the farthest first
     values = probe.values([*logits, *spreads, *plain])
     box_taps = [tap for tap in _taps(values, spreads, count, None) if tap.channels % 4 == 0 and tap.channels >= 8]
     box_taps += [tap for tap in _taps(values, plain, count, 4) if tap.tensor != layout.boxes.tensor]
@@ -80,7 +80,7 @@ def earliest_distances(probe: Probe, layout: Layout) -> Layout:
 
 
 def _stand_alone(terms: dict[str, Any]) -> bool:
-    """Whether terms need no cells and leave the boxes alone."""
+    """Whether task outputs are decoded without the cells and do not change the boxes."""
     points = terms.get("keypoints")
     return "angle" not in terms and (points is None or points.factor is None)
 
@@ -88,8 +88,10 @@ def _stand_alone(terms: dict[str, Any]) -> bool:
 def _earlier_task_terms(
     probe: Probe, layout: Layout, count: int, producers: dict[str, onnx.NodeProto]
 ) -> Iterator[dict[str, Any]]:
-    """The ways in which the layout's masks, keypoints or angle may stand earlier in the graph, as fields of a layout; the last one is
-    where they stand now, as far as that goes with boxes before their decode."""
+    """Yield the earlier places in the graph that the layout's masks, keypoints or angle may have, as fields of a layout.
+
+    The last one is the present place, if it can be combined with boxes before their decode.
+    """
     masks, points, angle = layout.masks, layout.keypoints, layout.angle
     tap = masks.coefficients if masks else points.values if points else angle.value if angle else None
     if tap is None:
@@ -117,7 +119,7 @@ MOST_UPSTREAM = 120
 
 
 def _upstream(tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
-    """The float tensors that one is made of by moving and computing values one by one, the nearest first."""
+    """List the tensors from which a tensor is made by moving values and by elementwise operators, the nearest first."""
     found, todo = list[str](), [tensor]
     while todo and len(found) < MOST_UPSTREAM:
         name = todo.pop(0)
@@ -131,10 +133,10 @@ def _upstream(tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
 
 
 def earliest_anchors(probe: Probe, layout: Layout, anchors: int) -> Layout:
-    """The layout of the same head before the sigmoid of each level, where that can be shown; else the layout as it is.
+    """Return the layout of the same head before the sigmoid of each level if that can be proven, else ``layout``.
 
-    ``layout`` is that of a decoded output ``[B, N, 5 + C]`` with so many anchors per cell: box, objectness, classes. The anchors'
-    sizes are what is left of the decoded sizes after dividing by those of the sigmoid.
+    ``layout`` is that of a decoded output ``[B, N, 5 + C]`` with this number of anchors per cell: box, objectness, classes. The anchor
+    sizes are the decoded sizes divided by the factors that the sigmoid gives.
     """
     count, channels = _count(probe, layout), layout.classes.stop
     strides = probe.strides(anchors, count)
@@ -154,7 +156,7 @@ def earliest_anchors(probe: Probe, layout: Layout, anchors: int) -> Layout:
         sizes.append(tuple((float(w), float(h)) for w, h in found))
     if not all(
         0 < side < LARGEST for level in sizes for pair in level for side in pair
-    ):  # nor NaN: no anchors, so another decode
+    ):  # out of range or NaN: not anchors, so the decode is another one
         return layout
     boxes, classes, objectness = (Tap(join.tensor, 2, *span) for span in ((0, 4), (5, channels), (4, 5)))
     decode = AnchorBoxes(strides, tuple(sizes))
@@ -163,10 +165,10 @@ def earliest_anchors(probe: Probe, layout: Layout, anchors: int) -> Layout:
 
 
 def earliest_rows(probe: Probe, layout: Layout) -> Layout:
-    """The layout of the same head before its top-k, where that can be shown; else the layout as it is.
+    """Return the layout of the same head before its top-k if that can be proven, else ``layout``.
 
-    ``layout`` is that of finished rows. What is shown: of random boxes and scores the graph behind them chooses the rows that the
-    reference chooses. Then the sigmoid is left out too, where there is one.
+    ``layout`` is that of finished rows. The proof: from random boxes and scores, the rest of the graph selects the same rows as the
+    reference. A sigmoid of the scores is then left out too.
     """
     graph = probe.raw.model.graph
     producers = producers_of(graph)
@@ -188,12 +190,12 @@ def _any_taps(values: dict[str, np.ndarray], name: str) -> Iterator[Tap]:
     shape = values[name].shape
     if len(shape) == 3:
         longer = 1 if shape[1] > shape[2] else 2
-        for axis in (other_axis(longer), longer):  # candidates are more than classes, as a rule
+        for axis in (other_axis(longer), longer):  # there are usually more candidates than classes
             yield Tap(name, axis, 0, shape[axis])
 
 
 def _before_sigmoid(probe: Probe, layout: Layout, producers: dict[str, onnx.NodeProto]) -> Layout:
-    """The layout before the sigmoid of its class scores, where that is one operator."""
+    """Return the layout before the sigmoid of its class scores, if that sigmoid is a single operator."""
     for name in inputs_of("Sigmoid", layout.classes.tensor, producers):
         values = probe.values([name, layout.classes.tensor])
         logits, scores = values[name], values[layout.classes.tensor]
@@ -211,7 +213,7 @@ def _before_sigmoid(probe: Probe, layout: Layout, producers: dict[str, onnx.Node
 
 
 def _same_rows(probe: Probe, rows: Layout, early: Layout) -> bool:
-    """Whether the graph behind the taps of ``early`` makes of random boxes and scores the rows that the reference makes of them."""
+    """Whether the graph after the taps of ``early`` and the reference select the same rows from random boxes and scores."""
     rng = np.random.default_rng(13)
     values = probe.values(early.sources)
     if any(value.dtype != np.float32 for value in values.values()):
@@ -227,7 +229,7 @@ def _same_rows(probe: Probe, rows: Layout, early: Layout) -> bool:
     }
     try:
         got = probe.run_behind(taps, rows.sources)
-    except SourceError:  # what is behind does not stand alone
+    except SourceError:  # the rest of the graph does not run on the taps alone
         return False
     got = dict(got) | {join.tensor: joined(got, join) for join in rows.joins}
     size = (probe.raw.image.height, probe.raw.image.width)
@@ -248,7 +250,7 @@ def _count(probe: Probe, layout: Layout) -> int:
 
 
 def _behind(tensor: str, producers: dict[str, onnx.NodeProto], more: tuple[str, ...] = ()) -> Iterator[str]:
-    """A tensor and those it was moved from, one by one; by these ``more`` operators too."""
+    """Yield a tensor and the tensors that its values were moved from, one by one. ``more`` operators count as moves too."""
     while tensor in producers:
         yield tensor
         node = producers[tensor]
@@ -258,7 +260,7 @@ def _behind(tensor: str, producers: dict[str, onnx.NodeProto], more: tuple[str, 
 
 
 def _taps(values: dict[str, np.ndarray], names: Sequence[str], count: int, channels: int | None) -> Iterator[Tap]:
-    """Those of the tensors that have a row of channels for each candidate."""
+    """Yield taps of those tensors that have a row of channels for each candidate."""
     for name in names:
         shape = values[name].shape
         for axis in (1, 2):
@@ -267,7 +269,7 @@ def _taps(values: dict[str, np.ndarray], names: Sequence[str], count: int, chann
 
 
 def _same(probe: Probe, decoded: Layout, late: Layout) -> bool:
-    """Whether the graph behind the taps of ``late`` makes of random values what the reference makes of them."""
+    """Whether the graph after the taps of ``late`` and the reference give the same results from random values."""
     rng = np.random.default_rng(11)
     prototypes = None if late.masks is None else late.masks.prototypes
     values = probe.values([name for name in late.sources if name != prototypes])
@@ -276,7 +278,7 @@ def _same(probe: Probe, decoded: Layout, late: Layout) -> bool:
     taps = {name: rng.normal(0, 2.5, value.shape).astype(np.float32) for name, value in values.items()}
     try:
         got = probe.run_behind(taps, list(dict.fromkeys(tap.tensor for tap in decoded.taps)))
-    except SourceError:  # what is behind does not stand alone
+    except SourceError:  # the rest of the graph does not run on the taps alone
         return False
     size = (probe.raw.image.height, probe.raw.image.width)
     own = candidates(got, 0, decoded, size)

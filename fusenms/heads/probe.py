@@ -1,6 +1,6 @@
-"""What a raw ONNX model shows of its head: shapes, the parts its outputs are joined from, values on a test image.
+"""What a raw ONNX model shows of its head: shapes, the parts that its outputs are joined from, values on a test image.
 
-Node and tensor names play no part. The model is run once in ONNX Runtime.
+Names of nodes and tensors are ignored. The samples come from one run in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fusenms.onnx_reading.files import read_metadata
 from fusenms.onnx_reading.metadata import parse_literal
 
 USUAL_STRIDES = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32), (8, 16), (32,), (16,), (8,))
-"""Sets of strides that detectors use, the usual one first."""
+"""Sets of strides that detectors use, the most common one first."""
 
 MOST_QUERIES = 1000
-"""Of DETR-like heads; they have 100 to 900."""
+"""Limit on the queries of DETR-like heads, which have 100 to 900."""
 
 PASSES_THROUGH = (
     "Identity",
@@ -42,7 +42,7 @@ PASSES_THROUGH = (
 
 
 COMPUTING_OPS = ("Add", "Sub", "Mul", "Div", "Exp", "Sigmoid", "Pow")
-"""Operators that compute each value by itself, of which decodes are made."""
+"""Elementwise operators that decodes consist of."""
 
 MOVING_OPS = (*PASSES_THROUGH, "Slice", "Split", "Concat")
 """Operators that only move values."""
@@ -50,7 +50,7 @@ MOVING_OPS = (*PASSES_THROUGH, "Slice", "Split", "Concat")
 
 @dataclass(frozen=True)
 class Sample:
-    """One output of the model on the test image: values ``[1, …]``, and the values of the parts it is joined from."""
+    """One output of the model on the test image: its values ``[1, …]``, and the values of the parts that it is joined from."""
 
     tensor: str
     value: np.ndarray
@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Probe:
-    """All that a family may look at to recognize its head."""
+    """Everything that a family may inspect to recognize its head."""
 
     raw: RawModel
 
@@ -79,7 +79,7 @@ class Probe:
 
     @property
     def keypoints(self) -> tuple[int, int] | None:
-        """How many keypoints the file says it has, and numbers of each; None where it says nothing that can be read."""
+        """Number of keypoints and of values per keypoint, from the file's metadata; None if missing or unreadable."""
         shape = parse_literal(read_metadata(self.raw.model).get(contract.KEY_KEYPOINTS, ""))
         if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(type(n) is int for n in shape):
             return None
@@ -87,15 +87,15 @@ class Probe:
         return (count, numbers) if count > 0 and numbers in (2, 3) else None
 
     def split_prototypes(self) -> tuple[list[Sample], list[Sample]]:
-        """The outputs, those apart that may be the prototypes of masks: ``[1, M, height, width]``."""
+        """Return the outputs in two lists; the second has those that may be mask prototypes: ``[1, M, height, width]``."""
         maps = [sample for sample in self.samples if sample.value.ndim == 4]
         return [sample for sample in self.samples if sample.value.ndim != 4], maps
 
     @cached_property
     def joins(self) -> list[list[int]]:
-        """Channels of what is joined on the way to the outputs, for each joint of channels that are a candidate's: sorted.
+        """Channels of the parts of each Concat on the way to the outputs, sorted; one list for each Concat.
 
-        The way leads through what moves values or computes each by itself.
+        The way leads through operators that move values or compute elementwise.
         """
         producers = producers_of(self.raw.model.graph)
         todo, seen, joints = [entry.name for entry in self.raw.model.graph.output], set(), []
@@ -111,7 +111,7 @@ class Probe:
         return [sorted(_widths([values[part].shape[1:] for part in parts])) for parts in joints]
 
     def head(self, layout: Layout) -> dict[str, np.ndarray]:
-        """Values ``[1, …]`` of the head's tensors on the test image, joined where the layout joins them."""
+        """Values ``[1, …]`` of the head's tensors on the test image, joined as the layout says."""
         values = self.values(layout.sources)
         return values | {join.tensor: joined(values, join) for join in layout.joins}
 
@@ -126,10 +126,10 @@ class Probe:
         return {name: found[name] for name in tensors}
 
     def run_behind(self, taps: dict[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """Run what is behind some tensors of the model, given their values ``[1, …]`` float32.
+        """Run the part of the model after some of its tensors, given their values ``[1, …]`` float32.
 
         Raises:
-            SourceError: it does not run.
+            SourceError: that part does not run.
         """
         model = cut_before(self.raw.model, {name: value.shape[1:] for name, value in taps.items()})
         return self._infer(model, list(outputs), taps)
@@ -143,7 +143,7 @@ class Probe:
     def _infer(
         self, model: onnx.ModelProto, outputs: list[str], inputs: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Run on these values, and on the test image where the model asks for one."""
+        """Run on these values, and on the test image if the model has an image input."""
         image, batch = self.raw.image, self.raw.frozen_batch or 1
         session = Session(model, source=self.raw.source, max_seconds=self.raw.limits.max_run_seconds)
         given = inputs | {image.tensor: np.repeat(probe_image(image.height, image.width), batch, 0)}
@@ -151,19 +151,19 @@ class Probe:
         for name, value in zip(outputs, got, strict=True):
             if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or not (value.ndim or batch == 1):
                 raise SourceError(
-                    f"{self.raw.source}: gives {name[:100]!r}, which is no batch of numbers; expected tensors of them"
+                    f"{self.raw.source}: output {name[:100]!r} is not a batch of numbers; expected tensors of numbers"
                 )
         return {n: v if batch == 1 else v[: len(v) // batch] for n, v in zip(outputs, got, strict=True)}
 
     def strides(self, anchors: int, count: int) -> tuple[int, ...] | None:
-        """Strides of the levels of a head with so many anchors per cell and so many candidates; None where none fit."""
+        """Strides of a head with this number of anchors per cell and of candidates; None if no usual set of strides fits."""
         for strides in USUAL_STRIDES:
             if anchors * sum(self.cells(strides)) == count:
                 return strides
         return None
 
     def cells(self, strides: Sequence[int]) -> list[int]:
-        """Cells of each level."""
+        """Number of cells of each level."""
         return [len(self._centers(stride)) for stride in strides]
 
     @property
@@ -172,7 +172,7 @@ class Probe:
         return np.array([self.raw.image.width, self.raw.image.height] * 2, np.float64)
 
     def grid(self, anchors: int, count: int) -> np.ndarray | None:
-        """Cell centers ``[count, 2]`` (x, y in pixels) of such a head; None where no set of levels gives ``count``."""
+        """Cell centers ``[count, 2]`` (x, y in pixels) of such a head; None if no usual set of strides gives ``count``."""
         strides = self.strides(anchors, count)
         return None if strides is None else np.concatenate([np.tile(self._centers(s), (anchors, 1)) for s in strides])
 
@@ -182,7 +182,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two outputs that may be boxes and class scores: values ``[N, 4]`` and ``[N, C]``, and where they stand."""
+    """Two outputs that may be boxes and class scores: their values ``[N, 4]`` and ``[N, C]``, and their places."""
 
     box_tap: Tap
     boxes: np.ndarray
@@ -195,7 +195,7 @@ class Pair:
 
 
 def pairs(probe: Probe) -> list[Pair] | str:
-    """The ways to read two outputs as boxes and class scores, or why there is none."""
+    """Return the ways to read two outputs as boxes and class scores, or the reason why there is none."""
     samples = probe.samples
     shapes = [list(sample.value.shape) for sample in samples]
     if len(samples) != 2:
@@ -217,7 +217,7 @@ def pairs(probe: Probe) -> list[Pair] | str:
 
 
 def _widths(shapes: list[tuple[int, ...]]) -> list[int]:
-    """Channels of parts of these shapes (without the batch) that are joined by them; none where they differ in more than an axis."""
+    """Sizes of parts (shapes without the batch) along the axis that joins them; empty unless they differ in exactly one axis."""
     for axis in range(min(map(len, shapes))):
         rest = {(*shape[:axis], None, *shape[axis + 1 :]) for shape in shapes}
         if len(rest) == 1 and len(set(shapes)) > 1:
@@ -236,34 +236,34 @@ def are_probabilities(values: np.ndarray) -> bool:
 
 
 def as_probabilities(values: np.ndarray) -> np.ndarray:
-    """Scores as probabilities: themselves, or their sigmoids where they are not from 0 to 1."""
+    """Scores as probabilities: unchanged if they are from 0 to 1, else their sigmoids."""
     return values if are_probabilities(values) else 1 / (1 + np.exp(-values.astype(np.float64).clip(-80, 80)))
 
 
 def sum_to_one(values: np.ndarray) -> bool:
-    """Whether rows ``[N, C]`` are what a softmax over C > 1 classes gives."""
+    """Whether rows ``[N, C]`` may be the result of a softmax over C > 1 classes."""
     return values.shape[1] > 1 and are_probabilities(values) and bool((np.abs(values.sum(1) - 1) < 1e-3).all())
 
 
 def are_corners(boxes: np.ndarray) -> bool:
-    """Whether the high corner of boxes ``[N, 4]`` is nowhere below the low one, and not always the same."""
+    """Whether the high corner of boxes ``[N, 4]`` is never below the low one, and not always equal to it."""
     return bool((boxes[:, 2:] >= boxes[:, :2]).all() and (boxes[:, 2:] > boxes[:, :2]).any())
 
 
 def are_normalized(boxes: np.ndarray) -> bool:
-    """Whether boxes ``[N, 4]`` are in units of the image, not in pixels: none reaches far out of 0 to 1."""
+    """Whether boxes ``[N, 4]`` are in units of the image, not in pixels: no coordinate is far outside 0 to 1."""
     return bool(np.isfinite(boxes).all() and np.abs(boxes).max() <= 2)
 
 
 def background_of(scores: np.ndarray) -> int | None:
-    """Which class of scores ``[N, C]`` is the background: the first or the last, where it is the best one of most candidates."""
+    """Index of the background class in scores ``[N, C]``: the first or the last, if it is the best class of most candidates; else None."""
     share = np.bincount(scores.argmax(1), minlength=scores.shape[1]) / len(scores)
     place = int(share.argmax())
     return place if share[place] > 0.5 and place in (0, scores.shape[1] - 1) else None
 
 
 def not_queries(boxes: np.ndarray) -> str | None:
-    """Why boxes ``[N, 4]`` are not those of a DETR's queries (cx, cy, w, h, normalized); None where they may be."""
+    """Return why boxes ``[N, 4]`` are not those of a DETR's queries (cx, cy, w, h, normalized); None if they may be."""
     if len(boxes) > MOST_QUERIES:
         return f"found {len(boxes)} candidates; expected at most {MOST_QUERIES} queries"
     if not are_probabilities(boxes):
@@ -276,12 +276,12 @@ def not_queries(boxes: np.ndarray) -> str | None:
 
 
 def width_of(part: np.ndarray, count: int) -> int:
-    """Channels of a part ``[1, C, N]``, ``[1, N, C]`` or, for one level, ``[1, C, height, width]``."""
+    """Number of channels of a part ``[1, C, N]``, ``[1, N, C]`` or, for one level, ``[1, C, height, width]``."""
     return int(part.shape[2] if part.ndim == 3 and part.shape[1] == count else part.shape[1])
 
 
 def probe_image(height: int, width: int) -> np.ndarray:
-    """The test image ``[1, 3, height, width]``: smooth patches of color under noise, always the same."""
+    """The test image ``[1, 3, height, width]`` float32: uniform color patches with noise, always the same."""
     rng = np.random.default_rng(7)
     coarse = rng.random((3, 8, 8))
     patches = np.kron(coarse, np.ones((1, -(-height // 8), -(-width // 8))))[:, :height, :width]
@@ -295,7 +295,7 @@ def cell_centers(height: int, width: int, stride: int) -> np.ndarray:
 
 
 def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
-    """Whether positions ``[N, 2]`` in pixels follow the cell centers ``[N, 2]``, as decoded box centers do."""
+    """Whether positions ``[N, 2]`` in pixels follow the cell centers ``[N, 2]``, as the centers of decoded boxes do."""
     if not np.isfinite(values).all() or (values.std(0) < 1e-6).any():
         return False
     close = np.abs(values - grid).mean() < 0.12 * np.ptp(grid)
@@ -303,18 +303,18 @@ def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
 
 
 def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:
-    """What a join makes of its parts ``[1, …]``."""
+    """Join the parts ``[1, …]`` of a `Join`."""
     shape = (1, *join.part_shape[1:])
     return np.concatenate([values[part].astype(np.float32).reshape(shape) for part in join.parts], join.candidate_axis)
 
 
 def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    """The node that makes each tensor."""
+    """Map each tensor to the node that computes it."""
     return {output: node for node in graph.node for output in node.output}
 
 
 def inputs_of(op: str, tensor: str, producers: dict[str, onnx.NodeProto]) -> list[str]:
-    """What goes into the nodes of this kind that a tensor comes from, with nothing but moves of data between."""
+    """List the inputs of the nodes of this type that a tensor comes from, with only operators that move values in between."""
     found, todo, seen = [], [tensor], set()
     while todo:
         node = producers.get(todo.pop())
@@ -329,9 +329,9 @@ def inputs_of(op: str, tensor: str, producers: dict[str, onnx.NodeProto]) -> lis
 
 
 def joined_parts(producers: dict[str, onnx.NodeProto], name: str) -> tuple[str, ...]:
-    """Follow an output back to the Concat that joins channels: the nearest one whose inputs differ in how they are made.
+    """Follow an output back to the Concat that joins channels: the nearest one with two inputs or with inputs of different operators.
 
-    Levels are joined too, each made alike; then the first stands for all.
+    A Concat of levels has inputs of the same operator. The search goes on through its first input.
     """
     while (node := producers.get(name)) is not None:
         if node.op_type == "Concat":

@@ -1,4 +1,4 @@
-"""What a third-party head gives beside boxes: mask coefficients, keypoints, an angle. The file's metadata and its outputs say which."""
+"""Task outputs of a third-party head: mask coefficients, keypoints or an angle. The file's metadata and its outputs say which."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TASKS = ("detect", "segment", "pose", "obb")
 
 
 def task_channels(probe: Probe, maps: list[Sample]) -> int | Mismatch:
-    """How many channels a candidate has beside box and classes."""
+    """Return the number of channels of a candidate beyond box and classes."""
     task = probe.raw.task
     if maps and task in ("detect", "segment"):  # a file without metadata counts as detect
         prototypes = maps[0].value
@@ -36,7 +36,7 @@ def task_channels(probe: Probe, maps: list[Sample]) -> int | Mismatch:
 
 
 def task_terms(probe: Probe, tap: Tap | None, maps: list[Sample]) -> dict[str, Any]:
-    """What these channels are, as fields of a layout."""
+    """Return the meaning of these channels, as fields of a layout."""
     if tap is None:
         return {}
     if maps:
@@ -47,7 +47,7 @@ def task_terms(probe: Probe, tap: Tap | None, maps: list[Sample]) -> dict[str, A
 
 
 def not_terms(probe: Probe, rows: np.ndarray) -> str | None:
-    """Why the extra channels ``[N, channels]`` are not what the file says they are; None where they may be."""
+    """Return why the extra channels ``[N, channels]`` contradict the task that the file states; None if they may fit it."""
     if probe.raw.task == "pose" and probe.keypoints is not None and probe.keypoints[1] == 3:
         visibility = rows.reshape(len(rows), *probe.keypoints)[..., 2]
         if not ((visibility >= 0) & (visibility <= 1)).all():

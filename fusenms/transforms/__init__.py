@@ -1,1 +1,1 @@
-"""A raw model to another: with a dynamic batch, in half precision."""
+"""Transformations of a raw model into another one: dynamic batch, half precision."""

@@ -1,6 +1,6 @@
-"""Open the batch of a model that was exported for a fixed number of images, and show that its images stay independent.
+"""Open the batch of a model that was exported for a fixed number of images, and prove that its images stay independent.
 
-What is shown is shown of the tensors that the head consists of; what a file does behind them is not kept.
+The proof covers the tensors that form the head. The part of the graph after them is not kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CURE = "Export the model again with a dynamic batch"
 
 
 def open_batch(raw: RawModel, layout: Layout) -> RawModel:
-    """The same model with a dynamic batch, up to the tensors that the layout names; itself where its batch is open.
+    """Return the model with a dynamic batch, up to the tensors that the layout names; unchanged if its batch is dynamic.
 
     Raises:
         SourceError: the opened graph does not run, or mixes the images of a batch.
@@ -53,7 +53,7 @@ def _opened(model: onnx.ModelProto, image: ImageInput, frozen: int) -> onnx.Mode
     from_image, nodes = {image.tensor}, list(graph.node)
     del graph.node[:]
     for i, node in enumerate(nodes):
-        if not from_image.isdisjoint(node.input):  # what comes of constants stays as it is
+        if not from_image.isdisjoint(node.input):  # what is computed from constants stays unchanged
             from_image.update(node.output)
             shape = constants.get(node.input[1]) if node.op_type == "Reshape" else None
             if shape is not None and shape.size > 1 and (first := _open_first(shape, frozen)) != shape[0]:
@@ -73,14 +73,14 @@ def _opened(model: onnx.ModelProto, image: ImageInput, frozen: int) -> onnx.Mode
 
 
 def _open_first(shape: np.ndarray, frozen: int) -> int:
-    """The first number of a reshape, opened: what is left, where all are fixed; else that of the input, where it was the batch."""
+    """Opened first number of a reshape: -1 (inferred) if all numbers are fixed, 0 (copied) if it is the batch, else unchanged."""
     if (shape > 0).all():
         return -1
     return 0 if shape[0] == frozen else int(shape[0])
 
 
 def _open_sizes(graph: onnx.GraphProto, node: onnx.NodeProto, sizes: np.ndarray, name: str) -> list[onnx.NodeProto]:
-    """Nodes that give a resize its sizes, batch and channels taken from its input."""
+    """Make nodes that compute the sizes of a resize, with batch and channels taken from its input."""
     for end, values in (("from", [0]), ("to", [2]), ("sides", sizes[2:])):
         graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), f"{name}_{end}"))
     made = [
@@ -95,9 +95,9 @@ def _open_sizes(graph: onnx.GraphProto, node: onnx.NodeProto, sizes: np.ndarray,
 def _show_independence(
     raw: RawModel, model: onnx.ModelProto, opened: onnx.ModelProto, tensors: Sequence[str]
 ) -> tuple[str, bool]:
-    """Run both models: what was found, as a note, and whether each image's tensors are those of the original alone.
+    """Run both models. Return the result as a note, and whether each image's tensors are those of the original model.
 
-    Dynamic quantization takes its ranges over the batch; there copies of an image must give what the image gives.
+    Dynamic quantization takes its ranges over the batch. In that case, copies of an image must give the same result as the image.
 
     Raises:
         SourceError: the opened graph does not run, or mixes images for another reason.
@@ -125,7 +125,7 @@ def _show_independence(
         raise SourceError(f"{failed}, images of one batch change each other's results. {CURE}")
     return (
         f"batch opened (was {frozen}), but images are not independent: dynamic quantization takes its ranges over the "
-        f"batch, which moves the head by up to {drift:.1%} of full scale. Run it at batch 1 where that matters; the Detector does"
+        f"batch, which changes the head by up to {drift:.1%} of full scale. Run it at batch 1 if that matters; the Detector does"
     ), False
 
 

@@ -1,8 +1,7 @@
-"""Half precision as a typed graph: the network in float16, from its input to its head; what comes after stays float32.
+"""Half precision as a typed graph: the network is float16 from its input to its head; everything after it stays float32.
 
-TensorRT 11 and TensorRT-RTX compute in the types of the graph, so a half-precision engine needs a half-precision graph. What decides,
-the decode and the suppression, is float32 in any case: float16 holds pixels of a large image to a half only, and 80 class offsets not
-at all.
+TensorRT 11 and TensorRT-RTX compute in the types of the graph, so a half-precision engine needs a half-precision graph. The decode and the
+suppression are always float32: float16 resolves the pixels of a large image only to a half, and it cannot hold the offsets of 80 classes.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from fusenms.layout import Layout
 PRECISIONS = ("fp32", "fp16")
 HALF = "float16 up to the head, float32 from there on"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""Operators that a network spends its time in; after the last of them on every way to the head, all stays float32."""
+"""Operators that take most of a network's time. Everything after the last of them on every path to the head stays float32."""
 
 
 def to_half(raw: RawModel, layout: Layout) -> RawModel:
-    """The same network in float16, up to the head's tensors, which are float32 again. Input and weights outside are as before.
+    """Convert the network to float16 up to the head's tensors, which are float32 again. Input and other weights keep their types.
 
-    ONNX Runtime's own converter does it (`onnxruntime.transformers.float16`).
+    ONNX Runtime's converter (`onnxruntime.transformers.float16`) does the conversion.
 
     Raises:
         ConfigError: the network is quantized, or in half precision already.
@@ -51,9 +50,9 @@ def to_half(raw: RawModel, layout: Layout) -> RawModel:
 
 
 def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """The part with the weights, which ends in the tensors that what comes after it reads; and the model itself.
+    """Return the part with the weights, which ends in the tensors that the rest reads, and the model itself.
 
-    The converter would cast each node that it is told to leave alone to float32 and its result back, so it is not shown them.
+    The converter would add casts around each node that it is told to skip, so the rest is not given to it.
     """
     after = nodes_after_weights(model)
     given = {entry.name for entry in model.graph.input} | {item.name for item in model.graph.initializer}
@@ -73,10 +72,10 @@ def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
 
 
 def _joined(network: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
-    """The network in half precision, with what the model has after it."""
+    """Convert the network to half precision and append the rest of the model."""
     from onnxruntime.transformers import float16
 
-    logging.getLogger(float16.__name__).setLevel(logging.ERROR)  # of each weight that is too small for float16
+    logging.getLogger(float16.__name__).setLevel(logging.ERROR)  # no warning per weight too small for float16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         half = float16.convert_float_to_float16(network, keep_io_types=True)
@@ -87,7 +86,7 @@ def _joined(network: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto
     for node in kept:
         for i, name in enumerate(node.input):
             if name in constants:
-                own = f"{name}/float32"  # the network has one of that name, which may be in half precision now
+                own = f"{name}/float32"  # the network's constant of that name may be float16 now
                 node.input[i] = own
                 if own not in taken:
                     taken.add(own)
@@ -101,9 +100,9 @@ def _joined(network: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto
 
 
 def nodes_after_weights(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes from which no weighted operator is reached: the head's decode, as far as the model has it.
+    """Names of the nodes from which no weighted operator is reached: the head's decode, if the model contains it.
 
-    A convolution into one channel counts for none: it is the mean over a box distribution, or the head of one class.
+    A convolution into one channel does not count as weighted: it is the mean over a box distribution, or the head of one class.
     """
     shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}

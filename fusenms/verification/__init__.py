@@ -1,4 +1,4 @@
-"""A fused model to its report: the proof."""
+"""From a fused model to its report."""
 
 from fusenms.artifacts.report import Check, Report
 from fusenms.verification.checks import verify

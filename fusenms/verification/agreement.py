@@ -1,4 +1,4 @@
-"""`Agreement`: detections of a model beside those of another of the same weights, on the same images."""
+"""`Agreement`: the detections of two models of the same weights on the same images, compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusenms.fusion.backends import get_backend
 from fusenms.graph.session import OnnxRuntimeRunner
 
 SAME_OBJECT_IOU = 0.5
-"""From here on two boxes of one class are the same object."""
+"""Two boxes of one class with at least this IoU are the same object."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Agreement:
     """How far two models agree on some images.
 
     Attributes:
-        images: how many there were.
-        before, after: detections of either model.
-        same: pairs of one class with an IoU of at least `SAME_OBJECT_IOU`, each detection in one pair at most, the best first.
+        images: number of images.
+        before, after: number of detections of each model.
+        same: number of pairs of one class with an IoU of at least `SAME_OBJECT_IOU`; a detection is in at most one pair, the best first.
         worst_box: largest difference of a coordinate within a pair, in pixels of the model's input.
         worst_score: largest difference of the scores within a pair.
     """
@@ -49,7 +49,7 @@ class Agreement:
 
 
 def agreement(before: FusedModel, after: FusedModel, images: np.ndarray) -> Agreement:
-    """Run both in ONNX Runtime on images ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one."""
+    """Run both models in ONNX Runtime on images ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one, and compare them."""
     runner = OnnxRuntimeRunner(get_backend(after.backend).to_standard(after.model, after), source=after.source)
     rows = [runner.infer(image[None]) for image in images]
     runner.close()
@@ -59,9 +59,9 @@ def agreement(before: FusedModel, after: FusedModel, images: np.ndarray) -> Agre
 def agreement_of(
     before: FusedModel, images: np.ndarray, after: FusedModel, outputs: dict[str, np.ndarray]
 ) -> Agreement:
-    """The same, where the outputs of ``after`` on the images are known: ``[n, …]`` by name."""
+    """The same, if the outputs of ``after`` on the images are known: ``[n, …]`` by name."""
     runner = OnnxRuntimeRunner(get_backend(before.backend).to_standard(before.model, before), source=before.source)
-    counts, same, worst = [0, 0], 0, [0.0, 0.0]  # of either model; pairs; box and score
+    counts, same, worst = [0, 0], 0, [0.0, 0.0]  # of each model; pairs; box and score
     for n, image in enumerate(images):
         one = _rows(before, runner.infer(image[None]))
         two = _rows(after, {name: value[n : n + 1] for name, value in outputs.items()})

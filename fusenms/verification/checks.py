@@ -1,8 +1,10 @@
-"""Prove a fused model: run it in ONNX Runtime at several batch sizes and compare every row with the reference.
+"""Verify a fused model: run it in ONNX Runtime at several batch sizes and compare every row with the reference.
 
-Two things are run. The *tail*, cut out of the model behind its head, on made-up head tensors
-(`synthetic_heads`): random, dense, empty, tied, at the thresholds, crowded, unusable. And the *whole* model on images,
-with the head's tensors as outputs too, so that the reference works on exactly what the tail saw.
+Two runs are compared:
+
+1. The *whole* model runs on images. The head's tensors are outputs too, so the reference works on exactly the values that the tail got.
+2. The *tail*, cut out of the model after its head, runs on synthetic heads (`synthetic_heads`): random, dense, empty, tied, at the
+   thresholds, crowded, unusable.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from fusenms.verification.task_outputs import task_output_differences
 
 BATCHES = (1, 2, 7)
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is."""
+"""Called with the name of the step, the number of units done, and the total number."""
 
 
 def verify(
@@ -43,9 +45,9 @@ def verify(
 
     Args:
         model: a fused model, or the path of its file.
-        images: ``[n, 3, height, width]`` float32 (RGB, 0 to 1, at the model's size); default: a made-up one.
+        images: ``[n, 3, height, width]`` float32 (RGB, 0 to 1, at the model's size); default: one test image.
         batches: batch sizes to run.
-        progress: told of each step.
+        progress: called for each step.
 
     Raises:
         SourceError: the file cannot be read, or lacks the head's tensors.
@@ -62,7 +64,7 @@ def verify(
     if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
         raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
     sizes = [(fused, images_for(fused, images))]
-    if fused.image.dynamic_size:  # another size, where the candidates stand elsewhere
+    if fused.image.dynamic_size:  # also another size, which moves the candidates
         image = fused.image
         other = replace(image, height=image.height + image.stride, width=image.width + 2 * image.stride)
         sizes.append((replace(fused, image=other), probe_image(other.height, other.width)))
@@ -72,17 +74,17 @@ def verify(
             checks += _Verification(sized, progress).run(own, tuple(batches))
         except FusenmsError:
             raise
-        except Exception as error:  # the graph, or the layout that its file holds, may be anybody's
+        except Exception as error:  # graph and layout may come from a file of unknown origin
             message = f"the layout in the metadata does not fit the head's tensors ({type(error).__name__}: {first_line(error)})"
             raise SourceError(f"{message}; the file was changed after it was written: fuse the model again") from error
     return Report(tuple(checks), tuple(batches))
 
 
 def images_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
-    """These images, checked; a made-up one where there are none.
+    """Check the images, or return one test image if there are none.
 
     Raises:
-        InputError: they do not fit the model.
+        InputError: the images do not fit the model.
     """
     size = (fused.image.height, fused.image.width)
     if images is None:
@@ -100,7 +102,7 @@ def images_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
 
 
 class _Verification:
-    """One verification: the runners and the checks that pile up."""
+    """One verification: its runners and the checks collected so far."""
 
     def __init__(self, fused: FusedModel, progress: OnProgress | None) -> None:
         self.fused, self.layout, self.config = fused, fused.layout, fused.config
@@ -139,7 +141,7 @@ class _Verification:
     def _on_images(
         self, whole: OnnxRuntimeRunner, images: np.ndarray, batches: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """Run images at each batch size, all of them at the largest; return the shapes of the head's tensors."""
+        """Run images at each batch size, and all images at the largest one. Return the shapes of the head's tensors."""
         shapes: dict[str, tuple[int, ...]] = {}
         starts = [(b, 0) for b in batches] + [(max(batches), i) for i in range(max(batches), len(images), max(batches))]
         for step, (batch, start) in enumerate(starts):
@@ -154,7 +156,7 @@ class _Verification:
         return shapes
 
     def _on_synthetic_heads(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> None:
-        """Run the tail on made-up heads: each at every batch size, a different one for each image."""
+        """Run the tail on synthetic heads: each at every batch size, with a different one for each image."""
         tap = self.layout.classes
         stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][tap.candidate_axis - 1])
         tail = self._open(cut_before(self.model, shapes))
@@ -165,7 +167,7 @@ class _Verification:
             batch_names = tuple(np.resize(np.array(some), batch).tolist())
             head = heads(stage, batch_names, shapes, seed=batch)
             inputs = dict(head)
-            if self.fused.image.tensor in tail.inputs:  # its shape says where the candidates stand
+            if self.fused.image.tensor in tail.inputs:  # its shape determines the places of the candidates
                 inputs[self.fused.image.tensor] = np.zeros(
                     (batch, 3, self.fused.image.height, self.fused.image.width), np.float32
                 )
@@ -177,7 +179,7 @@ class _Verification:
     def _infer(
         self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, case: str
     ) -> dict[str, np.ndarray] | None:
-        """Run; a failure or a wrong shape is a problem of the whole batch."""
+        """Run. A failure or a wrong shape is recorded as a problem of the whole batch; the result is then None."""
         try:
             outputs = runner.run(inputs)
         except RunError as error:
@@ -247,7 +249,7 @@ class _Verification:
             )
 
     def _prototype_sides(self, outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> tuple[int, ...]:
-        """Height and width of the head's prototypes; none where it has none."""
+        """Height and width of the head's prototypes; empty if it has none."""
         if self.layout.masks is None:
             return ()
         name = self.layout.masks.prototypes
@@ -259,7 +261,7 @@ class _Verification:
 
 
 def _differences(observed: Rows, expected: Expected, most: int = 3) -> list[str]:
-    """Each row that differs, as text; the first few in full."""
+    """Describe each row that differs; only the first few in full."""
     rows, problems = expected.rows, []
     for row in range(max(len(observed), len(rows))):
         if row < min(len(observed), len(rows)) and matches(

@@ -1,4 +1,4 @@
-"""Name what is wrong with detections that differ from the reference: try usual mistakes and see which one explains them."""
+"""Name the cause of detections that differ from the reference: try common mistakes and find the one that explains them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fusenms.reference import SCORE_TOLERANCE, Candidates, Rows, matches, postpr
 def explain(
     observed: Rows, expected: Rows, found: Candidates, config: PostprocessConfig, first_image: Rows | None
 ) -> str:
-    """Say which mistake turns ``expected`` into ``observed``, or "" where none of the usual ones does.
+    """Return the mistake that turns ``expected`` into ``observed``, or "" if no common mistake does.
 
-    ``first_image``: the observed rows of the batch's first image, for images after it.
+    ``first_image``: the observed rows of the first image of the batch, for the images after it.
     """
     for name, rows in _mistakes(observed, expected, found, config, first_image):
         if len(rows) and _equal(observed, rows) and not _equal(expected, rows):
@@ -98,7 +98,7 @@ def _equal(observed: Rows, rows: Rows) -> bool:
 
 
 def _sorted_as(expected: Rows, observed: Rows) -> Rows:
-    """The expected rows in the order of the observed ones, as far as they can be found there."""
+    """The expected rows in the order of the observed ones; unchanged if an observed row is not among them."""
     left = list(range(len(expected)))
     order = []
     for row in range(len(observed)):

@@ -1,4 +1,4 @@
-"""Made-up head tensors for verification: random, dense, empty, tied, at the thresholds, crowded, unusable values."""
+"""Synthetic head tensors for verification: random, dense, empty, tied, at the thresholds, crowded, unusable values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fusenms.config import PostprocessConfig
 from fusenms.fusion.candidates import strict_threshold
 from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, Tap
 
-LOW = -9.0  # logit of "nothing here"
+LOW = -9.0  # logit of a candidate without an object
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What synthetic heads are made for: a layout, its settings, the image size, the number of candidates."""
+    """What synthetic heads are made for: layout, settings, image input and number of candidates."""
 
     layout: Layout
     config: PostprocessConfig
@@ -36,14 +36,14 @@ class SyntheticHead:
 
 
 def random(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
-    """Objects here and there."""
+    """Up to 250 objects at random candidates."""
     head = empty(stage, rng)
     _raise_some(stage, head, rng, min(stage.count, 250), -3.0, 5.0)
     return head
 
 
 def dense(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
-    """Clusters of neighboring candidates with much overlap, of few classes."""
+    """Clusters of neighboring candidates that overlap strongly, of few classes."""
     head = empty(stage, rng)
     middle = rng.integers(stage.count, size=24)
     rows = np.unique((middle[:, None] + np.arange(-20, 20)[None]).clip(0, stage.count - 1))
@@ -54,13 +54,13 @@ def dense(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
 
 
 def empty(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
-    """Nothing above any usual threshold."""
+    """No score above any usual threshold."""
     classes = rng.normal(LOW, 0.5, (stage.count, stage.layout.classes.channels))
     return SyntheticHead(classes, rng.normal(LOW, 0.5, stage.count), _random_boxes(stage, rng))
 
 
 def ties(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
-    """Many equal scores, within a box's classes too, and equal boxes."""
+    """Many equal scores, also among the classes of a box, and equal boxes."""
     head = SyntheticHead(
         np.full((stage.count, stage.layout.classes.channels), LOW), np.full(stage.count, 3.0), _even_boxes(stage)
     )
@@ -70,7 +70,7 @@ def ties(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
 
 
 def thresholds(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
-    """Scores at the threshold and one float to either side; pairs of boxes with IoU at the threshold, where it can be hit exactly."""
+    """Scores at the threshold and one float to either side; pairs of boxes with IoU exactly at the threshold, if that is possible."""
     head = empty(stage, rng)
     head.boxes = _even_boxes(stage)
     at = strict_threshold(stage.config.score_threshold, Activation.SIGMOID)
@@ -85,14 +85,14 @@ def thresholds(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
 
 
 def crowded(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
-    """Every candidate above the threshold: more than `max_candidates` where there are that many."""
+    """Every candidate above the threshold: more than `max_candidates`, if the head has that many."""
     head = empty(stage, rng)
     _raise_some(stage, head, rng, stage.count, 1.0, 6.0)
     return head
 
 
 def unusable(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
-    """NaN and infinities among the class scores and the boxes; few enough that no place is short (see `reference`)."""
+    """NaN and infinities among class scores and boxes, so few that they take no place from other candidates (see `reference`)."""
     head = empty(stage, rng)
     _raise_some(stage, head, rng, min(stage.count, 250, stage.config.max_candidates), -3.0, 5.0)
     for value in (np.nan, np.inf, -np.inf):
@@ -110,10 +110,10 @@ SYNTHETIC_HEADS: dict[str, Callable[[Stage, np.random.Generator], SyntheticHead]
 
 
 def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """The head's tensors for a batch with another synthetic head for each image.
+    """Return the head's tensors for a batch with one synthetic head per image.
 
     Args:
-        shapes: of each head tensor, without the batch dimension.
+        shapes: shape of each head tensor, without the batch dimension.
 
     Returns:
         name to float32 ``[len(names), *shape]``.
@@ -146,7 +146,7 @@ def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...
 
 
 def _further(stage: Stage, rng: np.random.Generator) -> list[tuple[Tap, np.ndarray]]:
-    """What a head gives of a candidate beside its box: random."""
+    """Random values for the task outputs of the candidates."""
     layout, parts = stage.layout, []
     if layout.masks is not None:
         tap = layout.masks.coefficients
@@ -164,7 +164,7 @@ def _further(stage: Stage, rng: np.random.Generator) -> list[tuple[Tap, np.ndarr
 
 
 def _exact_threshold(stage: Stage, names: tuple[str, ...], tensors: dict[str, np.ndarray]) -> None:
-    """Finished probabilities can be the threshold itself: put the float nearest to it in its place."""
+    """Set probabilities within 1e-7 of the threshold to the threshold. Finished probabilities can equal it exactly."""
     tap, threshold = stage.layout.classes, np.float32(stage.config.score_threshold)
     for i in (i for i, name in enumerate(names) if name == "thresholds"):
         values = tensors[tap.tensor][i]
@@ -203,11 +203,11 @@ def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
 
 
 def _even_boxes(stage: Stage) -> np.ndarray:
-    """Boxes whose coordinates are exact in float32; for finished boxes many are the same."""
+    """Boxes whose coordinates are exact in float32. Many decoded boxes are equal."""
     layout, count = stage.layout, stage.count
     if isinstance(layout.decode, Distances):
         terms = np.zeros((count, 4, layout.decode.bins))
-        terms[:, :, min(2, layout.decode.bins - 1)] = 1000.0  # all the weight on one bin
+        terms[:, :, min(2, layout.decode.bins - 1)] = 1000.0  # all weight on one bin
         return terms.reshape(count, -1)
     if not isinstance(layout.decode, Decoded):
         return np.zeros((count, 4))
@@ -227,11 +227,11 @@ def _as_format(stage: Stage, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _place_pairs(stage: Stage, head: SyntheticHead) -> None:
-    """Put pairs into the first candidates: the second box lies in the first and has `iou_threshold` of its area, exactly.
+    """Put pairs into the first candidates: the second box lies in the first and has exactly `iou_threshold` of its area.
 
-    The threshold is taken as the fraction that it is meant to be, as 9 / 20; there is none with sides that the head can say for some.
+    The threshold is read as a fraction, such as 9 / 20. No pair is placed if the head cannot express sides in that ratio.
     """
-    if stage.layout.angle is not None:  # whose IoU is no fraction
+    if stage.layout.angle is not None:  # the probabilistic IoU is not a fraction
         return
     decode, most = stage.layout.decode, 28
     share = Fraction(stage.config.iou_threshold).limit_denominator(most)

@@ -1,4 +1,4 @@
-"""What a fused model gives of its rows beyond boxes, scores and labels, compared with the reference: numbers, masks, keypoints."""
+"""Compare the outputs of a fused model beyond boxes, scores and labels with the reference: indices, masks, keypoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fusenms.reference import (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an output must be for the valid rows, ``[n, …]``, and by how much it may be off."""
+    """Expected values of an output for the valid rows, ``[n, …]``, and their tolerance."""
 
     name: str
     value: np.ndarray
@@ -35,11 +35,11 @@ def task_output_differences(
     head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], image: int, layout: Layout, config: PostprocessConfig,
     size: tuple[int, int], expected: Expected,
 ) -> tuple[list[str], int]:  # fmt: skip
-    """What differs in one image whose boxes, scores and labels are right, as text; and how many pixels of masks hang on rounding and
-    differ.
+    """Compare one image whose boxes, scores and labels are right. Return the differences as text, and the number of mask pixels that differ
+    within rounding.
 
     Args:
-        head: the head's tensors, ``[B, …]`` by name; ``outputs`` those of the model.
+        head: the head's tensors, ``[B, …]`` by name; ``outputs`` are those of the model.
         size: (height, width) of the input in pixels.
     """
     problems, close_calls, count = [], 0, len(expected.indices)

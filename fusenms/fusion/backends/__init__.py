@@ -1,4 +1,4 @@
-"""Ways to suppress, one file each."""
+"""The backends, one file each: ways to suppress in the graph."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["BACKENDS", "Backend", "get_backend"]
 
 
 def get_backend(name: str, config: PostprocessConfig | None = None) -> Backend:
-    """The backend of that name; with ``config``, one that has these settings.
+    """Return the backend of that name. With ``config``, check that it has these settings.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such backend, or it does not have these settings.
     """
     if name not in BACKENDS:
         raise ConfigError(f"backend is {name!r}; expected one of {', '.join(BACKENDS)}")

@@ -1,4 +1,4 @@
-"""What a backend is: how it suppresses in the graph, how its graph is checked, how it is run."""
+"""The definition of a backend: how it suppresses in the graph, how its graph is checked, where it runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fusenms.graph.builder import INT32, Graph, Tensor
 
 @dataclass(frozen=True)
 class SelectionTensors:
-    """What suppression keeps of the candidates, best first: K rows per image, the valid ones first.
+    """The candidates that suppression keeps, best first: K rows per image, valid rows first.
 
     Attributes:
         valid: ``[B, K]`` bool.
-        place: ``[B, K]`` int32, where each stands among the candidates; some place where a row is not valid.
-        boxes: ``[B, K, 4 or 5]`` float32, as `CandidateTensors.decode` gives them; anything where a row is not valid.
-        labels: ``[B, K]`` int32; the same.
-        converged: ``[B, 1]`` int32, with ``config.rounds``: 1 where those were enough.
+        place: ``[B, K]`` int32, place of each row among the candidates; any existing place in rows that are not valid.
+        boxes: ``[B, K, 4 or 5]`` float32, as `CandidateTensors.decode` gives them; arbitrary in rows that are not valid.
+        labels: ``[B, K]`` int32; arbitrary in rows that are not valid.
+        converged: ``[B, 1]`` int32, only with ``config.rounds``: 1 if the rounds were enough.
     """
 
     valid: Tensor
@@ -36,15 +36,15 @@ class SelectionTensors:
 
 @dataclass(frozen=True)
 class DetectionTensors:
-    """Detections of every image, best first: K rows, blank past the count (0; labels and indices -1).
+    """Detections of every image, best first: K rows. Rows past the count are blank (0; labels and indices -1).
 
     Attributes:
-        valid: ``[B, K]`` bool: rows that are in use; they stand first.
-        count: ``[B, 1]`` int32.
+        valid: ``[B, K]`` bool, True for rows in use, which come first.
+        count: ``[B, 1]`` int32, number of rows in use.
         boxes: ``[B, K, 4 or 5]`` float32.
         scores: ``[B, K]`` float32.
         labels: ``[B, K]`` int32.
-        indices: ``[B, K]`` int32, the candidates' numbers, as `fusenms.layout` counts them.
+        indices: ``[B, K]`` int32, candidate numbers as defined in `fusenms.layout`.
         converged: as in `SelectionTensors`.
     """
 
@@ -58,7 +58,7 @@ class DetectionTensors:
 
 
 EmitDetections = Callable[[Graph, Head, PostprocessConfig], DetectionTensors]
-"""Emit all that lies between a head and its detections."""
+"""Emit everything between a head and its detections."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ class Backend:
     """One way to suppress.
 
     Attributes:
-        name: what ``backend`` says.
-        suffix: of the files it makes.
-        suppresses_by: the operator, for people.
-        find: emit candidates, decoding, suppression and selection; raises UnsupportedByBackendError.
-        to_standard: a model, or a part of it, for ONNX Runtime: plugins get a body of standard operators, for checking only.
-        runs_on_onnxruntime: whether the file itself runs there.
-        adaptive: whether the number of candidates may depend on the data; else it is fixed.
-        has_rounds: whether `PostprocessConfig.rounds` means something to it.
+        name: the value of ``backend``.
+        suffix: suffix of its files.
+        suppresses_by: the operator that suppresses, for display.
+        find: emits candidates, decoding, suppression and selection; raises UnsupportedByBackendError.
+        to_standard: converts a model, or a part of it, for ONNX Runtime: plugins get a body of standard operators. For checking only.
+        runs_on_onnxruntime: whether the file itself runs in ONNX Runtime.
+        adaptive: whether the number of candidates may depend on the data; otherwise it is fixed.
+        has_rounds: whether it supports `PostprocessConfig.rounds`.
         knows_oriented: whether it suppresses oriented boxes itself.
-        in_float: the model with the head's tensors in float32, for checking, where the file has them in float16 for the plugin.
+        in_float: converts a model whose plugin reads float16 head tensors to one that reads float32. For checking only.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Backend:
 def by_candidates(
     suppress: Callable[[Graph, CandidateTensors, PostprocessConfig], SelectionTensors], adaptive: bool
 ) -> EmitDetections:
-    """Score, select and decode candidates by tensor operators, then suppress."""
+    """Return a ``find`` that scores, selects and decodes candidates with tensor operators, and then calls ``suppress``."""
 
     def find(g: Graph, head: Head, config: PostprocessConfig) -> DetectionTensors:
         candidates = emit_candidates(g, head, config, adaptive)
@@ -115,7 +115,7 @@ def by_candidates(
 
 
 def select(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) -> SelectionTensors:
-    """The selection of a head that needs no suppression: its candidates, at most K, then blank rows."""
+    """Emit the selection of a head that needs no suppression: at most K candidates, then blank rows."""
     assert candidates.count is not None and candidates.count <= config.max_detections
     boxes, labels, valid = candidates.decode(None)
     falling = g.const(np.arange(candidates.count, 0, -1)[None], np.float32)
@@ -131,9 +131,9 @@ def select(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) ->
 
 
 def one_class_each(g: Graph, scores: Tensor, labels: Tensor, valid: Tensor, classes: Tensor, class_axis: int) -> Tensor:
-    """Scores ``[B, k]`` (or ``[1, k]``), each at its own class, -1 elsewhere and where a candidate is not valid.
+    """Place each score of ``[B, k]`` (or ``[1, k]``) at the class of its candidate; -1 elsewhere and for candidates that are not valid.
 
-    ``classes`` int32 is ``[1, C, 1]`` or ``[1, 1, C]``, by ``class_axis`` (1 or 2); so is the result, ``[B, C, k]`` or ``[B, k, C]``.
+    ``classes`` int32 is ``[1, C, 1]`` with ``class_axis`` 1 and ``[1, 1, C]`` with 2. The result is ``[B, C, k]`` or ``[B, k, C]``.
     """
     own = g.op("Equal", g.unsqueeze(labels, class_axis), classes)
     masked = g.where(valid, scores, g.floats(-1.0))

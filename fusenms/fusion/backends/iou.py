@@ -1,4 +1,4 @@
-"""Does the IoU of two boxes exceed a threshold: in the graph, for all pairs, from plain operators."""
+"""Test whether the IoU of two boxes exceeds a threshold: in the graph, for all pairs, with plain operators."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from fusenms.boxes import PROBIOU_EPSILON, THINNEST
 from fusenms.graph.builder import Graph, Tensor
 
 SLACK = 2.0**-21
-"""Relative. A threshold and a product are each rounded to 2^-24; the reference calls twenty times as much a close call."""
+"""Relative. A threshold and a product are each rounded to 2^-24. The reference's limit for a close call is twenty times as large."""
 
 
 def overlap_upright(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor], threshold: float) -> Tensor:
     """Whether the IoU of boxes is above the threshold, ``[B, b, n]`` bool.
 
-    Without a division, which not every runtime rounds as float32 has it (OpenVINO multiplies by a reciprocal): intersection >
-    threshold * union, the threshold raised by `SLACK`, so that no rounding makes an IoU equal to it one above it.
+    The test is intersection > threshold * union. It avoids a division, which not every runtime rounds correctly (OpenVINO multiplies by a
+    reciprocal). The threshold is raised by `SLACK`, so that rounding never puts an IoU equal to the threshold above it.
 
     Args:
         boxes: x1, y1, x2, y2, each ``[B, b, 1]``.
-        others: the same of others, each ``[B, 1, n]``.
+        others: x1, y1, x2, y2 of the other boxes, each ``[B, 1, n]``.
     """
     (x1, y1, x2, y2), (u1, v1, u2, v2) = boxes, others
     width = g.op("Relu", g.op("Sub", g.op("Min", x2, u2), g.op("Max", x1, u1)))
-    height = g.op("Sub", g.op("Min", y2, v2), g.op("Max", y1, v1))  # where negative, so is the intersection
+    height = g.op("Sub", g.op("Min", y2, v2), g.op("Max", y1, v1))  # if negative, so is the intersection
     area = g.op("Mul", g.op("Sub", x2, x1), g.op("Sub", y2, y1))
     other = g.op("Mul", g.op("Sub", u2, u1), g.op("Sub", v2, v1))
     shared = g.op("Mul", width, height)
@@ -35,21 +35,22 @@ def overlap_upright(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor],
 def overlap_oriented(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor], threshold: float) -> Tensor:
     """Whether the probabilistic IoU of oriented boxes is above the threshold, ``[B, b, n]`` bool.
 
-    A box is a normal distribution with variances w^2/12 and h^2/12 along its sides; the IoU is 1 - the Hellinger distance of two
-    (Llerena et al., "Gaussian Bounding Boxes and Probabilistic Intersection-over-Union", 2021). It falls as their Bhattacharyya
-    distance rises, so that is what is compared:
+    A box is a normal distribution with variances w^2/12 and h^2/12 along its sides. The IoU is 1 minus the Hellinger distance of two such
+    distributions (Llerena et al., "Gaussian Bounding Boxes and Probabilistic Intersection-over-Union", 2021). It decreases as their
+    Bhattacharyya distance increases, so this distance is compared:
 
         N / (4 D) + ln(D / (4 sqrt(D1 D2))) / 2
 
-    with D the determinant of the summed covariances, D1 and D2 their own, N = d^T adj(sum) d for centers d apart. The usual formulas take
-    D as a difference of products, which float32 loses for long thin boxes; here D and N are sums of what is not negative:
+    D is the determinant of the sum of the covariances, D1 and D2 are the determinants of the covariances, and N = d^T adj(sum) d, where d
+    is the difference of the centers. The usual formulas compute D as a difference of products, which loses its precision in float32 for
+    long thin boxes. Here D and N are sums of terms that are not negative:
 
         D = p1 q1 + p2 q2 + (p1 p2 + q1 q2) sin^2 + (p1 q2 + q1 p2) cos^2    of the angle between the boxes
-        N = sum of q (d along the box)^2 + p (d across the box)^2            over both, p and q being the variances
+        N = sum of q (d along the box)^2 + p (d across the box)^2            over both boxes; p and q are the variances
 
     Args:
         boxes: cx, cy, w, h in pixels and the angle in radians, each ``[B, b, 1]``.
-        others: the same of others, each ``[B, 1, n]``.
+        others: the same values of the other boxes, each ``[B, 1, n]``.
     """
     one, two = (_gaussian(g, box) for box in (boxes, others))
     dx, dy = (g.op("Sub", one[i], two[i]) for i in ("x", "y"))
@@ -73,19 +74,19 @@ def overlap_oriented(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor]
     own = g.op("Add", mul(one["p"], one["q"]), mul(two["p"], two["q"]))
     determinant = g.op("Add", own, mixed)
     apart = g.op("Div", g.op("Add", terms(one), terms(two)), determinant)
-    shape = g.op("Log", g.op("Div", determinant, mul(one["area"], two["area"])))  # the areas carry the 4
+    shape = g.op("Log", g.op("Div", determinant, mul(one["area"], two["area"])))  # includes the 4
     distance = g.op("Add", mul(apart, g.floats(0.5)), shape)  # twice the Bhattacharyya distance
     close = g.op("Less", distance, g.floats(2 * farthest_overlapping(threshold)))
     return g.op("And", close, g.op("And", one["thick"], two["thick"]))
 
 
 def farthest_overlapping(threshold: float) -> float:
-    """The Bhattacharyya distance at which the probabilistic IoU is the threshold."""
+    """Return the Bhattacharyya distance at which the probabilistic IoU equals the threshold."""
     return -math.log(1 + PROBIOU_EPSILON - (1 - threshold) ** 2)
 
 
 def _gaussian(g: Graph, box: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Of one side of the pairs: the center, the variances along and across, and twice the root of the own determinant."""
+    """Terms of one box of each pair: center, variances along and across the box, twice the root of its determinant, sine and cosine."""
     x, y, width, height, angle = box
     area = g.op(
         "Mul", g.op("Mul", width, height), g.floats(1 / 6)

@@ -1,4 +1,4 @@
-"""Suppression by one standard ONNX `NonMaxSuppression` node, whatever the batch: ONNX Runtime and anything standard."""
+"""Suppression by one standard ONNX `NonMaxSuppression` node for any batch size, for ONNX Runtime and other standard runtimes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) -> SelectionTensors:
     """Emit suppression and selection.
 
-    The operator is given ranks as scores (the best candidate's is k, the last one's 1), so that its order is
-    the order of the candidates, whatever a float32 sigmoid does to near-equal scores. Its rows are the classes that are
-    there. It lists its picks by image, then class, then score; scattered back onto the candidates, the first K picked ones of
-    each image are taken.
+    1. The operator gets ranks as scores: k for the best candidate, 1 for the last one. Its order is then the order of the candidates, even
+       if a float32 sigmoid changes the order of scores that are almost equal. Its score rows are only the classes that occur.
+    2. The operator lists its picks by image, then class, then score. They are scattered back onto the candidates.
+    3. The first K picked candidates of each image are taken.
     """
     boxes, labels, valid = candidates.decode(None)
     rank = _descending(g, candidates)
@@ -33,7 +33,7 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
     picked = g.op("ScatterND", g.op("Mul", rank, g.floats(0.0)), places, g.op("GatherND", rank, places))
     if (
         candidates.count is None or candidates.count < config.max_detections
-    ):  # fewer candidates than rows: add blank ones
+    ):  # fewer candidates than rows: pad with blank rows
         lacking = config.max_detections - (candidates.count or 0)
         picked = g.op("Pad", picked, g.const([0, 0, 0, lacking], np.int64), g.floats(0.0))
     value, row = g.top_k(picked, most)
@@ -43,7 +43,7 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
 
 
 def _present(g: Graph, labels: Tensor, num_classes: int) -> Tensor:
-    """The classes that some candidate of the batch has, ``[1, C, 1]`` int32, at least one."""
+    """The classes that occur among the candidates of the batch, ``[1, C, 1]`` int32, at least one."""
     flat = g.reshape(labels, -1)
     seen = g.op("ScatterElements", g.const(np.zeros(num_classes), np.int32), flat, g.op("Add", flat, g.ints(1)))
     return g.reshape(g.cast(g.op("NonZero", seen), INT32), 1, -1, 1)
@@ -58,7 +58,7 @@ def _descending(g: Graph, candidates: CandidateTensors) -> Tensor:
 
 
 def to_standard(model: onnx.ModelProto, _: FusedModel) -> onnx.ModelProto:
-    """The model itself."""
+    """Return the model unchanged."""
     return model
 
 

@@ -1,7 +1,7 @@
-"""Decoding and suppression by one node of our own TensorRT plugin, `FusedNMS`: from the raw head to the detections.
+"""Decoding and suppression by one node of the TensorRT plugin of fusenms, `FusedNMS`: from the raw head to the detections.
 
-The node's attributes are the settings of the plugin's kernels (plugins/fused_nms.cu). docs/how-to/plugin.md says how they work, and how the
-plugin gets into an engine.
+The node's attributes are the settings of the plugin's kernels (plugins/fused_nms.cu). docs/how-to/plugin.md describes the kernels, and how
+to add the plugin to an engine.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ PLUGIN = "FusedNMS"
 DOMAIN = "fusenms"
 VERSION = "1"
 INPUTS = ("image", "classes", "boxes", "objectness", "background", "angle")
-"""Of the node. One that the head does not have is given `classes` again; so is the image, where its size is fixed."""
+"""Inputs of the node. `classes` is given again in place of an input that the head does not have, and of the image if its size is fixed."""
 OUTPUTS = ("num_detections", "boxes", "scores", "labels", "indices")
 IN_HALF = "/float16"
-"""After the name of a head's tensor: the same, as the network in half precision gives it, before it is cast to float32."""
+"""Suffix of a head tensor's name: the same tensor as a half-precision network gives it, before the cast to float32."""
 
 ACTIVATIONS = (Activation.NONE, Activation.SIGMOID, Activation.SOFTMAX)
 DECODED = (BoxFormat.XYXY, BoxFormat.CXCYWH)
 DECODES: tuple[type, ...] = (Decoded, Decoded, Distances, AnchorBoxes, GridOffsets, TanhOffsets)
-"""In the order of the kernels' numbers."""
+"""In the order of the numbers that the kernels use."""
 MOST_LEVELS, MOST_ANCHORS, MOST_BINS = 8, 32, 64
 
 
 class Settings(ctypes.Structure):
-    """What the kernels have to know; the same as `FUSENMS_SETTINGS` in plugins/fused_nms.cu, which explains each."""
+    """Settings of the kernels, the same as `FUSENMS_SETTINGS` in plugins/fused_nms.cu, which documents each."""
 
     _fields_ = (
         ("classes", ctypes.c_int * 3),
@@ -87,16 +87,16 @@ class Settings(ctypes.Structure):
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Attributes of a node: numbers, and lists of numbers."""
+        """Return the attributes of a node: numbers, and lists of numbers."""
         named = {name: getattr(self, name) for name, _ in self._fields_}
         return {name: list(value) if isinstance(value, ctypes.Array) else value for name, value in named.items()}
 
     @classmethod
     def of_node(cls, node: onnx.NodeProto) -> Settings:
-        """Of a node's attributes.
+        """Read the settings from a node's attributes.
 
         Raises:
-            SourceError: one is missing, or not what it should be.
+            SourceError: an attribute is missing or has a wrong type.
         """
         try:
             return cls.of_dict({entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute})
@@ -105,10 +105,10 @@ class Settings(ctypes.Structure):
 
     @classmethod
     def of_dict(cls, given: Mapping[str, Any]) -> Settings:
-        """Of numbers and lists by name.
+        """Read the settings from numbers and lists by name.
 
         Raises:
-            SourceError: one is missing, or not what it should be.
+            SourceError: a setting is missing or has a wrong type.
         """
         settings = cls()
         for name, kind in cls._fields_:
@@ -116,15 +116,17 @@ class Settings(ctypes.Structure):
                 value = given[name]
                 setattr(settings, name, kind(*value) if issubclass(kind, ctypes.Array) else value)
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise SourceError(f"{name} is {given.get(name, 'missing')!r}; expected what fusenms writes") from error
+                raise SourceError(
+                    f"{name} is {given.get(name, 'missing')!r}; expected a value as fusenms writes it"
+                ) from error
         return settings
 
 
 def settings_of(head: Head, config: PostprocessConfig) -> Settings:
-    """The kernels' settings.
+    """Return the settings of the kernels for a head.
 
     Raises:
-        UnsupportedByBackendError: the head has more of something than they have room for.
+        UnsupportedByBackendError: the head exceeds a fixed size of the kernels.
     """
     layout, decode, image = head.layout, head.layout.decode, head.image
     oriented, logits = layout.angle is not None, layout.activation is Activation.SIGMOID and layout.objectness is None
@@ -173,7 +175,7 @@ def _taps(layout: Layout) -> dict[str, Tap | None]:
 def _fill(room: Any, values: Sequence[float], what: str) -> None:
     if len(values) > len(room):
         raise UnsupportedByBackendError(
-            f"backend plugin: found {what}, which its kernels have no room for; take backend portable"
+            f"backend plugin: found {what}, more than its kernels support; take backend portable"
         )
     room[: len(values)] = list(values)
 
@@ -184,9 +186,9 @@ def _inputs(layout: Layout, settings: Settings, image: ImageInput) -> list[str]:
 
 
 def _take_half(g: Graph, layout: Layout) -> bool:
-    """Give the head's tensors in float16 their names, where all that the node reads are cast from it: no cast comes before it then.
+    """Let the node read the head's tensors in float16, without a cast, if every tensor that it reads was cast from float16.
 
-    What else reads them is given them cast to float32.
+    Other readers of these tensors get them cast to float32. Return whether this applied.
     """
     tensors = {tap.tensor: g.in_half(g.tensor(tap.tensor)) for tap in _taps(layout).values() if tap is not None}
     if any(half is None for half in tensors.values()):
@@ -203,7 +205,7 @@ def find(g: Graph, head: Head, config: PostprocessConfig) -> DetectionTensors:
     """Emit the plugin's node.
 
     Raises:
-        UnsupportedByBackendError: the head has more of something than the kernels have room for.
+        UnsupportedByBackendError: the head exceeds a fixed size of the kernels.
     """
     settings = settings_of(head, config)
     g.import_domain(DOMAIN, 1)
@@ -231,10 +233,10 @@ def find(g: Graph, head: Head, config: PostprocessConfig) -> DetectionTensors:
 
 
 def in_float(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a node that reads the head in float32, cast from the float16 that it reads in the file; for checking only.
+    """Return the model with a node that reads the head in float32, cast from the float16 that it reads in the file. For checking only.
 
     Raises:
-        SourceError: the file has a tensor of that name which is something else.
+        SourceError: a tensor in the file has the name of the cast one but is something else.
     """
     node = next((node for node in model.graph.node if node.op_type == PLUGIN), None)
     halves = [] if node is None else [name for name in dict.fromkeys(node.input) if name.endswith(IN_HALF)]
@@ -259,10 +261,10 @@ def in_float(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def to_standard(model: onnx.ModelProto, fused: FusedModel) -> onnx.ModelProto:
-    """The model with standard operators in the node's place, so that ONNX Runtime can run it; for checking only.
+    """Return the model with standard operators in place of the node, so that ONNX Runtime can run it. For checking only.
 
     Raises:
-        SourceError: the node does not say what the model's metadata says.
+        SourceError: the node contradicts the model's metadata.
     """
     model = in_float(model)
     node = next((node for node in model.graph.node if node.op_type == PLUGIN), None)
@@ -276,7 +278,7 @@ def to_standard(model: onnx.ModelProto, fused: FusedModel) -> onnx.ModelProto:
     if bytes(written) != bytes(meant) or list(node.input) != names:
         wrong = [name for name, value in meant.to_dict().items() if value != written.to_dict()[name]]
         raise SourceError(
-            f"node {node.name!r} and the metadata do not say the same ({', '.join(wrong) or 'inputs'}); the file was changed after it was "
+            f"node {node.name!r} contradicts the metadata ({', '.join(wrong) or 'inputs'}); the file was changed after it was "
             "written: fuse the weights again"
         )
     g, find_by = Graph(model), (ORT if layout.angle is None else PORTABLE).find

@@ -1,19 +1,23 @@
-"""Exact greedy suppression from plain tensor operators: no NMS operator, no plugin, no shape that depends on the data.
+"""Exact greedy suppression with plain tensor operators: no NMS operator, no plugin, no shape that depends on the data.
 
-For runtimes without `NonMaxSuppression` and without plugins (TensorRT-RTX), and for CUDA graphs.
+It serves runtimes without `NonMaxSuppression` and without plugins (TensorRT-RTX), and CUDA graphs.
 
-Candidates stand best first. With M[i, j] = 1 where j < i, both have the same class and their IoU is above the threshold,
-greedy suppression is the one solution of
+Candidates are sorted, best first. Let M[i, j] = 1 if j < i, both candidates have the same class, and their IoU is above the threshold.
+Greedy suppression is the unique solution of
 
     keep = valid and not (M keep > 0)
 
-since row i asks only the rows before it: row 0 settles at once, then row 1, and so on. Repeating the right side from any
-start reaches it: after n rounds all candidates are right that end a chain of at most n rivals, and a round that changes nothing
-shows that all are. docs/concepts/portable-nms.md has the proof and what it costs.
+because row i depends only on the rows before it: row 0 is settled at once, then row 1, and so on. The solution is found by iteration:
 
-M is never made whole. Candidates are taken in blocks, the best first; a block asks the boxes kept so far, at most
-``max_detections`` of them, and itself. Memory does not grow with the square of the candidates, and where nothing is left to
-find, the blocks end.
+1. Start from any ``keep``.
+2. Replace ``keep`` by the right side. After n rounds, every candidate that ends a chain of at most n rivals is right.
+3. Repeat until a round changes nothing. All candidates are then right.
+
+docs/concepts/portable-nms.md has the proof and the cost.
+
+M is never built as a whole. Candidates are taken in blocks, the best first. A block is compared with the boxes kept so far, at most
+``max_detections`` of them, and with itself. Memory therefore does not grow with the square of the candidates, and the blocks end as soon as
+no image can gain another detection.
 """
 
 from __future__ import annotations
@@ -32,14 +36,14 @@ from fusenms.fusion.candidates import CandidateTensors
 from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 
 BLOCK, UNROLLED_BLOCK = 64, 960
-"""Most candidates of a block: with a `Loop`, whose rounds cost little; unrolled, where each one makes the graph longer."""
+"""Limits on the candidates of a block: with a `Loop`, whose blocks cost little, and unrolled, where each block makes the graph longer."""
 
 
 def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) -> SelectionTensors:
     """Emit suppression and selection. Candidates are decoded block by block.
 
-    Without ``config.rounds`` `Loop` nodes run until nothing changes. With it, so many rounds are unrolled for every block, and a
-    extra output says which images had settled by then.
+    Without ``config.rounds``, `Loop` nodes run until nothing changes. With it, this number of rounds is unrolled for every block, and an
+    extra output says which images have converged.
     """
     assert candidates.count is not None
     count = math.ceil(candidates.count / (BLOCK if config.rounds is None else UNROLLED_BLOCK))
@@ -61,10 +65,10 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Emits the work on blocks of ``size`` candidates, ``total`` in all.
+    """Emits the processing of blocks of ``size`` candidates, ``total`` in all.
 
-    What was *found* travels as ``[B, box + 2, max_detections]`` float32, the best first: the box, its label, its rank. A rank is ``total``
-    less the candidate's place (exact, since both are far below 2^24), and 0 where nothing stands yet.
+    The selection so far is passed on as *found*, ``[B, box + 2, max_detections]`` float32, the best first: box, label, rank. A rank is
+    ``total`` minus the candidate's place (exact, because both are far below 2^24), and 0 in columns that are not in use.
     """
 
     g: Graph
@@ -75,7 +79,7 @@ class _Blocks:
 
     @property
     def label(self) -> int:
-        """Which row of what was found holds the labels."""
+        """Row of *found* that holds the labels."""
         return self.candidates.box_size
 
     @property
@@ -83,11 +87,11 @@ class _Blocks:
         return self.label + 1
 
     def row(self, found: Tensor, i: int) -> Tensor:
-        """Row ``[B, n]`` of what was found ``[B, box + 2, n]``."""
+        """Row ``[B, n]`` of *found* ``[B, box + 2, n]``."""
         return self.g.op("Gather", found, self.g.ints(i), axis=1)
 
     def one(self, number: Tensor, found: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What was found after block ``number`` (int32 scalar), and ``[B, 1]`` int32: whether it settled."""
+        """Return *found* after block ``number`` (int32 scalar), and ``[B, 1]`` int32: 1 if the block has converged."""
         g, most = self.g, self.config.max_detections
         place = g.op("Add", g.op("Mul", number, g.ints(self.size)), g.const(np.arange(self.size), np.int32))
         inside = g.op("Less", place, g.ints(self.total))
@@ -97,7 +101,7 @@ class _Blocks:
         own = g.concat([boxes, g.unsqueeze(g.cast(labels, FLOAT), 2)], 2)  # [B, b, box + 1]
         across = g.op("Transpose", own, perm=[0, 2, 1])
         everyone = across if found is None else g.concat([g.slice(found, 1, 0, self.rank), across], 2)
-        rivals = self._rivals(own, everyone)  # of what was found before, then of the block itself
+        rivals = self._rivals(own, everyone)  # in the selection so far, then in the block itself
         if found is not None:
             selection = g.op("Greater", self.row(found, self.rank), g.floats(0.0))
             alive = g.op("And", alive, g.op("Not", self._any(g.slice(rivals, 2, 0, most), selection)))
@@ -115,10 +119,10 @@ class _Blocks:
         return g.op("GatherElements", rows, wide, axis=2), settled
 
     def while_any_is_open(self, count: int) -> Tensor:
-        """What was found after all blocks; they end where no image can gain another row."""
+        """Return *found* after all blocks. The loop ends when no image can gain another row."""
         g, most = self.g, self.config.max_detections
         passing = g.cast(self.candidates.passing, FLOAT)
-        last = g.reduce("ReduceSum", passing, 1)  # [B]: those that pass stand first
+        last = g.reduce("ReduceSum", passing, 1)  # [B]: passing ones come first
         start = g.unsqueeze(g.slice(passing, 1, 0, 1), 2)
         nothing = g.op("Mul", start, g.const(np.zeros((1, self.rank + 1, most)), np.float32))
 
@@ -133,7 +137,7 @@ class _Blocks:
         return g.loop(count, g.const(True, np.bool_), nothing, ("batch", self.rank + 1, most), step)
 
     def _settle(self, alive: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
-        """Repeat the rule. ``[B, size]`` float32: 1 for what is kept; ``[B, 1]`` int32: 1 where the last round changed nothing."""
+        """Iterate. Return ``[B, size]`` float32: 1 for kept candidates; and ``[B, 1]`` int32: 1 if the last round changed nothing."""
         g = self.g
 
         def once(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +158,7 @@ class _Blocks:
         return g.loop(self.size + 1, g.const(True, np.bool_), keep, ("batch", self.size), step), g.ints(1)
 
     def _rivals(self, own: Tensor, others: Tensor) -> Tensor:
-        """Of boxes and labels ``[B, b, box + 1]`` and others ``[B, box + 1, n]``: do they overlap too much, is the class one?
+        """Whether boxes and labels ``[B, b, box + 1]`` and others ``[B, box + 1, n]`` overlap too much and share their class:
         ``[B, b, n]`` bool."""
         g, overlap = self.g, overlap_oriented if self.candidates.oriented else overlap_upright
         *box, label = g.split(own, 2, self.label + 1)  # [B, b, 1]
@@ -165,14 +169,14 @@ class _Blocks:
         return g.op("And", close, g.op("Equal", label, other_label))
 
     def _any(self, rivals: Tensor, keep: Tensor) -> Tensor:
-        """``[B, b]`` bool: whether one of a candidate's rivals ``[B, b, n]`` is kept ``[B, n]``; both bool."""
+        """Whether one of the rivals ``[B, b, n]`` bool of each candidate is kept (``keep``: ``[B, n]`` bool): ``[B, b]`` bool."""
         g = self.g
         hits = g.cast(g.op("And", rivals, g.unsqueeze(keep, 1)), FLOAT)
         return g.op("Greater", g.reduce("ReduceMax", hits, 2), g.floats(0.5))
 
 
 def to_standard(model: onnx.ModelProto, _: FusedModel) -> onnx.ModelProto:
-    """The model itself."""
+    """Return the model unchanged."""
     return model
 
 

@@ -1,18 +1,18 @@
 """Suppression by one TensorRT `EfficientNMS_TRT` plugin node, for TensorRT 8.5 to 11.
 
-The plugin is deprecated upstream since TensorRT 10.12; its name and its contract live in this file.
-Facts from its published source (plugin/efficientNMSPlugin, TensorRT open source), and what follows:
+The plugin is deprecated upstream since TensorRT 10.12. Its name and its contract appear only in this file.
+Facts from its published source (plugin/efficientNMSPlugin, TensorRT open source), and their consequences:
 
-- it sorts by float32 score; equal scores come in any order. A sigmoid in float32 makes different logits
-  equal, and now and then swaps them. So the plugin is given *ranks* as scores: 1 for the best candidate, each
-  next one 1/8192 lower, exact in float32 and never equal. Its output scores then say which candidates it
-  kept: everything else about those, the true score first, is gathered by it;
-- it keeps scores >= score_threshold: the threshold was applied before, what failed it has no rank;
-- it drops boxes with IoU >= iou_threshold: the next float above the threshold is emitted;
-- every class of every box is a candidate: only the selected class of each has a rank;
-- it looks at the best 5000 (2000 on Jetson TX1 and TX2). At most 3840 get here;
-- below a score_threshold of 0.007 it sorts everything and counts rows that it had filtered out: the threshold on ranks is higher;
-- it swaps the corners of boxes of negative size: there are none, see `decoding`.
+- It sorts by float32 score, and equal scores come in any order. A float32 sigmoid makes different logits equal, and sometimes swaps them.
+  The plugin is therefore given *ranks* as scores: 1 for the best candidate, and 1/8192 less for each next one. Ranks are exact in float32
+  and never equal. The output scores of the plugin then identify the candidates that it kept, and the true scores and all other values are
+  gathered with them.
+- It keeps scores >= score_threshold. The threshold was applied before; candidates below it have no rank.
+- It drops boxes with IoU >= iou_threshold. The next float above the threshold is emitted.
+- Every class of every box is a candidate. Only the selected class of each box has a rank.
+- It looks at the best 5000 candidates (2000 on Jetson TX1 and TX2). At most 3840 get here.
+- Below a score_threshold of 0.007, it sorts everything and counts rows that it had filtered out. The threshold on ranks is higher.
+- It swaps the corners of boxes of negative size. There are none, see `decoding`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fusenms.graph.builder import INT32, Graph
 
 PLUGIN = "EfficientNMS_TRT"
 DOMAIN = "TRT"
-RANKS = 8192  # ranks are multiples of its reciprocal
+RANKS = 8192  # ranks are multiples of 1 / RANKS
 
 
 def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) -> SelectionTensors:
-    """Emit the plugin node on ranks, which say afterwards what it kept.
+    """Emit the plugin node on ranks. Its output ranks identify the candidates that it kept.
 
     Raises:
         UnsupportedByBackendError: more candidates than TensorRT's TopK takes.
@@ -62,7 +62,7 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
         iou_threshold=_next_above(config.iou_threshold),
         max_output_boxes=config.max_detections,
         score_activation=0,
-        score_threshold=0.25,  # of ranks, which are above 0.5; what has none is -1
+        score_threshold=0.25,  # ranks are above 0.5; candidates without a rank have -1
     )
     for tensor, dtype in ((count, np.int32), (boxes, np.float32), (kept_ranks, np.float32), (labels, np.int32)):
         tensor.dtype = dtype
@@ -72,12 +72,12 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
 
 
 def _next_above(threshold: float) -> float:
-    """The next float32 above; no denormal, which a GPU may take for zero."""
+    """Return the next float32 above the threshold, but no denormal, which a GPU may treat as zero."""
     return float(max(np.nextafter(np.float32(threshold), np.float32(np.inf)), np.finfo(np.float32).tiny))
 
 
 BODY_OPSET = 12
-# Only operators that read the same in every opset from 12 on: the function runs at the opset of its model.
+# Only operators whose text is the same in every opset from 12 on, because the function runs at the opset of its model.
 _BODY = """
 <domain: "TRT", opset_import: ["" : OPSET]>
 EfficientNMS_TRT
@@ -170,13 +170,13 @@ EfficientNMS_TRT
 
 
 def plugin_body(opset: int) -> onnx.FunctionProto:
-    """The plugin as an ONNX function of standard operators, after its published algorithm; for checking only."""
+    """Return the plugin as an ONNX function of standard operators that follows its published algorithm. For checking only."""
     lines = [line for line in _BODY.splitlines() if not line.strip().startswith("#")]
     return parser.parse_function("\n".join(lines).replace("OPSET", str(opset)))
 
 
 def to_standard(model: onnx.ModelProto, _: FusedModel) -> onnx.ModelProto:
-    """The model with a body for the plugin, so that ONNX Runtime can run it."""
+    """Return the model with a body for the plugin, so that ONNX Runtime can run it."""
     standard = onnx.ModelProto()
     standard.CopyFrom(model)
     entry = next(entry for entry in standard.opset_import if entry.domain in ("", "ai.onnx"))

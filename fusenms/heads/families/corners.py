@@ -1,7 +1,7 @@
-"""YOLO-NAS, PP-YOLOE and others that give boxes and class probabilities apart, one candidate per cell, not yet suppressed.
+"""YOLO-NAS, PP-YOLOE and others with separate outputs for boxes and class probabilities, one candidate per cell, not yet suppressed.
 
-Two outputs: boxes ``[B, N, 4]``, corners in pixels of the input (or normalized to it; or center and size), and class probabilities
-``[B, N, C]`` or ``[B, C, N]``.
+Two outputs: boxes ``[B, N, 4]`` and class probabilities ``[B, N, C]`` or ``[B, C, N]``. Boxes are corners, or center and size, in pixels of
+the input or normalized to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NAME = "corners"
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
-    """Recognize boxes on a grid, and as many rows of probabilities."""
+    """Recognize boxes on a grid, with a row of class probabilities each."""
     return match_pairs(probe, lambda pair: _match_pair(probe, pair))
 
 

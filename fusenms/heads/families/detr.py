@@ -1,7 +1,7 @@
-"""DETR, Conditional DETR's ancestor and YOLOS: a softmax over the classes and "no object", which comes last; no suppression.
+"""DETR and YOLOS: a softmax over the classes and "no object", which is the last class; no suppression.
 
 Two outputs: class logits (or their softmax) ``[B, queries, C + 1]`` and boxes ``[B, queries, 4]``, cx, cy, w, h normalized to the
-input. Each query's class is its best one, as in the paper (Carion et al., 2020).
+input. The class of a query is its best one, as in the paper (Carion et al., 2020).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _match_pair(probe: Probe, pair: Pair, certain: bool) -> Layout | Mismatch:
         )
     if background_of(pair.scores) != every - 1 and (certain and not names):
         return Mismatch(
-            f"the last class is not the best one of most queries, as no object would be; if it is that, say family={NAME!r}"
+            f"the last class is not the best one of most queries, as the one for no object would be; if it is that one, say family={NAME!r}"
         )
     scores, last = pair.classes(0, every - 1), pair.classes(every - 1, every)
     decode = Decoded(BoxFormat.CXCYWH, normalized=True)

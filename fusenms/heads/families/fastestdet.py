@@ -1,4 +1,4 @@
-"""FastestDet: one level, whose score is objectness^0.6 * class^0.4.
+"""FastestDet: one level; the score is objectness^0.6 * class^0.4.
 
 One output ``[B, 5 + C, rows, columns]``: objectness, box terms, then a softmax over C classes. Source:
 dog-qiuqiu/FastestDet, `handle_preds`.

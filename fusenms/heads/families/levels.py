@@ -1,8 +1,8 @@
-"""Heads whose levels are left apart and undecoded, as exports for NPUs leave them: per level, distances and class scores.
+"""Heads with separate, undecoded levels, as in exports for NPUs: distances and class scores for each level.
 
-Per level either two outputs, distances ``[B, 4 * bins, rows, columns]`` and classes ``[B, C, rows, columns]``, or one with both,
-distances first; channels may come last, and a level may be flat: ``[B, rows * columns, C]``. Classes are logits or probabilities.
-Further outputs with one channel (sums of scores, for thresholding) are left aside.
+A level has two outputs, distances ``[B, 4 * bins, rows, columns]`` and classes ``[B, C, rows, columns]``, or one output with both,
+distances first. Channels may come last, and a level may be flat: ``[B, rows * columns, C]``. Classes are logits or probabilities.
+Additional outputs with one channel (sums of scores, for thresholding) are ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ USUAL_BINS = 16
 
 @dataclass(frozen=True)
 class Level:
-    """One output of one level: values ``[n, C]``; ``axis`` is that of the channels in a `Join`."""
+    """One output of one level: its values ``[n, C]``. ``axis`` is the channel axis in a `Join`."""
 
     tensor: str
     stride: int
@@ -42,7 +42,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
 
 
 def is_nanodet(layout: Layout) -> bool:
-    """NanoDet is told by its 8 bins and its sigmoid in the file."""
+    """Whether a layout is NanoDet's: it has 8 bins, and the sigmoid is in the file."""
     assert isinstance(layout.decode, Distances)
     return layout.decode.bins == NANODET_BINS and layout.activation is Activation.NONE
 
@@ -57,21 +57,21 @@ def match_levels(probe: Probe, name: str) -> Layout | Mismatch:
     strides = sorted({level.stride for level in wide})
     if len(levels) != len(shapes) or len(wide) not in (len(strides), 2 * len(strides)) or len(wide) < 2:
         return Mismatch(
-            f"found outputs of shape {shapes}; expected for each level distances and class scores, one or two outputs"
+            f"found outputs of shape {shapes}; expected distances and class scores for each level, in one or two outputs"
         )
     by_stride = [[level for level in wide if level.stride == stride] for stride in strides]
     if any(len(some) != len(by_stride[0]) for some in by_stride):
-        return Mismatch(f"found outputs of shape {shapes}; expected as many of each level")
+        return Mismatch(f"found outputs of shape {shapes}; expected the same number of outputs for each level")
     groups = _groups(by_stride)
     if groups is None:
-        return Mismatch(f"found outputs of shape {shapes}; expected every level with the same channels")
+        return Mismatch(f"found outputs of shape {shapes}; expected the same channels in every level")
     if len(groups) == 1:
         return _match_joined(probe, name, groups[0])
     return _match_apart(probe, name, groups)
 
 
 def _level(probe: Probe, sample: Sample) -> Level | None:
-    """An output as a level: ``[1, C, rows, columns]``, ``[1, rows, columns, C]``, ``[1, n, C]`` or ``[1, C, n]``."""
+    """Read an output ``[1, C, rows, columns]``, ``[1, rows, columns, C]``, ``[1, n, C]`` or ``[1, C, n]`` as a level, if it is one."""
     shape, image = sample.value.shape, probe.raw.image
     for stride in STRIDES:
         rows, columns = cells_along(image.height, stride), cells_along(image.width, stride)
@@ -86,7 +86,7 @@ def _level(probe: Probe, sample: Sample) -> Level | None:
 
 
 def _groups(by_stride: Sequence[Sequence[Level]]) -> list[list[Level]] | None:
-    """The outputs of all levels that belong together: those with the same channels and axis; None where they do not fit."""
+    """Group the outputs of all levels by channels and axis; None if the levels differ in them."""
     kinds = sorted({(level.values.shape[1], level.axis) for level in by_stride[0]})
     groups = [[x for level in by_stride for x in level if (x.values.shape[1], x.axis) == kind] for kind in kinds]
     if all(len(group) == len(by_stride) for group in groups) and sum(map(len, groups)) == sum(map(len, by_stride)):
@@ -95,7 +95,7 @@ def _groups(by_stride: Sequence[Sequence[Level]]) -> list[list[Level]] | None:
 
 
 def _match_joined(probe: Probe, name: str, group: list[Level]) -> Layout | Mismatch:
-    """One output a level: 4 * 16 channels of distances, then the classes."""
+    """Match one output per level: 4 * 16 channels of distances, then the classes."""
     width, start = group[0].values.shape[1], 4 * USUAL_BINS
     names = probe.raw.class_names
     if width <= start or (names and len(names) != width - start):
@@ -104,7 +104,7 @@ def _match_joined(probe: Probe, name: str, group: list[Level]) -> Layout | Misma
             if names
             else f"{start} of distances, then those of the classes"
         )
-        return Mismatch(f"found {width} channels a level; expected {expected}")
+        return Mismatch(f"found {width} channels per level; expected {expected}")
     values = np.concatenate([level.values for level in group])
     if reason := _not_classes(values[:, start:]) or _not_distances(values[:, :start]):
         return Mismatch(reason)
@@ -115,7 +115,7 @@ def _match_joined(probe: Probe, name: str, group: list[Level]) -> Layout | Misma
 
 
 def _match_apart(probe: Probe, name: str, groups: list[list[Level]]) -> Layout | Mismatch:
-    """Two outputs a level. Which is which is told by their values, and by the number of class names where there are some."""
+    """Match two outputs per level. Their values, and the number of class names if there are any, show which output is which."""
     found, reasons = [], []
     for distances, classes in (groups, groups[::-1]):
         widths = distances[0].values.shape[1], classes[0].values.shape[1]
@@ -135,7 +135,7 @@ def _match_apart(probe: Probe, name: str, groups: list[list[Level]]) -> Layout |
             found.append(Layout(name, boxes, scores, None, _activation(near), decode, joins))
     if len(found) == 1:
         return found[0]
-    return Mismatch("either outputs may be the class scores" if found else str(next(filter(None, reasons))))
+    return Mismatch("either output may be the class scores" if found else str(next(filter(None, reasons))))
 
 
 def _activation(classes: np.ndarray) -> Activation:
@@ -143,7 +143,7 @@ def _activation(classes: np.ndarray) -> Activation:
 
 
 def _not_classes(values: np.ndarray) -> str | None:
-    """Why these are no class scores; None where they may be: most say that there is nothing."""
+    """Return why these are not class scores; None if they may be. Most class scores are near 0."""
     probabilities = as_probabilities(values)
     if np.isfinite(values).all() and probabilities.mean() < 0.1:
         return None
@@ -151,7 +151,7 @@ def _not_classes(values: np.ndarray) -> str | None:
 
 
 def _not_distances(values: np.ndarray) -> str | None:
-    """Why these are no distances; None where they may be: four times as many bins, and not all from 0 to 1."""
+    """Return why these are not distances; None if they may be: the channels are four times the bins, and not all values are from 0 to 1."""
     if values.shape[1] % 4:
         return f"found {values.shape[1]} channels of distances; expected four times the number of bins"
     if are_probabilities(values):

@@ -1,7 +1,7 @@
-"""NanoDet: distances in 8 bins and class probabilities, levels apart (NanoDet-m), or all in one output (NanoDet-Plus).
+"""NanoDet: distances in 8 bins and class probabilities, in separate levels (NanoDet-m) or in one output (NanoDet-Plus).
 
-NanoDet-Plus gives ``[B, N, C + 32]``, classes first, and measures from the low corner of each cell; the releases before it measure from the
-center. Sources: RangiLyu/nanodet, `get_single_level_center_point` (before) and `get_single_level_center_priors` (Plus).
+NanoDet-Plus gives ``[B, N, C + 32]``, classes first, and measures distances from the low corner of each cell. Earlier releases measure from
+the center. Sources: RangiLyu/nanodet, `get_single_level_center_point` (earlier) and `get_single_level_center_priors` (Plus).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         return _match_plus(probe, certain)
     layout = match_levels(probe, NAME)
     if isinstance(layout, Layout) and not is_nanodet(layout):
-        return Mismatch(f"found no {NANODET_BINS} bins with class probabilities")
+        return Mismatch(f"expected {NANODET_BINS} bins and class probabilities")
     return layout
 
 

@@ -1,9 +1,13 @@
-"""End-to-end exports that give finished rows (YOLOv10, YOLO26, D-FINE, DEIM, RT-DETR with their top-k): nothing to suppress.
+"""End-to-end exports with finished rows (YOLOv10, YOLO26, D-FINE, DEIM, RT-DETR with their top-k): nothing to suppress.
 
-One output ``[B, K, 6]``: x1, y1, x2, y2, score, class (with mask coefficients, keypoints or an angle after them, then cx, cy, w, h of
-the turned box before them); or three, in any order: classes ``[B, K]``, boxes ``[B, K, 4]`` (corners) and
-scores ``[B, K]``. Best first. Where the graph shows what their top-k chooses from, the head is taken there: with fewer operators, and
-free of what fixes the batch in many such files.
+Rows are sorted by score, best first. There are two forms:
+
+- One output ``[B, K, 6]``: x1, y1, x2, y2, score, class. Mask coefficients, keypoints or an angle may follow. With an angle, the first four
+  values are cx, cy, w, h of the rotated box.
+- Three outputs in any order: classes ``[B, K]``, boxes ``[B, K, 4]`` (corners) and scores ``[B, K]``.
+
+If the graph shows the inputs of its top-k, the head is taken there. This needs fewer operators, and it avoids the operators that fix the
+batch size in many such files.
 """
 
 from __future__ import annotations
@@ -80,20 +84,20 @@ def _layout(
 
 
 def _not_rows(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, probe: Probe, certain: bool) -> str | None:
-    """Why these are no finished rows; None where they may be."""
+    """Return why these are not finished rows; None if they may be."""
     if not are_probabilities(scores):
         return f"found scores from {scores.min():.3g} to {scores.max():.3g}; expected probabilities"
     if (np.diff(scores) > 0).any():
         return "the rows are not sorted by score"
     names = probe.raw.class_names
     if (labels != np.round(labels)).any() or (labels < -1).any() or (names and (labels >= len(names)).any()):
-        return "the last channel holds no class numbers"
+        return "the last channel does not hold class numbers"
     if certain and not scores.any():
         return (
-            f"every score is 0 on the test image, which shows nothing; if these are finished rows, say family={NAME!r}"
+            f"every score is 0 on the test image, so nothing is shown; if these are finished rows, say family={NAME!r}"
         )
     if probe.raw.task != "obb" and not are_corners(boxes[scores > 0]) and scores.any():
-        return "the boxes are no corners: some high corner is below its low one"
+        return "the boxes are not corners: a high corner is below its low corner"
     return None
 
 

@@ -15,7 +15,7 @@ from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
 NAME = "rtdetr"
 MOST_OF_A_CLASS = 0.2
-"""Of any class, on average over the queries of the test image, where most find nothing."""
+"""Limit on the average score of a class over the queries of the test image. Most queries find nothing."""
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
@@ -40,7 +40,7 @@ def _match_joined(probe: Probe) -> Layout | Mismatch:
     if reason := not_queries(boxes) or _not_sigmoid(probe, scores, True):
         return Mismatch(reason)
     if not are_probabilities(scores):
-        return Mismatch("the channels after the box are no probabilities")
+        return Mismatch("the channels after the box are not probabilities")
     return _layout(Tap(sample.tensor, 2, 0, 4), Tap(sample.tensor, 2, 4, shape[2]), scores)
 
 
@@ -51,7 +51,7 @@ def _layout(boxes: Tap, classes: Tap, scores: np.ndarray) -> Layout:
 
 
 def _not_sigmoid(probe: Probe, scores: np.ndarray, certain: bool) -> str | None:
-    """Why these are no class scores of their own sigmoids; None where they may be."""
+    """Return why these are not class scores with a sigmoid each; None if they may be."""
     names = probe.raw.class_names
     if names and len(names) != scores.shape[1]:
         return f"found {scores.shape[1]} classes, but {len(names)} class names in the metadata"
@@ -60,7 +60,7 @@ def _not_sigmoid(probe: Probe, scores: np.ndarray, certain: bool) -> str | None:
     highest = float(as_probabilities(scores).mean(0).max())
     if certain and not highest < MOST_OF_A_CLASS:
         return (
-            f"a class has a score of {highest:.2g} on average, as no object would have in a softmax; if these are sigmoids, "
+            f"a class has a score of {highest:.2g} on average, like the class for no object of a softmax; if these are sigmoids, "
             f"say family={NAME!r}"
         )
     return None

@@ -1,7 +1,7 @@
-"""SSD and its heirs (UltraFace among them): decoded corners, and a softmax over the classes and the background.
+"""SSD and detectors derived from it, such as UltraFace: decoded corners, and a softmax over the classes and the background.
 
-Two outputs: boxes ``[B, N, 4]``, corners, normalized or in pixels of the input, and probabilities ``[B, N, 1 + C]`` or ``[B, 1 + C, N]``
-of which one, the first or the last, says "nothing here".
+Two outputs: boxes ``[B, N, 4]`` (corners, normalized or in pixels of the input) and probabilities ``[B, N, 1 + C]`` or ``[B, 1 + C, N]``.
+The first or the last class is the background.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAME = "ssd"
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
-    """Recognize corners, and as many rows of a softmax."""
+    """Recognize corners, with a row of a softmax each."""
     return match_pairs(probe, lambda pair: _match_pair(probe, pair))
 
 
@@ -24,7 +24,7 @@ def _match_pair(probe: Probe, pair: Pair) -> Layout | Mismatch:
             "the class scores of a candidate do not sum to 1; expected a softmax over classes and background"
         )
     if not are_corners(pair.boxes):
-        return Mismatch("the boxes are no corners: some high corner is below its low one")
+        return Mismatch("the boxes are not corners: a high corner is below its low corner")
     place = background_of(pair.scores)
     if place is None:
         return Mismatch(

@@ -1,4 +1,4 @@
-"""YOLOv4 and YOLOv3 as pytorch-YOLOv4 exports them: normalized corners and class scores apart, three anchors per cell.
+"""YOLOv4 and YOLOv3 as pytorch-YOLOv4 exports them: separate outputs for normalized corners and class scores, three anchors per cell.
 
 Two outputs: boxes ``[B, N, 1, 4]``, x1, y1, x2, y2 in units of the input, and scores ``[B, N, C]``, objectness times class. Source:
 Tianxiaomo/pytorch-YOLOv4, `yolo_forward_dynamic`.
@@ -16,7 +16,7 @@ BOXES = "fusenms/head_boxes"
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
-    """Recognize corners with a dimension of one, and as many rows of scores."""
+    """Recognize corners with an axis of size one, with a row of scores each."""
     shapes = [list(sample.value.shape) for sample in probe.samples]
     boxes = [s for s in probe.samples if s.value.ndim == 4 and s.value.shape[2:] == (1, 4)]
     scores = [s for s in probe.samples if s.value.ndim == 3]
@@ -36,7 +36,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         return Mismatch(f"found scores from {values.min():.3g} to {values.max():.3g}; expected probabilities")
     center = (corners[:, :2] + corners[:, 2:]) / 2 * probe.sides[:2]
     if not are_corners(corners) or not are_normalized(corners) or not follows_grid(center, grid):
-        return Mismatch("the boxes are no corners in units of the input that follow its cells")
+        return Mismatch("the boxes are not corners in units of the input that follow its cells")
     join = Join(BOXES, (boxes[0].tensor,), 2, 4)
     classes = Tap(scores[0].tensor, 2, 0, values.shape[1])
     decode = Decoded(BoxFormat.XYXY, normalized=True)

@@ -1,7 +1,7 @@
 """YOLOv5 (original releases) and YOLOv7: three anchors per cell, with objectness.
 
 One output ``[B, N, 5 + C]``: cx, cy, w, h in pixels of the input, objectness, then C class probabilities.
-The score is objectness times class probability. With masks, their coefficients follow, beside a second output, the prototypes
+The score is objectness times class probability. With masks, mask coefficients follow, and a second output has the prototypes
 ``[B, M, h, w]``.
 """
 
@@ -18,7 +18,7 @@ ANCHORS = 3
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
-    """Recognize the decoded output of an export of this family; other outputs (raw levels) are left aside."""
+    """Recognize the decoded output of an export of this family. Other outputs (raw levels) are ignored."""
     _, maps = probe.split_prototypes()
     maps = maps if len(maps) == 1 else []  # several are raw levels
     extra = task_channels(probe, maps)
@@ -40,7 +40,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         if not ((values >= 0) & (values <= 1)).all():
             return Mismatch(f"found scores from {values.min():.3g} to {values.max():.3g}; expected probabilities")
         if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
-            return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
+            return Mismatch("the first four channels are not box centers and sizes in pixels of the input")
         boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 5 + classes)))
         terms = task_terms(probe, Tap(sample.tensor, 2, 5 + classes, shape[2]) if extra else None, maps)
         decoded = Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH), **terms)

@@ -1,7 +1,7 @@
-"""YOLOv8 and its heirs with the same decoded output (YOLOv5u, YOLOv9, YOLO11, YOLO12, YOLO26): one anchor per cell, no objectness.
+"""YOLOv8 and detectors with the same decoded output (YOLOv5u, YOLOv9, YOLO11, YOLO12, YOLO26): one anchor per cell, no objectness.
 
-One output ``[B, 4 + C + E, N]`` (or transposed): cx, cy, w, h in pixels of the input, C class probabilities, then E channels more: none,
-mask coefficients (beside a second output, the prototypes ``[B, M, h, w]``), keypoints, or the angle of an oriented box.
+One output ``[B, 4 + C + E, N]`` (or transposed): cx, cy, w, h in pixels of the input, C class probabilities, then E more channels: none,
+mask coefficients (with a second output, the prototypes ``[B, M, h, w]``), keypoints, or the angle of an oriented box.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         return Mismatch(f"found an output of shape {list(shape)}; expected [batch, 4 + classes, candidates]")
     results = [
         _match_channels(probe, certain, sample, axis, grid, extra, maps)
-        for axis in (1, 2)  # as many channels as candidates: the values tell
+        for axis in (1, 2)  # with as many channels as candidates, the values decide
         if (grid := probe.grid(1, shape[other_axis(axis)])) is not None and shape[axis] > 4 + extra
     ]
     layouts = [result for result in results if isinstance(result, Layout)]
@@ -56,11 +56,11 @@ def _match_channels(
     scores = rows[:, 4 : 4 + classes]
     if not ((scores >= 0) & (scores <= 1)).all():
         return Mismatch(
-            f"found class scores from {scores.min():.3g} to {scores.max():.3g}; expected probabilities (of keypoints or angles the file "
-            "says so in its metadata: task, and kpt_shape)"
+            f"found class scores from {scores.min():.3g} to {scores.max():.3g}; expected probabilities (a file with keypoints or angles "
+            "must say so in its metadata: task, and kpt_shape)"
         )
     if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
-        return Mismatch("the first four channels are no box centers and sizes in pixels of the input")
+        return Mismatch("the first four channels are not box centers and sizes in pixels of the input")
     if reason := not_terms(probe, rows[:, 4 + classes :]):
         return Mismatch(reason)
     if certain and classes > 1 and sorted((4, 1, classes - 1)) in probe.joins:

@@ -1,7 +1,7 @@
 """YOLOX (and YOLOv6 as its authors export it): one anchor per cell, with objectness, decoded in the file or not.
 
-One output ``[B, N, 5 + C]``: box, objectness, then C class probabilities. Decoded, the box is cx, cy, w, h in pixels of the input;
-as YOLOX is exported by default it is not: offsets to the cell and logarithms of the size, in units of the stride.
+One output ``[B, N, 5 + C]``: box, objectness, then C class probabilities. A decoded box is cx, cy, w, h in pixels of the input. The default
+export of YOLOX is not decoded: offsets to the cell and logarithms of the size, in units of the stride.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fusenms.layout import Activation, BoxFormat, Decoded, GridOffsets, Layout, 
 
 NAME = "yolox"
 MAX_CELL_OFFSET, MAX_LOG_SIZE = 20.0, 8.0
-"""How far raw offsets and logarithms of sizes may reach: a center 20 cells away, a box of e^8 strides, are none."""
+"""Limits on raw offsets, in cells, and on logarithms of sizes, in strides. Values beyond them are not raw box terms."""
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
