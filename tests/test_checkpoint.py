@@ -230,7 +230,7 @@ def test_getattr_in_a_file_gives_nothing(tmp_path):
 
 def test_getattr_cannot_be_a_way_to_call(tmp_path):
     """`getattr(Conv, "__subclasses__")()` by hand: what stands for it is no function, so the file is refused."""
-    data = b"\x80\x02c__builtin__\ngetattr\n(cfusenms.sources.modules\nConv\nX\x0e\x00\x00\x00__subclasses__tR)R."
+    data = b"\x80\x02c__builtin__\ngetattr\n(cfusenms.sources.torch_modules.layers\nConv\nX\x0e\x00\x00\x00__subclasses__tR)R."
     assert pickle.loads(data), "the pickle is a dud: this test could not fail"
     with pytest.raises(SourceError):
         load_checkpoint(archive(data, {}, tmp_path / "calls.pt"))

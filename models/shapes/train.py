@@ -1,9 +1,12 @@
-"""Train the demo detector from nothing: a small YOLOv8-style network on synthetic pictures.
+"""Train the demo detector from nothing: a small YOLOv8-style network on synthetic images.
 
-    python models/shapes/train.py [--minutes 20] [--out models/shapes/shapes.pt]
+Run:  python models/shapes/train.py [--out models/shapes/shapes.pt]
 
-Everything is made here: the pictures (`pictures.py`), the network (the modules of
-`fusenms.sources`), the weights. About twenty minutes on two CPU cores; no GPU, no download.
+Everything is made here: the images (`images.py`), the network (the modules of `fusenms.sources`), the weights.
+Seeds and the number of threads are fixed. No GPU, no download. `evaluate.py` measures the result.
+
+The training has three stages: small and partly hidden shapes first, then twice shapes like those of the samples. A stage writes
+its checkpoint, and the next one starts from it.
 
 The loss is the usual one for this head: task-aligned assignment (Feng et al., "TOOD", 2021),
 binary cross-entropy on classes, CIoU (Zheng et al., 2020) and distribution focal loss (Li et al., 2020) on boxes.
@@ -15,18 +18,25 @@ import argparse
 import copy
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenms.sources.torch_modules.layers import SPPF, AnchorFreeDetect, C2f, Concat, Conv, DetectionModel
-from pictures import NAMES, picture
+from images import NAMES, draw_image
 
 STRIDES = (8, 16, 32)
 SIZE = 256
+"""Of the model's input in pixels."""
+BATCH = 8
+CROP = 160
+"""Of the images to train on, in pixels. The network is fully convolutional, so it can be trained on less than its input."""
 BINS = 16
 
 
@@ -130,50 +140,99 @@ def loss_of(
     return total / weight.clamp(1.0)
 
 
-def batch(rng: np.random.Generator, count: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training.
+
+    Attributes:
+        seed: of the images.
+        steps: each on `BATCH` images.
+        rate: the highest learning rate.
+        shapes: what `draw_image` takes, with radii in pixels of the model's input: of the samples' 640 pixels, 256 are left.
+    """
+
+    seed: int
+    steps: int
+    rate: float
+    shapes: dict[str, Any]
+
+
+LIKE_SAMPLES = {"radii": (9.0, 42.0), "visible": 0.8, "contrast": 90.0}
+STAGES = (
+    Stage(0, 1600, 3e-3, {"radii": (6.0, 44.0), "visible": 0.65, "contrast": 70.0}),
+    Stage(1, 1200, 1.5e-3, LIKE_SAMPLES),
+    Stage(2, 1800, 2e-3, LIKE_SAMPLES),
+)
+
+
+def batch(rng: np.random.Generator, stage: Stage) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Draw images ``[BATCH, 3, CROP, CROP]`` (RGB, 0 to 1), and the boxes and labels of each.
+
+    Half of the images have the gray margins that `Detector` adds.
+    """
     images, truths = [], []
-    for _ in range(count):
-        image, boxes, labels = picture(rng, SIZE, SIZE)
+    for i in range(BATCH):
+        margin = CROP // 8 * (i % 2)
+        image, boxes, labels = draw_image(rng, CROP - 2 * margin, CROP, **stage.shapes)
+        image = cv2.copyMakeBorder(image, margin, margin, 0, 0, cv2.BORDER_CONSTANT, value=(114, 114, 114))
+        boxes = boxes + np.array([0, margin, 0, margin], np.float32)
         images.append(torch.from_numpy(image).permute(2, 0, 1).float() / 255)
         truths.append((torch.from_numpy(boxes), torch.from_numpy(labels)))
-    return torch.stack(images), truths
+    return torch.stack(images).contiguous(memory_format=torch.channels_last), truths
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("shapes.pt"))
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    model, (centers, strides) = network(), grid(SIZE)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+def train(model: DetectionModel, stage: Stage, steps: int) -> DetectionModel:
+    """Train for one stage; return a model with the moving average of the weights, in half precision."""
+    rng, (centers, strides) = np.random.default_rng(stage.seed), grid(CROP)
+    model = model.train().to(memory_format=torch.channels_last)
     averaged = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995), use_buffers=True
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-3)
-    start, step = time.monotonic(), 0
-    while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
-        rate = 3e-3 * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.rate, weight_decay=1e-3)
+    start = time.monotonic()
+    for step in range(steps):
+        rate = stage.rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        images, truths = batch(rng, 16)
+        images, truths = batch(rng, stage)
         loss = loss_of(model(images), truths, centers, strides)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         averaged.update_parameters(model)
-        step += 1
-        if step % 25 == 0:
-            print(f"{done:5.0%}  step {step}  loss {loss.item():.3f}", flush=True)
-    final = averaged.module.eval().half()
-    final.names = dict(enumerate(NAMES))
-    final.task = "detect"
-    final.stride = torch.tensor([float(s) for s in STRIDES])
-    final.args = {"imgsz": SIZE}
-    torch.save({"model": final, "license": "Apache-2.0"}, args.out)
-    print(f"wrote {args.out}: {args.out.stat().st_size:,} bytes after {step} steps")
+        if (step + 1) % 50 == 0:
+            minutes = (time.monotonic() - start) / 60
+            print(f"step {step + 1} of {steps}  loss {loss.item():.3f}  {minutes:.1f} minutes", flush=True)
+    return averaged.module.eval().half().to(memory_format=torch.contiguous_format)
+
+
+def save(model: DetectionModel, path: Path) -> None:
+    """Write a checkpoint."""
+    model.names = dict(enumerate(NAMES))
+    model.task = "detect"
+    model.stride = torch.tensor([float(s) for s in STRIDES])
+    model.args = {"imgsz": SIZE}
+    torch.save({"model": model, "license": "Apache-2.0"}, path)
+    print(f"wrote {path}: {path.stat().st_size:,} bytes", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help="of each stage, to try the script (default: all)")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2, 3), default=1, help="start with this one, from the checkpoint in --out"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("shapes.pt"))
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    model = network() if args.stage == 1 else torch.load(args.out, weights_only=False)["model"]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    for stage in STAGES[args.stage - 1 :]:
+        model = train(model.float(), stage, args.steps or stage.steps)
+        save(model, args.out)
 
 
 if __name__ == "__main__":
