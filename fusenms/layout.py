@@ -410,7 +410,7 @@ class Layout:
         number, *others = contract.OUTPUTS
         floats = np.dtype(np.float32)
         boxes = Output(contract.BOXES, floats, ("B", "K", 4 if self.angle is None else 5))
-        own = [boxes if spec.name == contract.BOXES else spec for spec in others]
+        own = [boxes if output.name == contract.BOXES else output for output in others]
         optional = [contract.CONVERGED_OUTPUT] if config.rounds is not None else []
         optional += [contract.INDICES_OUTPUT] if config.indices else []
         if self.masks is not None and config.masks == "prototype":
@@ -423,7 +423,7 @@ class Layout:
             shape = ("B", "K", self.keypoints.count, self.keypoints.dims)
             optional.append(Output(contract.KEYPOINTS, floats, shape))
         named = zip(config.output_names, (number, *own), strict=True)
-        return (*named, *((spec.name, spec) for spec in optional))
+        return (*named, *((output.name, output) for output in optional))
 
     @property
     def every_class(self) -> bool:

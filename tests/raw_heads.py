@@ -194,7 +194,7 @@ def oriented_decoded(classes: int = 5) -> Layout:
     return replace(decoded(classes), angle=AngleTerm(Tap("output0", 1, 4 + classes, 5 + classes)))
 
 
-FURTHER = (
+TASK_LAYOUTS = (
     *(masks, masks_end_to_end, masks_decoded, masks_anchor_boxes, keypoints, keypoints_end_to_end, keypoints_decoded),
     *(masks_and_keypoints, oriented, oriented_end_to_end, oriented_decoded),
 )
@@ -205,7 +205,7 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {
     for f in (
         *(distances, end_to_end, anchor_boxes, decoded, decoded_objectness, corners_rows, queries, sigmoid_queries),
         *(background_first, grid_offsets, weighted, low_corners, finished_rows),
-        *FURTHER,
+        *TASK_LAYOUTS,
     )
 }
 

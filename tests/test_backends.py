@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from raw_heads import FURTHER, LAYOUTS, SIZE, candidates_of, fused_model, shapes_of, tail_of
+from raw_heads import LAYOUTS, SIZE, TASK_LAYOUTS, candidates_of, fused_model, shapes_of, tail_of
 
 from fusenms.errors import ConfigError, UnsupportedByBackendError
 from fusenms.fusion.backends import BACKENDS, get_backend
@@ -27,7 +27,7 @@ MOST_TELLING = ("default", "multi_label", "everything", "few_rows")
 """For layouts that differ from others by their decode or their activation alone."""
 SPECIAL = (
     *("sigmoid_queries", "background_first", "grid_offsets", "low_corners", "finished_rows", "corners_rows"),
-    *(layout.__name__ for layout in FURTHER),
+    *(layout.__name__ for layout in TASK_LAYOUTS),
 )
 
 

@@ -172,9 +172,9 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     }
     image, config = fused.image, fused.config
     wanted = {image.tensor: [0, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
-    for name, spec in fused.layout.outputs(config):
-        height, width = sizes.get(name, [0, 0])[-2:] if "h" in spec.shape else (0, 0)  # the image size sets them
-        wanted[name] = [0, *(int(d) for d in spec.shape_for(0, config.max_detections, height, width)[1:])]
+    for name, output in fused.layout.outputs(config):
+        height, width = sizes.get(name, [0, 0])[-2:] if "h" in output.shape else (0, 0)  # the image size sets them
+        wanted[name] = [0, *(int(d) for d in output.shape_for(0, config.max_detections, height, width)[1:])]
     if unknown := [entry.name for entry in graph.output if entry.name not in wanted]:
         raise SourceError(
             f"{path}: the graph has outputs {', '.join(unknown)} that its metadata does not name; fuse the model again"

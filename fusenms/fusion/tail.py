@@ -69,12 +69,12 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
     g.set_outputs(
         [
             (
-                outputs[spec.name],
+                outputs[output.name],
                 name,
-                spec.dtype,
-                spec.shape_for("batch", config.max_detections, *(sides or ("h", "w"))),
+                output.dtype,
+                output.shape_for("batch", config.max_detections, *(sides or ("h", "w"))),
             )
-            for name, spec in layout.outputs(config)
+            for name, output in layout.outputs(config)
         ]
     )
     names = raw.class_names or tuple(f"class{i}" for i in range(layout.num_classes))

@@ -218,14 +218,14 @@ class Detector:
         Raises:
             RunError: an output has another shape or type, or invalid values.
         """
-        for name, spec in self._outputs:
+        for name, output in self._outputs:
             value = outputs.get(name)
-            sides = value.shape[2:] if isinstance(value, np.ndarray) and value.ndim == 4 and "h" in spec.shape else ()
-            expected = spec.shape_for(batch, self._rows, *sides)
-            if not isinstance(value, np.ndarray) or value.shape != expected or value.dtype != spec.dtype:
+            sides = value.shape[2:] if isinstance(value, np.ndarray) and value.ndim == 4 and "h" in output.shape else ()
+            expected = output.shape_for(batch, self._rows, *sides)
+            if not isinstance(value, np.ndarray) or value.shape != expected or value.dtype != output.dtype:
                 found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else "nothing"
                 raise RunError(
-                    f"{self._path}: gives {name} {found}; expected {spec.dtype}{list(expected)}. Fuse the model again"
+                    f"{self._path}: gives {name} {found}; expected {output.dtype}{list(expected)}. Fuse the model again"
                 )
         counts, boxes, scores, _ = (outputs[name] for name in self._names)
         if counts.min() < 0 or counts.max() > self._rows:

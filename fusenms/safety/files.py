@@ -94,7 +94,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise SourceError(
-            f"{printable(folder)}: the folder cannot be made ({_reason(error)}); choose another with -o"
+            f"{printable(folder)}: the folder cannot be made ({_reason(error)}); choose another output folder"
         ) from error
 
 
@@ -110,20 +110,20 @@ def check_writable(path: Path, source: Path | None = None) -> None:
         if target.is_dir():
             raise SourceError(f"{shown}: is a directory; expected a file to write")
         if target.is_symlink():
-            raise SourceError(f"{shown}: is a link to itself; choose another place with -o")
+            raise SourceError(f"{shown}: is a link to itself; choose another output path")
         if target.exists() and not target.is_file():
-            raise SourceError(f"{shown}: is not a regular file; choose another place with -o")
+            raise SourceError(f"{shown}: is not a regular file; choose another output path")
         if source is not None and target.exists() and source.exists() and target.samefile(source):
-            raise SourceError(f"{shown}: is the input file, which would be overwritten; choose another place with -o")
+            raise SourceError(f"{shown}: is the input file, which would be overwritten; choose another output path")
         folder = target.parent
         if not folder.is_dir():
             raise SourceError(
                 f"{shown}: cannot be written, the folder {printable(path.parent)} does not exist; make it first"
             )
         if not os.access(target if target.exists() else folder, os.W_OK):
-            raise SourceError(f"{shown}: cannot be written (no permission); choose another place with -o")
+            raise SourceError(f"{shown}: cannot be written (no permission); choose another output path")
     except (OSError, ValueError) as error:
-        raise SourceError(f"{shown}: cannot be written ({_reason(error)}); choose another place with -o") from error
+        raise SourceError(f"{shown}: cannot be written ({_reason(error)}); choose another output path") from error
 
 
 def write_atomically(path: Path, data: bytes) -> Path:

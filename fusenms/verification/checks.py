@@ -191,13 +191,13 @@ class _Verification:
             problem = f"does not run at batch {batch}{frozen}: {first_line(error)}"
             self.checks.append(Check(batch=batch, image=0, case=case, problems=(problem,)))
             return None
-        for name, spec in self.layout.outputs(self.config):
-            expected = spec.shape_for(batch, self.config.max_detections, *self._prototype_sides(outputs, inputs))
+        for name, output in self.layout.outputs(self.config):
+            expected = output.shape_for(batch, self.config.max_detections, *self._prototype_sides(outputs, inputs))
             got = outputs.get(name)
-            if got is None or got.shape != expected or got.dtype != spec.dtype:
+            if got is None or got.shape != expected or got.dtype != output.dtype:
                 found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
                 frozen = " (the batch is frozen)" if got is not None and got.shape[:1] != (batch,) else ""
-                problem = f"output {name}: found {found}, expected {spec.dtype}{list(expected)}{frozen}"
+                problem = f"output {name}: found {found}, expected {output.dtype}{list(expected)}{frozen}"
                 self.checks.append(Check(batch=batch, image=0, case=case, problems=(problem,)))
                 return None
         return outputs

@@ -49,7 +49,7 @@ class RealNVP(Block):
     tensors: ClassVar[frozenset[str]] = frozenset({"loc", "cov", "mask"})
 
 
-class FurtherBranch(AnchorFreeDetect):
+class ExtraBranch(AnchorFreeDetect):
     """A detection head with one more branch, `cv4`, which has convolutions for each level."""
 
     parts = AnchorFreeDetect.parts | {"cv4", "one2one_cv4"}
@@ -69,11 +69,11 @@ class FurtherBranch(AnchorFreeDetect):
         return getattr(self, f"one2one_{name}" if self.one_to_one else name)
 
 
-class AnchorFreeSegment(FurtherBranch):
+class AnchorFreeSegment(ExtraBranch):
     """Masks of YOLOv8, YOLOv9, YOLO11 and YOLO26. The last two taps are coefficients ``[B, M, N]`` and prototypes ``[B, M, h, w]``."""
 
-    parts = FurtherBranch.parts | {"proto"}
-    attributes: ClassVar[Mapping[str, Field]] = {**FurtherBranch.attributes, "nm": fields.channels}
+    parts = ExtraBranch.parts | {"proto"}
+    attributes: ClassVar[Mapping[str, Field]] = {**ExtraBranch.attributes, "nm": fields.channels}
     nm: int
     proto: nn.Module
 
@@ -81,10 +81,10 @@ class AnchorFreeSegment(FurtherBranch):
         return (*super().forward(levels), self.proto(levels))
 
 
-class AnchorFreePose(FurtherBranch):
+class AnchorFreePose(ExtraBranch):
     """Keypoints of YOLOv8 and YOLO11: position = (2 t + cell) * stride, in pixels."""
 
-    attributes: ClassVar[Mapping[str, Field]] = {**FurtherBranch.attributes, "kpt_shape": fields.several_channels}
+    attributes: ClassVar[Mapping[str, Field]] = {**ExtraBranch.attributes, "kpt_shape": fields.several_channels}
     kpt_shape: list[int]
     factor, point = 2.0, 0.0
 
@@ -101,7 +101,7 @@ class AnchorFreePose26(AnchorFreePose):
         return self.branch("cv4_kpts")[level](super().extra(level, x))
 
 
-class AnchorFreeOriented(FurtherBranch):
+class AnchorFreeOriented(ExtraBranch):
     """Angles of oriented boxes in YOLOv8 and YOLO11, before the sigmoid."""
 
     sigmoid = True
