@@ -14,7 +14,7 @@ PYTEST := pytest -q -n auto --maxprocesses 8 --dist worksteal
 LOWEST := .venv-lowest
 # Those that call NumPy, onnx, onnx-graphsurgeon, ONNX Runtime, OpenCV or rich; the short ones, in which every backend and layout occurs.
 LOWEST_TESTS = --scope quick $(addprefix tests/,test_boxes.py test_reference.py test_checkpoint.py test_files.py test_backends.py \
-	test_extreme_numbers.py test_strangers.py test_detector.py test_verification.py test_cli.py)
+	test_extreme_numbers.py test_third_party.py test_detector.py test_verification.py test_cli.py)
 # Of make fuzz: seconds for each target, and which targets (all).
 SECONDS ?= 60
 TARGET ?=

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from conftest import SHAPES
-from foreign import Decoded, write
 from onnx import parser
+from third_party_exports import Decoded, write
 
 from fusenms import fuse
 from fusenms.benchmark import TAIL, WHOLE, Contestant, contestants, default_shape, measure, peak_memory

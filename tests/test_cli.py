@@ -160,7 +160,7 @@ def test_inspect_checkpoint(capsys):
 
 
 def test_inspect_says_why_no_head_fits(tmp_path, capsys):
-    from foreign import write
+    from third_party_exports import write
 
     write(torch.nn.AvgPool2d(2), tmp_path / "m.onnx")
     assert main(["inspect", "m.onnx"]) == 0
@@ -348,8 +348,8 @@ def test_edited_metadata_is_one_message(tmp_path, capsys, small_file, case):
         {"imgsz": "[-640, 0]"},
     ],
 )
-def test_odd_metadata_of_a_stranger_does_not_matter(tmp_path, metadata):
-    from foreign import Decoded, write
+def test_odd_metadata_of_a_third_party_file_does_not_matter(tmp_path, metadata):
+    from third_party_exports import Decoded, write
 
     write(Decoded(), tmp_path / "m.onnx", metadata=metadata)
     assert main(["m.onnx"]) == 0
@@ -357,7 +357,7 @@ def test_odd_metadata_of_a_stranger_does_not_matter(tmp_path, metadata):
 
 @pytest.mark.slow
 def test_input_with_the_name_of_an_output_is_renamed(tmp_path):
-    from foreign import Decoded, write
+    from third_party_exports import Decoded, write
 
     model = onnx.load(write(Decoded(), tmp_path / "m.onnx"))
     for node in model.graph.node:
@@ -369,7 +369,7 @@ def test_input_with_the_name_of_an_output_is_renamed(tmp_path):
 
 @pytest.mark.slow
 def test_nan_in_the_weights_of_an_onnx_is_named(tmp_path, capsys):
-    from foreign import Decoded, write
+    from third_party_exports import Decoded, write
 
     model = onnx.load(write(Decoded(), tmp_path / "m.onnx"))
     item = next(i for i in model.graph.initializer if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) == 4)
@@ -383,7 +383,7 @@ def test_nan_in_the_weights_of_an_onnx_is_named(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_inspect_says_which_decode_stays_and_leaves_constants_out(tmp_path, capsys):
-    from foreign import Decoded, write
+    from third_party_exports import Decoded, write
 
     model = onnx.load(write(Decoded(), tmp_path / "m.onnx"))
     weights = [onnx.helper.make_tensor_value_info(i.name, i.data_type, i.dims) for i in model.graph.initializer]

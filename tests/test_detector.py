@@ -244,7 +244,7 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("file", STRANGERS)
-def test_strangers_find_what_their_files_came_with(zoo, tmp_path, file):
+def test_third_party_files_find_what_they_came_with(zoo, tmp_path, file):
     """Pixels, fit and decode together: labels, scores and boxes that were written down when the files were collected."""
     threshold, how = STRANGERS[file]
     entry = next(e for e in json.loads((zoo / "MANIFEST.json").read_text())["entries"] if e["file"] == file)

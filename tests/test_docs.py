@@ -108,7 +108,7 @@ class StandIns:
         fuse(weights, backend=backend, unverified=True).save(path, unverified=True)
 
     def raw(self, path: Path, dynamic: bool) -> None:
-        from strangers import Yolov8, write
+        from third_party import Yolov8, write
 
         write(Yolov8(), path, dynamic=dynamic)
 

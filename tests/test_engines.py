@@ -134,7 +134,7 @@ def test_saving_leaves_no_half_and_no_old_layers(tmp_path):
     assert not (tmp_path / "n.rtx").exists()
 
 
-def test_refusal_of_a_stranger_says_what_to_do(zoo):
+def test_refusal_of_a_third_party_file_says_what_to_do(zoo):
     with pytest.raises(UnsupportedByBackendError, match=r"DynamicQuantizeLinear .* more nodes .* take the float file"):
         build_rtx(str(zoo / "yolov8n_dynint8_640.onnx"), BATCH)
 

@@ -7,8 +7,8 @@ from functools import partial
 import onnx
 import pytest
 import torch
-from foreign import SIZE, AnchorDecoded, Decoded, Further, FurtherRows, write
 from onnx import helper
+from third_party_exports import SIZE, AnchorDecoded, Decoded, Further, FurtherRows, write
 
 from fusenms import fuse, load, recognize
 from fusenms import heads as heads_module

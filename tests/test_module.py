@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from strangers import CLASSES, SIZE, RtDetr, YoloNas
+from third_party import CLASSES, SIZE, RtDetr, YoloNas
 from torch import nn
 
 from fusenms import fuse, load

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from conftest import SHAPES
-from foreign import Decoded, write
 from raw_heads import LAYOUTS, raw_model
+from third_party_exports import Decoded, write
 
 from fusenms import fuse, load, recognize
 from fusenms.artifacts.fused import load_fused

@@ -6,9 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from foreign import AnchorDecoded
 from onnx import numpy_helper
-from strangers import (
+from third_party import (
     CLASSES,
     SIZE,
     STRANGERS,
@@ -23,6 +22,7 @@ from strangers import (
     YoloxRaw,
     write,
 )  # fmt: skip
+from third_party_exports import AnchorDecoded
 
 from fusenms import fuse, load, recognize
 from fusenms.artifacts.preprocessing import PIXELS
