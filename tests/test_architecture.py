@@ -89,6 +89,7 @@ def test_reference_shares_nothing_with_the_emitters():
 def test_public_names_exist():
     for name in fusenms.__all__:
         assert getattr(fusenms, name) is not None
+    assert [name for name in dir(fusenms) if not name.startswith("__")] == sorted(fusenms.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fusenms.nothing  # noqa: B018
 
