@@ -8,7 +8,7 @@ import json
 from fusenms.artifacts.fused import FusedModel
 from fusenms.cli.printing import Steps
 from fusenms.inspection import Inspection, inspect
-from fusenms.layout import Layout
+from fusenms.layout import Activation, Layout
 
 NAME = "inspect"
 HELP = "show the kind of a file, its head (or why none is recognized), and its metadata"
@@ -80,7 +80,7 @@ def layout_text(layout: Layout) -> str:
         return f"{layout.family} · finished rows · {boxes}"
     objectness = " · objectness" if layout.objectness else ""
     end_to_end = "" if layout.suppress else " · end-to-end"
-    scores = f"scores: {layout.activation.value}"
+    scores = "scores: probabilities" if layout.activation is Activation.NONE else f"scores: {layout.activation.value}"
     return f"{layout.family} · {layout.num_classes} classes{objectness}{end_to_end} · {scores} · {boxes}"
 
 
