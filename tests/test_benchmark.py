@@ -113,6 +113,7 @@ def test_default_shape(tmp_path, fused_file):
         default_shape(tmp_path / "m.onnx")
 
 
+@pytest.mark.thorough
 def test_command_prints_a_table_and_draws(tmp_path, raw_file, fused_file, capsys):
     plot = tmp_path / "plot.svg"
     assert main(["bench", str(raw_file), str(fused_file), "--runs", "2", "--batch", "1", "3", "--plot", str(plot)]) == 0

@@ -337,6 +337,7 @@ def test_edited_metadata_is_one_message(tmp_path, capsys, small_file, case):
     assert printed.err.startswith("fusenms: ") or "DIFFERS" in printed.out
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "metadata",

@@ -269,7 +269,7 @@ def test_real_file_is_recognized(zoo, file):
     assert (layout.family, layout.num_classes, layout.decode_stage) == REAL[file]
 
 
-@pytest.mark.covering(default=2, quick=0)
+@pytest.mark.covering(default=1)
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
@@ -296,6 +296,7 @@ class Mirrored(Further):
         return torch.cat((joined[:, :-1], -joined[:, -1:]), 1)
 
 
+@pytest.mark.thorough
 def test_angle_that_is_not_the_boxes_own_stays_where_the_file_has_it(tmp_path):
     layout = recognize(load(write(Mirrored("obb"), tmp_path / "m.onnx", metadata=FURTHER_METADATA["obb"])))
     assert layout.decode_stage == "full"

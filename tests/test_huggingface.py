@@ -108,6 +108,7 @@ def raw(folder):
     return cache(lambda kind: load(folder(kind)[0]))
 
 
+@pytest.mark.covering(default=1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_reference(raw, kind, backend):
@@ -177,6 +178,7 @@ def copied(folder, kind, tmp_path):
     return copy
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize(("kind", "pixels"), [("detr", "imagenet"), ("rt_detr", "rgb")])
 def test_pixels_are_the_usual_ones_where_the_directory_does_not_say(folder, tmp_path, kind, pixels):
     copy = copied(folder, kind, tmp_path)

@@ -82,7 +82,7 @@ def test_more_classes_and_bins_than_are_loaded_at_once(by_kernels, classes, mult
     assert report, str(report)
 
 
-@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("layout", SUPPRESSED)
 def test_standard_operators_in_the_place_of_the_plugin_equal_the_reference(layout):
     report = verification.verify(fused_model(LAYOUTS[layout](), "plugin", indices=True, max_candidates=5000))
@@ -121,6 +121,7 @@ def test_kernels_equal_the_reference_on_trained_detectors(by_kernels, zoo, weigh
     assert report, str(report)
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("segment", [False, True])
 def test_kernels_read_a_network_in_half_precision_without_casts(tmp_path, segment):
     weights = write_segmenter(tmp_path / "seg.pt") if segment else SHAPES / "shapes.pt"
@@ -145,7 +146,7 @@ def test_tensor_that_is_not_what_the_plugin_reads_is_refused():
         verification.verify(fused)
 
 
-@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("name", SUPPRESSED)
 def test_every_layout_is_read_in_half_precision(name):
     layout, half = LAYOUTS[name](), name != "oriented"  # a convolution into one channel, the angle's, stays float32
@@ -383,7 +384,7 @@ def test_nvrtc_compiles_the_kernels(architecture):
     }
 
 
-@pytest.mark.covering(default=0)
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nvcc_compiles_the_kernels(tmp_path, architecture):
     if shutil.which("nvcc") is None:

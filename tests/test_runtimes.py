@@ -24,6 +24,7 @@ HINT = "pip install openvino tract; npm install --ignore-scripts --prefix .node 
 BACKENDS = {"ort": {}, "portable": {}, "rounds": {"rounds": 12}}
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["openvino", "tract", "onnxruntime-node", "onnxruntime-web"])
 def test_detections_are_those_of_onnxruntime(tmp_path, name, backend):

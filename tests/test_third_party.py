@@ -55,7 +55,7 @@ def test_head_is_read_as_it_is_meant(tmp_path, module):
     assert_means(raw, layout, module())
 
 
-@pytest.mark.covering(default=2, quick=0)
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("metadata", [None, NAMES], ids=["unnamed", "named"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("module", STRANGERS)

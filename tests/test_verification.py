@@ -133,7 +133,7 @@ IN_THE_SETTINGS = {
 }
 
 
-@pytest.mark.covering(default=2, quick=0)
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("backend", ["ort", "trt"])
 @pytest.mark.parametrize("layout", ["distances", "decoded"])
 @pytest.mark.parametrize("break_it", IN_THE_GRAPH, ids=lambda f: f.__name__)

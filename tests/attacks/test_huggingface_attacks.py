@@ -326,12 +326,12 @@ def test_directory_ends_in_one_of_our_errors_when_it_is(attack, sound, tmp_path,
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda *args, **_: asked.append(args) or (_ for _ in ()).throw(OSError("no network"))
     )
-    start, failed = time.monotonic(), None
+    start, failed = time.process_time(), None
     try:
         load_directory(path)
     except FusenmsError as error:
         failed = error
-    assert time.monotonic() - start < MOST_SECONDS
+    assert time.process_time() - start < MOST_SECONDS
     assert failed is not None or attack.name in SOUND
     assert not asked and not (tmp_path / MARK).exists()
     assert failed is None or len(str(failed)) < 20_000

@@ -683,12 +683,12 @@ SOUND = {"stride NaN", "stride -5", "stride infinity", "stride of ten thousand d
 def test_third_party_file_ends_in_one_of_our_errors_when_it_is(attack, tmp_path, monkeypatch):
     path = attack.make(tmp_path)
     monkeypatch.chdir(tmp_path)  # where relative places of external data would be looked for
-    start, failed = time.monotonic(), None
+    start, failed = time.process_time(), None
     try:
         fusenms.fuse(path, make_dynamic=True, unverified=True, limits=LIMITS)
     except FusenmsError as error:
         failed = error
-    assert time.monotonic() - start < MOST_SECONDS
+    assert time.process_time() - start < MOST_SECONDS
     assert failed is not None or attack.name in SOUND
     if failed is not None:
         assert len(str(failed)) < 20_000 and not set(map(ord, str(failed))) & {0, 7, 13, 27, 0x202E}
