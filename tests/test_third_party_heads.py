@@ -94,7 +94,7 @@ def test_head_that_is_given_is_tried(raw, head):
 def test_head_that_is_given_is_fused_with_its_pixels(raw, head):
     fused = fuse(raw, heads=[head], score_threshold=0.2)
     assert fused.report
-    assert "made into BGR from 0 to 255" in fused.notes[-1]
+    assert "converted inside to BGR from 0 to 255" in fused.notes[-1]
 
 
 def test_entry_point_is_found_and_fused(raw, installed):
