@@ -225,6 +225,21 @@ def shapes_of(layout: Layout) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def limits_of(layout: Layout, tensor: str, width: int) -> np.ndarray:
+    """For each channel of a head tensor, where its values end that begin at 0; 0 for a channel that takes any value."""
+    limits = np.zeros(width)
+    taps = [layout.classes, layout.objectness] if layout.activation is Activation.NONE else []
+    given = [(tap, 1.0) for tap in taps if tap is not None]
+    if isinstance(layout.decode, Decoded):
+        given.append((layout.boxes, 1.0 if layout.decode.normalized else SIZE))
+    elif isinstance(layout.decode, Distances) and layout.decode.bins == 1:
+        given.append((layout.boxes, 4.0))
+    for tap, limit in given:
+        if tap.tensor == tensor:
+            limits[tap.start : tap.stop] = limit
+    return limits
+
+
 def raw_model(layout: Layout, opset: int = 17) -> RawModel:
     """A raw model with the head of a layout."""
     rng = np.random.default_rng(1)
@@ -247,7 +262,16 @@ def raw_model(layout: Layout, opset: int = 17) -> RawModel:
             levels.append(flat)
         weights.append(numpy_helper.from_array(np.array([0, width, -1], np.int64), f"{tensor}_shape"))
         rows = tensor if layout.channel_axis(tensor) == 1 else f"{tensor}_joined"
-        nodes.append(helper.make_node("Concat", levels, [rows], axis=2))
+        nodes.append(helper.make_node("Concat", levels, [f"{tensor}_values"], axis=2))
+        limits = limits_of(layout, tensor, width)
+        weights.append(numpy_helper.from_array(limits.astype(np.float32)[:, None], f"{tensor}_limits"))
+        weights.append(numpy_helper.from_array((limits == 0).astype(np.float32)[:, None], f"{tensor}_unlimited"))
+        nodes += [
+            helper.make_node("Sigmoid", [f"{tensor}_values"], [f"{tensor}_part"]),
+            helper.make_node("Mul", [f"{tensor}_part", f"{tensor}_limits"], [f"{tensor}_within"]),
+            helper.make_node("Mul", [f"{tensor}_values", f"{tensor}_unlimited"], [f"{tensor}_free"]),
+            helper.make_node("Add", [f"{tensor}_within", f"{tensor}_free"], [rows]),
+        ]
         if rows != tensor:
             nodes.append(helper.make_node("Transpose", [rows], [tensor], perm=[0, 2, 1]))
     outputs = [

@@ -31,7 +31,7 @@ SPECIAL = (
 )
 
 
-@pytest.mark.covering(default=2, quick=1)
+@pytest.mark.covering(default=1, quick=1)
 @pytest.mark.parametrize(
     ("layout", "settings"),
     [(layout, settings) for layout in LAYOUTS for settings in (MOST_TELLING if layout in SPECIAL else SETTINGS)],
@@ -43,7 +43,7 @@ def test_equals_reference(backend, layout, settings):
     assert report.detections or settings == "nothing"
 
 
-@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.covering(default=0, quick=0)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_candidates_numbers_equal_the_references(backend, layout):
@@ -53,7 +53,7 @@ def test_candidates_numbers_equal_the_references(backend, layout):
     assert report, report
 
 
-@pytest.mark.covering(default=2, quick=0)
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("rows", [1, 32, 70, 300])
 @pytest.mark.parametrize("layout", ["masks", "masks_end_to_end", "masks_decoded", "masks_anchor_boxes"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -87,7 +87,7 @@ def test_error_when_masks_are_asked_of_a_head_without(layout):
         fused_model(LAYOUTS[layout](), masks="prototype")
 
 
-@pytest.mark.covering(default=2, quick=0)
+@pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("opset", [11, 13, 18])
 @pytest.mark.parametrize("layout", ["masks", "keypoints", "oriented"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,6 +103,7 @@ def test_equals_reference_for_any_number_of_classes(backend, classes):
     assert verify(fused_model(LAYOUTS["distances"](classes), backend))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 20])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -181,6 +182,7 @@ def test_one_suppression_node_and_no_loop(backend):
     assert not {"Loop", "Scan", "If"} & set(nodes)
 
 
+@pytest.mark.slow
 def test_error_when_trt_has_too_many_candidates():
     layout = LAYOUTS["distances"](80)
     with pytest.raises(UnsupportedByBackendError, match="lower max_candidates to 3840"):
@@ -225,8 +227,8 @@ def test_error_when_an_end_to_end_head_is_given_rounds():
     ids=str,
 )
 def test_settings_that_mean_nothing_to_a_head_are_named(layout, settings, idle):
-    notes = fused_model(LAYOUTS[layout](), **settings).notes
-    assert notes == (() if idle is None else (f"no suppression: {idle} nothing to this head",))
+    notes = [note for note in fused_model(LAYOUTS[layout](), **settings).notes if note.startswith("no suppression")]
+    assert notes == ([] if idle is None else [f"no suppression: {idle} nothing to this head"])
 
 
 def test_error_when_backend_has_no_rounds():

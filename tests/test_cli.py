@@ -152,6 +152,7 @@ def test_detect_does_not_overwrite_its_input(fused_file, tmp_path):
     assert main(["detect", str(fused_file), "a.jpg", "-o", "."]) == 1
 
 
+@pytest.mark.slow
 def test_inspect_checkpoint(capsys):
     assert main(["inspect", WEIGHTS]) == 0
     printed = capsys.readouterr().out

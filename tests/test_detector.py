@@ -50,6 +50,7 @@ def test_nothing_found_is_empty_arrays(detect):
     assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int32)
 
 
+@pytest.mark.slow
 def test_path_array_and_pil_image_give_the_same(detect):
     from PIL import Image
 
@@ -87,6 +88,7 @@ def test_batches_give_what_single_images_give(path):
             np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_threads_get_their_own_results(detect):
     images = [read_image(SHAPES / f"shapes{i}.jpg") for i in range(2)]
     expected = [detect(image)[0].boxes for image in images]

@@ -41,10 +41,18 @@ SIDE = 64
 """Input size of the stand-ins, which is what their blocks run at."""
 
 
+FIRST_PAGES = ("README.md", "docs/get-started.md")
+
+
 def blocks(language: str) -> list:
-    """Page and text of each block of that language, named by the page and its number there."""
+    """Page and text of each block of that language, named by the page and its number there. Those of the later pages are thorough."""
     return [
-        pytest.param(page, text, id=f"{page.removeprefix('docs/').removesuffix('.md')}-{number}")
+        pytest.param(
+            page,
+            text,
+            id=f"{page.removeprefix('docs/').removesuffix('.md')}-{number}",
+            marks=[] if page in FIRST_PAGES else [pytest.mark.thorough],
+        )
         for page in HAND_WRITTEN
         for number, text in enumerate(re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.S))
     ]
@@ -122,6 +130,7 @@ def stand_ins(tmp_path_factory) -> StandIns:
     return StandIns(tmp_path_factory.mktemp("stand-ins"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "text"), blocks("console"))
 def test_commands_run(page, text, stand_ins, tmp_path, monkeypatch, capsys):
     stand_ins.put(text, tmp_path)
@@ -152,6 +161,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
 def test_python_runs(page, text, stand_ins, tmp_path, monkeypatch):
     stand_ins.put(text, tmp_path)

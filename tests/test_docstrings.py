@@ -18,6 +18,7 @@ VALUES = {"Detections", "Engine", "FusedModel", "FusenmsError", "Inspection", "R
 PUBLIC = {name: getattr(fusenms, name) for name in fusenms.__all__ if name not in VALUES} | {"Layout": Layout}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
 def test_example_runs(name, tmp_path, monkeypatch):
     examples = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name)

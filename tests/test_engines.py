@@ -86,6 +86,7 @@ def test_end_to_end_detector_builds(tmp_path, zoo):
     assert build_rtx(str(zoo / "deimv2_atto_320.onnx"), BATCH).info["builder"]["name"] == "TensorRT-RTX"
 
 
+@pytest.mark.thorough
 def test_open_size_builds(tmp_path):
     path = fuse(SHAPES / "shapes.pt", size=128, backend="portable", dynamic_size=True).save(tmp_path / "m.onnx")
     engine = build_rtx(str(path), EngineSettings(batch=(1, 1, 1), height=(64, 128, 256), width=(64, 128, 256)))
@@ -435,6 +436,7 @@ def test_engine_that_nobody_asked_for_may_fail(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "shapes.trt.onnx").is_file()
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("stretch", [False, True])
 def test_engine_gets_its_images_as_the_detector_fits_them(tmp_path, monkeypatch, stretch):
     fused = fuse(SHAPES / "shapes.pt", size=64, backend="portable", stretch=stretch, unverified=True)

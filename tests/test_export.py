@@ -100,6 +100,7 @@ def test_parity_sees_a_wrong_weight(monkeypatch):
         load(SHAPES / "shapes.pt", size=64)
 
 
+@pytest.mark.thorough
 @pytest.mark.covering(default=0)
 @pytest.mark.parametrize("backend", ["ort", "portable"])
 def test_dynamic_size_finds_the_same_at_sizes_that_are_no_multiple_of_the_stride(open_raw, backend):

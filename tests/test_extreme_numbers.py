@@ -139,7 +139,7 @@ def test_largest_logits_win(backend, value):
     assert rows.scores.tolist() == [1.0]
 
 
-@pytest.mark.covering(default=2, quick=0)
+@pytest.mark.covering(default=1, quick=0)
 @every_backend
 @pytest.mark.parametrize("layout", ["distances", "anchor_boxes", "queries", "decoded", "weighted", "oriented"])
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -218,7 +218,7 @@ def test_oriented_boxes_of_extreme_size(backend, layout):
     rows_of(layout, backend, head)
 
 
-@pytest.mark.covering(default=2, quick=0)
+@pytest.mark.covering(default=1, quick=0)
 @every_backend
 @pytest.mark.parametrize("value", [1e30, -1e30, 3.4e38])
 @pytest.mark.parametrize(
@@ -252,7 +252,8 @@ def test_degenerate_boxes_overlap_nothing_at_threshold_zero(backend):
 # Counts.
 
 
-@pytest.mark.covering(quick=1)
+@pytest.mark.slow
+@pytest.mark.covering(default=1, quick=1)
 @every_backend
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("classes", [1, 5000])
@@ -274,6 +275,7 @@ def test_one_candidate(backend, score):
     assert rows.labels.tolist() == ([1] if score else [])
 
 
+@pytest.mark.slow
 @every_backend
 def test_two_hundred_thousand_candidates(backend):
     head = decoded(count=200_000, classes=1, apart=0.001)
@@ -295,6 +297,7 @@ def test_one_row_and_more_rows_than_candidates(backend):
 # Float16.
 
 
+@pytest.mark.slow
 @every_backend
 def test_overflow_of_a_half_precision_network_is_no_detection(backend):
     """The logit of one cell is above what float16 holds, so it is infinite, and that never wins; the others are as in float32."""

@@ -69,7 +69,7 @@ class LostAnchor(AnchorDecoded):
         return torch.cat((rows[..., :2], rows[..., 2:3] * ~lost[None, :, None], rows[..., 3:]), -1)
 
 
-@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.covering(default=0, quick=0)
 @pytest.mark.parametrize(
     ("module", "stage"),
     [
@@ -116,6 +116,7 @@ def test_classes_that_change_places_stay_where_the_file_has_them(tmp_path):
     assert fused.layout.classes.tensor == fused.layout.boxes.tensor
 
 
+@pytest.mark.thorough
 def test_half_precision_inside_falls_back_to_the_decoded_output(tmp_path):
     model = onnx.load(write(Decoded(), tmp_path / "m.onnx"))
     graph, half = model.graph, onnx.TensorProto.FLOAT16
@@ -144,6 +145,7 @@ def test_half_precision_inside_falls_back_to_the_decoded_output(tmp_path):
     assert fused.layout.decode_stage == "full"
 
 
+@pytest.mark.thorough
 def test_foreign_file_finds_what_our_export_finds(tmp_path):
     import numpy as np
 
@@ -269,7 +271,7 @@ def test_real_file_is_recognized(zoo, file):
     assert (layout.family, layout.num_classes, layout.decode_stage) == REAL[file]
 
 
-@pytest.mark.covering(default=1)
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
@@ -351,6 +353,7 @@ def test_error_for_a_task_that_no_family_gives(tmp_path):
         recognize(load(path))
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
 def test_finished_rows_of_other_tasks(tmp_path, task):
     fused = fuse(write(FurtherRows(task), tmp_path / "m.onnx", metadata=FURTHER_METADATA[task]), score_threshold=0.05)

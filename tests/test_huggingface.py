@@ -108,7 +108,7 @@ def raw(folder):
     return cache(lambda kind: load(folder(kind)[0]))
 
 
-@pytest.mark.covering(default=1)
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_reference(raw, kind, backend):
@@ -118,6 +118,7 @@ def test_equals_reference(raw, kind, backend):
     assert (fused.image.height, fused.image.width, fused.image.stretch) == (*SIZE, True)
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gives_what_transformers_makes_of_it(folder, raw, kind):
     """Against its own post-processing: sigmoids over query x class, or the best class of each query."""
@@ -219,6 +220,7 @@ def test_error_when_the_network_does_not_run(folder, tmp_path):
         load(copy)
 
 
+@pytest.mark.thorough
 def test_detector_stretches_and_maps_back(folder, tmp_path):
     file = fuse(folder("rt_detr")[0], score_threshold=0.01).save(tmp_path / "f.onnx")
     image = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)

@@ -34,6 +34,7 @@ def test_a_checkpoint_is_the_same():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["missing.pt", "text.pt"])
 def test_an_error_is_the_same(tmp_path, name):
     (tmp_path / "text.pt").write_text("hello")

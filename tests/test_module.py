@@ -104,6 +104,7 @@ class OnlyDynamo(YoloNas):
         return boxes, torch.special.expit(torch.atan2(scores * 8 - 4, torch.ones_like(scores)).sinc() * 2 - 6)
 
 
+@pytest.mark.thorough
 def test_newer_exporter_takes_what_the_older_one_cannot():
     pytest.importorskip("onnxscript")
     module = OnlyDynamo()

@@ -30,6 +30,7 @@ def test_keywords_are_the_fields(keywords, cls):
     assert get_type_hints(keywords) == {field.name: get_type_hints(cls)[field.name] for field in fields(cls)}
 
 
+@pytest.mark.slow
 def test_each_step_is_told_and_logged(raw, caplog):
     events = []
     with caplog.at_level(logging.INFO, logger="fusenms"):
@@ -57,6 +58,8 @@ def test_config_and_its_fields_make_the_same(raw):
     assert by_value.config == fuse(raw, score_threshold=0.4, unverified=True).config
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
 def test_options_and_their_fields_make_the_same():
     by_value = fuse(WEIGHTS, options=LoadOptions(size=64), unverified=True)
     assert by_value.model == fuse(WEIGHTS, size=64, unverified=True).model
@@ -68,6 +71,7 @@ def test_recognized_layout_is_taken(raw, monkeypatch):
     assert fuse(raw, layout=layout, unverified=True).layout.family == layout.family
 
 
+@pytest.mark.slow
 def test_images_may_be_a_folder(raw):
     assert len(fuse(raw, images=SHAPES).report.checks) > len(fuse(raw).report.checks) - 7
 

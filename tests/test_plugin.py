@@ -72,7 +72,7 @@ def test_kernels_equal_the_reference(by_kernels, layout, settings):
     assert report.detections > 100
 
 
-@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.covering(default=0, quick=0)
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("classes", [79, 81, 200])
 def test_more_classes_and_bins_than_are_loaded_at_once(by_kernels, classes, multi_label):
@@ -208,7 +208,7 @@ def assert_equal_to_reference(outputs, head, layout, settings, side=640):
         assert not outputs["boxes"][i, count:].any()
 
 
-@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.covering(default=0, quick=0)
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize(
     "settings",
@@ -409,6 +409,7 @@ def test_nvcc_compiles_the_kernels(tmp_path, architecture):
     assert max(shared) <= 48 << 10  # what a launch gets without asking for more
 
 
+@pytest.mark.thorough
 @pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("layout", ["distances", "oriented", "anchor_boxes"])

@@ -136,6 +136,7 @@ def flat_case(rng, count):
 CASES = (random_case, dense_case, chain_case, tied_case, threshold_case, quiet_case, flat_case)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("seed", [5, 6, 7, 8])
 @pytest.mark.parametrize(

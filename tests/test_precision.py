@@ -30,6 +30,7 @@ def images() -> np.ndarray:
     return to_tensor([letterbox(read_image(SHAPES / f"shapes{i}.jpg"), 128, 128)[0] for i in (0, 1)])
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_equals_reference_and_finds_the_same(backend, images):
     fused = fuse(SHAPES / "shapes.pt", size=128, backend=backend, precision="fp16", images=images)
@@ -80,6 +81,7 @@ def test_decode_of_a_file_that_keeps_it_stays_float32(tmp_path):
     assert verify(fused)
 
 
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("layout", ["masks", "keypoints", "oriented", "queries", "finished_rows", "anchor_boxes"])
 def test_any_head_in_half_precision_equals_reference(layout):
     layout = LAYOUTS[layout]()
@@ -123,6 +125,7 @@ def test_error_when_precision_is_unknown():
         fuse(SHAPES / "shapes.pt", size=64, precision="int4")
 
 
+@pytest.mark.thorough
 def test_command_line_says_what_changes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()

@@ -36,6 +36,7 @@ def smooth(image: np.ndarray) -> np.ndarray:
     return cv2.blur(image, (5, 5)).astype(float)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_object_of_a_sample_is_found_and_nothing_else(detect, name):
     _, boxes, labels = SAMPLES[name]
@@ -49,6 +50,7 @@ def test_a_sample_is_the_image_that_the_generator_draws(name):
     assert np.abs(smooth(stored) - smooth(SAMPLES[name][0])).mean() < 1.5  # JPEG does not keep the grain
 
 
+@pytest.mark.slow
 def test_fresh_images_are_found(detect):
     rng = np.random.default_rng(2)
     drawn = [images.draw_image(rng) for _ in range(20)]
@@ -99,6 +101,8 @@ def test_average_precision_is_that_of_coco(hits, total, value):
     assert evaluate.average_precision(np.array(hits, bool), total) == pytest.approx(value)
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
 def test_training_writes_a_checkpoint_that_is_recognized(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "2", "--out", str(tmp_path / "two-steps.pt")])
     train.main()
@@ -107,6 +111,8 @@ def test_training_writes_a_checkpoint_that_is_recognized(tmp_path, monkeypatch, 
     assert (tmp_path / "two-steps.pt").stat().st_size == pytest.approx((SHAPES / "shapes.pt").stat().st_size, rel=0.01)
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_image_of_the_readme_is_drawn_again():
     again = demo_image.demo_image()
     stored = cv2.imread(str(ROOT / "docs" / "demo.jpg"))[..., ::-1]

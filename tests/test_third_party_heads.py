@@ -50,12 +50,14 @@ def raw():
     nodes = [
         helper.make_node("ReduceMean", ["images"], ["mean"], axes=[1, 2, 3], keepdims=0),
         helper.make_node("Unsqueeze", ["mean", "axes"], ["mean3"]),
-        helper.make_node("Add", ["mean3", "rows"], ["output"]),
+        helper.make_node("Mul", ["mean3", "part"], ["little"]),
+        helper.make_node("Add", ["little", "rows"], ["output"]),
     ]
     rows = [0.0] * 7 * 5
     for i in range(5):
-        rows[7 * i : 7 * i + 7] = [10 * i, 10 * i, 10 * i + 8, 10 * i + 9, 0.1 * (i + 1), 0.0, -0.3]
+        rows[7 * i : 7 * i + 7] = [10 * i, 10 * i, 10 * i + 8, 10 * i + 9, 0.1 * (i + 1), 0.0, 0.01]
     weights = [
+        helper.make_tensor("part", TensorProto.FLOAT, [], [1e-4]),
         helper.make_tensor("axes", TensorProto.INT64, [2], [1, 2]),
         helper.make_tensor("rows", TensorProto.FLOAT, [1, 5, 7], rows),
     ]
@@ -135,5 +137,6 @@ def test_layout_of_a_family_that_is_gone_is_still_fused(raw, head):
     assert fuse(replace(raw, layout=layout), score_threshold=0.2).report
 
 
+@pytest.mark.slow
 def test_our_own_models_are_recognized_beside_it(installed):
     assert recognize(load(SHAPES / "shapes.pt", size=64)).family == "yolov8"

@@ -206,7 +206,7 @@ FURTHER_MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.covering(default=1, quick=0)
+@pytest.mark.covering(default=0, quick=0)
 @pytest.mark.parametrize("mistake", FURTHER_MISTAKES)
 @pytest.mark.parametrize("backend", ["ort", "portable"])
 def test_mistake_in_a_further_output_is_caught_and_named(mistake, backend):

@@ -362,6 +362,7 @@ ATTACKS: tuple[Attack, ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_checkpoint_loads_without_an_attack(tmp_path):
     edited(lambda *_: None)(tmp_path / "a.pt")
     assert fusenms.load(tmp_path / "a.pt", size=64).class_names == ("a", "b")

@@ -58,7 +58,7 @@ def model(shapes_raw) -> fusenms.FusedModel:
     return fuse(shapes_raw, unverified=True, score_threshold=0.05)
 
 
-@pytest.mark.covering(quick=0)
+@pytest.mark.covering(default=0, quick=0)
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_class_names_and_paths_are_escaped(model, tmp_path, capsys, attack):
     """`detect` and `inspect` of a file whose class names, and whose own name, are hostile. Names with control characters are refused."""
