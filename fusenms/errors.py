@@ -39,6 +39,10 @@ class AmbiguousHeadError(HeadError):
     """More than one detector family fits the model."""
 
 
+class LayoutContradictedError(HeadError):
+    """The network's scores or boxes contradict the layout that its head is read by."""
+
+
 class AlreadyFusedError(HeadError):
     """The model already ends in detections."""
 

@@ -15,10 +15,14 @@ from fusenms.verification.agreement import Agreement
 
 @dataclass(frozen=True, kw_only=True)
 class Recognized:
-    """The weights are loaded, the head is recognized, and the batch is dynamic."""
+    """The weights are loaded, the head is recognized, and the batch is dynamic.
+
+    ``meaning`` says what the network shows of the layout, and what is assumed; these lines also end the notes of ``raw``.
+    """
 
     raw: RawModel
     layout: Layout
+    meaning: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:

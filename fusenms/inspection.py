@@ -13,7 +13,8 @@ from fusenms import contract
 from fusenms.artifacts.fused import FusedModel, load_fused
 from fusenms.artifacts.raw import RawModel
 from fusenms.errors import HeadError, SourceError
-from fusenms.heads import recognize
+from fusenms.heads import raw_head, recognize
+from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading.files import read_metadata, read_onnx
@@ -44,7 +45,8 @@ class Inspection:
         kind: ``checkpoint``, ``onnx`` (a raw head) or ``fused``.
         inputs, outputs: inputs and outputs of the graph; empty for a checkpoint.
         layout: meaning of the head; None if no family fits.
-        reason: why no family fits.
+        reason: why no family fits, or how the network contradicts the layout.
+        meaning: what the network shows of the layout, and what is assumed.
         class_names: class names, if the file has them.
         notes: observations made while reading the file.
         frozen_batch: batch size of a raw file with a fixed batch; None if the batch is dynamic.
@@ -59,6 +61,7 @@ class Inspection:
     outputs: tuple[TensorInfo, ...] = ()
     layout: Layout | None = None
     reason: str = ""
+    meaning: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     frozen_batch: int | None = None
@@ -119,10 +122,15 @@ def _with_head(found: Inspection, raw: RawModel) -> Inspection:
     opened = ""
     if raw.frozen_batch is not None:
         try:
-            opened = open_batch(raw, layout).notes[-1]
+            raw = open_batch(raw, layout)
+            opened = raw.notes[-1]
         except SourceError as error:
             opened = f"no: {error}"
-    return replace(found, layout=layout, opened=opened)
+    try:
+        meaning = check_meaning(raw, raw_head(raw, layout))
+    except (HeadError, SourceError) as error:
+        return replace(found, reason=str(error), opened=opened)
+    return replace(found, layout=layout, meaning=meaning, opened=opened)
 
 
 def _inputs(model: onnx.ModelProto) -> tuple[TensorInfo, ...]:

@@ -21,6 +21,7 @@ from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized
 from fusenms.fusion.backends import get_backend
 from fusenms.fusion.tail import fuse_head
 from fusenms.heads import HeadSpec, raw_head, recognize
+from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
 from fusenms.runtime.images import list_images, load_tensor
 from fusenms.sources import LoadFields, LoadOptions, load, options_from
@@ -97,8 +98,10 @@ def fuse(
     raw, layout = _load(weights, options, loading)
     layout = layout or recognize(raw, family, heads=heads)
     raw = open_batch(raw, layout)
-    tell(Recognized(raw=raw, layout=layout))
     head = raw_head(raw, layout, heads)
+    meaning = check_meaning(raw, head)
+    raw = replace(raw, notes=(*raw.notes, *meaning))
+    tell(Recognized(raw=raw, layout=layout, meaning=meaning))
     fused, full = _fuse(raw, head, settings, backend, precision)
     tell(Fused(raw=raw, model=fused))
     arrays = _arrays(fused, images, raw)

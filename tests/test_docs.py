@@ -84,6 +84,7 @@ class StandIns:
             "yolov8n.portable.onnx": lambda path: self.fused(path, "portable"),
             "detector.onnx": lambda path: self.raw(path, dynamic=True),
             "detector_b1.onnx": lambda path: self.raw(path, dynamic=False),
+            "detector_features.onnx": self.raw_with_features,
             "bus.jpg": lambda path: shutil.copy(SHAPES / "shapes0.jpg", path),
             "street.jpg": lambda path: shutil.copy(SHAPES / "shapes1.jpg", path),
             "photos": self.photos,
@@ -119,6 +120,16 @@ class StandIns:
         from third_party import Yolov8, write
 
         write(Yolov8(), path, dynamic=dynamic)
+
+    def raw_with_features(self, path: Path) -> None:
+        import onnx
+        from onnx import TensorProto, helper
+
+        self.raw(path, dynamic=True)
+        model = onnx.load(path)
+        model.graph.node.append(helper.make_node("GlobalAveragePool", [model.graph.input[0].name], ["features"]))
+        model.graph.output.append(helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 3, 1, 1]))
+        onnx.save(model, path)
 
     def photos(self, path: Path) -> None:
         path.mkdir()

@@ -45,7 +45,13 @@ def test_yolov8_is_recognized(tmp_path, transposed, shuffle, metadata):
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("classes", [1, 2, 80])
 def test_yolov5_is_recognized(tmp_path, classes, shuffle):
-    layout = recognize(load(write(AnchorDecoded(classes), tmp_path / "m.onnx", shuffle=shuffle)))
+    raw = load(write(AnchorDecoded(classes), tmp_path / "m.onnx", shuffle=shuffle))
+    if classes == 2:  # the second may be anything
+        with pytest.raises(
+            HeadNotRecognizedError, match="nothing shows that all 2 channels after the objectness are classes"
+        ):
+            recognize(raw)
+    layout = recognize(raw, "yolov5")
     assert (layout.family, layout.num_classes) == ("yolov5", classes)
     assert layout.objectness.start == 4
     assert layout.decode.strides == (8, 16, 32)
@@ -210,11 +216,11 @@ def test_error_when_family_is_unknown_or_contradicts(shapes_raw):
 
 
 def test_frozen_batch_is_refused_with_the_cure_or_opened(tmp_path):
-    path = write(AnchorDecoded(), tmp_path / "m.onnx", dynamic=False)
+    path = write(AnchorDecoded(1), tmp_path / "m.onnx", dynamic=False)
     with pytest.raises(SourceError, match=r"batch size is frozen at 1; .* add make_dynamic=True"):
         load(path)
     fused = fuse(path, make_dynamic=True)
-    assert "3 images equal to running them alone" in fused.notes[-1]
+    assert any("3 images equal to running them alone" in note for note in fused.notes)
     assert fused.report
 
 
@@ -362,7 +368,7 @@ def test_finished_rows_of_other_tasks(tmp_path, task):
 
 
 def test_yolov5_with_masks(tmp_path):
-    fused = fuse(write(AnchorDecoded(2, masks=6), tmp_path / "m.onnx"), score_threshold=0.2)
+    fused = fuse(write(AnchorDecoded(2, masks=6), tmp_path / "m.onnx"), family="yolov5", score_threshold=0.2)
     assert fused.report, fused.report
     assert (fused.layout.family, fused.layout.task, fused.layout.num_classes) == ("yolov5", "segment", 2)
 

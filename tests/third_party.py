@@ -241,7 +241,7 @@ class LevelsJoined(LevelsApart):
     """One output a level."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.maps(images))
+        return tuple(torch.cat((m[:, :64], m[:, 64:]), 1) for m in self.maps(images))
 
 
 class NanoDet(LevelsApart):

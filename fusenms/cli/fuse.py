@@ -27,7 +27,7 @@ from fusenms.transforms.half_precision import HALF, PRECISIONS
 
 NAME = "fuse"
 HELP = "fuse the post-processing into a detector, verify the result, and write the model (the default command)"
-LOADING = ["size", "dynamic_size", "opset", "make_dynamic", "one_to_many", "pixels", "stretch"]
+LOADING = ["size", "dynamic_size", "opset", "make_dynamic", "one_to_many", "pixels", "stretch", "ignore"]
 """Fields of `LoadOptions` that are flags of this command."""
 
 
@@ -56,7 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unverified", action="store_true", help="skip the verification, and mark the file as unverified"
     )
     model = parser.add_argument_group("model")
-    add_fields(model, LoadOptions, LOADING, size={"type": size_argument, "metavar": "N|HxW"})
+    add_fields(
+        model,
+        LoadOptions,
+        LOADING,
+        size={"type": size_argument, "metavar": "N|HxW"},
+        ignore={
+            "action": "append",
+            "default": [],
+            "metavar": "OUTPUT",
+            "help": "name of an output of an .onnx that means nothing for its detections; may be given several times",
+        },
+    )
     model.add_argument(
         "--family",
         choices=[head.name for head in known_heads()],
@@ -150,8 +161,10 @@ def printer(steps: Steps, bar: ProgressBar) -> OnEvent:
         raw, layout = event.raw, event.layout
         checkpoint = raw.layout is not None
         steps.line("load", f"{event.summary}{' · no code executed' if checkpoint else ''}")
-        for note in raw.notes:
+        for note in raw.notes[: len(raw.notes) - len(event.meaning)]:
             steps.line("export" if checkpoint else "read", note)
+        for line in event.meaning:
+            steps.line("head", line)
         steps.values |= {"source": raw.source, "family": layout.family, "task": layout.task}
 
     def fused(event: Fused) -> None:

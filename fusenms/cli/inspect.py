@@ -61,8 +61,14 @@ def _head(found: Inspection, steps: Steps) -> None:
         steps.values |= {"layout": None, "reason": found.reason}
         return
     steps.line("head", layout_text(found.layout))
+    for line in found.meaning:
+        steps.line("head", line)
     steps.line("decode", DECODES[found.layout.decode_stage])
-    steps.values |= {"layout": found.layout.to_dict(), "decode": found.layout.decode_stage}
+    steps.values |= {
+        "layout": found.layout.to_dict(),
+        "meaning": list(found.meaning),
+        "decode": found.layout.decode_stage,
+    }
 
 
 def _fused_text(fused: FusedModel) -> str:

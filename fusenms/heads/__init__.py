@@ -11,25 +11,26 @@ from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
 from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError, SourceError, first_line
 from fusenms.graph.model import declared_shape
+from fusenms.heads.accounting import left_over
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.families.corners import CORNERS
 from fusenms.heads.families.detr import DETR
 from fusenms.heads.families.fastestdet import FASTESTDET
-from fusenms.heads.families.levels import LEVELS
+from fusenms.heads.families.levels import GFL, LEVELS
 from fusenms.heads.families.nanodet import NANODET
 from fusenms.heads.families.rows import ROWS
-from fusenms.heads.families.rtdetr import RTDETR
+from fusenms.heads.families.rtdetr import RFDETR, RTDETR
 from fusenms.heads.families.ssd import SSD
 from fusenms.heads.families.yolov4 import YOLOV4
 from fusenms.heads.families.yolov5 import YOLOV5
 from fusenms.heads.families.yolov8 import YOLOV8
-from fusenms.heads.families.yolox import YOLOX
+from fusenms.heads.families.yolox import YOLOV6, YOLOX
 from fusenms.heads.probe import Probe
 from fusenms.layout import Layout
 from fusenms.onnx_reading import untrusted
 
 HEADS: tuple[HeadSpec, ...] = (
-    YOLOV8, YOLOV5, YOLOV4, YOLOX, CORNERS, SSD, DETR, RTDETR, ROWS, LEVELS, NANODET, FASTESTDET,
+    YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, SSD, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, NANODET, FASTESTDET,
 )  # fmt: skip
 
 __all__ = ["ENTRY_POINTS", "HEADS", "HeadSpec", "Mismatch", "Probe", "known_heads", "raw_head", "recognize"]
@@ -100,7 +101,7 @@ def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadS
     probe = Probe(raw)
     with untrusted(raw.source, "recognizing its head"):
         found = {
-            head.name: head.match(probe, family is None)
+            head.name: _match(head, probe, family is None)
             if raw.task in head.tasks
             else Mismatch(f"the file says that its task is {raw.task!r}; expected {' or '.join(map(repr, head.tasks))}")
             for head in specs
@@ -113,6 +114,13 @@ def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadS
         raise AmbiguousHeadError(f"{raw.source}: fits {' and '.join(layouts)}; choose one with family=NAME")
     reasons = "".join(f"\n  {name}: {result.reason}" for name, result in found.items() if isinstance(result, Mismatch))
     raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits:{reasons}")
+
+
+def _match(head: HeadSpec, probe: Probe, certain: bool) -> Layout | Mismatch:
+    """Match one family. Its layout must account for everything that the model gives."""
+    result = head.match(probe, certain)
+    reason = left_over(probe, result) if isinstance(result, Layout) else None
+    return Mismatch(reason) if reason else result
 
 
 def raw_head(raw: RawModel, layout: Layout, heads: Sequence[HeadSpec] = ()) -> RawHead:

@@ -16,9 +16,9 @@ from onnx import helper
 from fusenms import contract
 from fusenms.artifacts.raw import RawModel
 from fusenms.errors import SourceError
-from fusenms.graph.model import cut_before
+from fusenms.graph.model import cut_before, with_only_outputs
 from fusenms.graph.session import Session
-from fusenms.layout import Join, Layout, Tap, cells_along, other_axis
+from fusenms.layout import BoxFormat, Decoded, Join, Layout, Tap, cells_along, other_axis
 from fusenms.onnx_reading.files import read_metadata
 from fusenms.onnx_reading.metadata import parse_literal
 
@@ -114,6 +114,26 @@ class Probe:
         """Values ``[1, …]`` of the head's tensors on the test image, joined as the layout says."""
         values = self.values(layout.sources)
         return values | {join.tensor: joined(values, join) for join in layout.joins}
+
+    def joins_objectness(self, classes: int) -> bool:
+        """Whether a Concat on the way to the outputs joins box channels (4, or 2 and 2), objectness and classes."""
+        return any(sorted((*box, 1, classes)) in self.joins for box in ((4,), (2, 2)))
+
+    def heads_on(self, images: Sequence[np.ndarray], layout: Layout) -> list[dict[str, np.ndarray]]:
+        """Values ``[1, …]`` of the head's tensors on each of these images ``[1, 3, height, width]``, which are as the network takes them.
+
+        Raises:
+            SourceError: the model does not run.
+        """
+        names, batch = list(dict.fromkeys(layout.sources)), self.raw.frozen_batch or 1
+        model = with_only_outputs(self.raw.model, names)
+        session = Session(model, source=self.raw.source, max_seconds=self.raw.limits.max_run_seconds)
+        heads = []
+        for image in images:
+            got = session.run({self.raw.image.tensor: np.repeat(image, batch, 0)}, names)
+            values = {name: value[: len(value) // batch] for name, value in zip(names, got, strict=True)}
+            heads.append(values | {join.tensor: joined(values, join) for join in layout.joins})
+        return heads
 
     def values(self, tensors: Sequence[str]) -> dict[str, np.ndarray]:
         """Values ``[1, …]`` of any tensors of the model on the test image.
@@ -300,6 +320,20 @@ def follows_grid(values: np.ndarray, grid: np.ndarray) -> bool:
         return False
     close = np.abs(values - grid).mean() < 0.12 * np.ptp(grid)
     return close and all(np.corrcoef(values[:, i], grid[:, i])[0, 1] > 0.9 for i in (0, 1))
+
+
+def box_format(boxes: np.ndarray, grid: np.ndarray, sides: np.ndarray) -> Decoded | None:
+    """The format in which boxes ``[N, 4]`` follow the cell centers ``[N, 2]``; None if they do in none.
+
+    ``sides`` is width, height, width, height of the input.
+    """
+    normalized = are_normalized(boxes)
+    pixels = boxes * sides if normalized else boxes.astype(np.float64)
+    if are_corners(pixels) and follows_grid((pixels[:, :2] + pixels[:, 2:]) / 2, grid):
+        return Decoded(BoxFormat.XYXY, normalized)
+    if (pixels[:, 2:] >= 0).all() and follows_grid(pixels[:, :2], grid):
+        return Decoded(BoxFormat.CXCYWH, normalized)
+    return None
 
 
 def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:

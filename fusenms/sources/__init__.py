@@ -87,6 +87,8 @@ def _file(path: Path, options: LoadOptions) -> RawModel:
         raise ConfigError(
             "one_to_many is for checkpoints (.pt) with two heads; these weights are of another kind: leave it out"
         )
+    if options.ignore and (path.is_dir() or suffix != ".onnx"):
+        raise ConfigError("ignore is for outputs of an .onnx file; these weights are of another kind: leave it out")
     if suffix == ".onnx" and not path.is_dir():
         if options.opset is not None:
             raise ConfigError("opset is for exporting a checkpoint; an .onnx file keeps its own: leave it out")
@@ -118,9 +120,9 @@ def _module(module: Any, options: LoadOptions) -> RawModel:
         raise SourceError(f"weights is a {type(module).__name__}; expected the path of {EXPECTED}, or an nn.Module")
     if options.example is None or options.layout is None:
         raise ConfigError("an nn.Module needs example (a batch of images) and layout (what it returns)")
-    if options.size is not None or options.make_dynamic or options.one_to_many:
+    if options.size is not None or options.make_dynamic or options.one_to_many or options.ignore:
         raise ConfigError(
-            "size, make_dynamic and one_to_many are for files; an nn.Module works at the size of its example"
+            "size, make_dynamic, one_to_many and ignore are for files; an nn.Module works at the size of its example"
         )
     from fusenms.sources.export import export
     from fusenms.sources.module import load_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnx import numpy_helper
 from fusenms import contract
 from fusenms.artifacts.raw import ImageInput, RawModel
 from fusenms.errors import AlreadyFusedError, ConfigError, SourceError
+from fusenms.graph.model import with_only_outputs
 from fusenms.limits import Limits
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.files import read_metadata, read_onnx, refuse_cost
@@ -45,6 +47,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     limits, dynamic_size = options.limits, options.dynamic_size
     metadata = read_metadata(model)
     _refuse_fused(path, model, metadata)
+    model = _without_outputs(path, model, options.ignore)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if opset < MIN_OPSET:
         raise SourceError(
@@ -112,6 +115,18 @@ def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) 
                 f"{path}: already holds a non-maximum suppression ({node.op_type} node {node.name!r}); "
                 "expected the raw head. Export the model again without NMS"
             )
+
+
+def _without_outputs(path: Path, model: onnx.ModelProto, ignored: Sequence[str]) -> onnx.ModelProto:
+    outputs = [entry.name for entry in model.graph.output]
+    if unknown := [name for name in ignored if name not in outputs]:
+        raise ConfigError(
+            f"{path}: ignore names {', '.join(unknown)}; expected some of its outputs: {', '.join(outputs)}"
+        )
+    kept = [name for name in outputs if name not in ignored]
+    if not kept:
+        raise ConfigError(f"{path}: ignore names every output; expected at least one that is left")
+    return with_only_outputs(model, kept) if ignored else model
 
 
 def _refuse_nan(path: Path, model: onnx.ModelProto) -> None:

@@ -26,6 +26,7 @@ class LoadOptions:
         pixels: pixel values that the network expects, a name of `fusenms.artifacts.preprocessing.PIXELS` or a `Pixels`; None: as the
             weights state, or as usual for the family. The fused model always takes RGB from 0 to 1.
         stretch: stretch images to the input size instead of letterboxing them; None: as the weights state, or as usual for the family.
+        ignore: names of outputs of an `.onnx` that mean nothing for its detections; they are left out.
         example: for an `nn.Module`: a batch of images ``[B, 3, height, width]`` at its input size.
         layout: for an `nn.Module`: the layout of the tensors that it returns.
         class_names: for an `nn.Module`: its class names; empty: class0, class1, …
@@ -48,6 +49,7 @@ class LoadOptions:
     one_to_many: bool = False
     pixels: str | Pixels | None = field(default=None, metadata={"choices": tuple(PIXELS)})
     stretch: bool | None = None
+    ignore: Sequence[str] = ()
     example: Any = None
     layout: Layout | None = None
     class_names: Sequence[str] = ()
@@ -57,6 +59,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if isinstance(self.pixels, str) and self.pixels not in PIXELS:
             raise ConfigError(f"pixels is {self.pixels!r}; expected one of {', '.join(PIXELS)}, or a Pixels")
+        if isinstance(self.ignore, str):
+            raise ConfigError(f"ignore is {self.ignore!r}; expected a list of names of outputs")
         most = self.limits.max_image_side
         if self.sides is not None and max(self.sides) > most:
             height, width = self.sides
@@ -87,7 +91,9 @@ class LoadOptions:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    return value is default or (isinstance(value, (bool, tuple, list, Limits)) and value == default)
+    if isinstance(value, (tuple, list)):
+        return default is not None and tuple(value) == default
+    return value is default or (isinstance(value, (bool, Limits)) and value == default)
 
 
 class LoadFields(TypedDict, total=False):
@@ -100,6 +106,7 @@ class LoadFields(TypedDict, total=False):
     one_to_many: bool
     pixels: str | Pixels | None
     stretch: bool | None
+    ignore: Sequence[str]
     example: Any
     layout: Layout | None
     class_names: Sequence[str]

@@ -6,11 +6,9 @@ the input or normalized to it.
 
 from __future__ import annotations
 
-import numpy as np
-
 from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
-from fusenms.heads.probe import Pair, Probe, are_corners, are_normalized, are_probabilities, follows_grid, sum_to_one
-from fusenms.layout import Activation, BoxFormat, Decoded, Layout
+from fusenms.heads.probe import Pair, Probe, are_probabilities, box_format, sum_to_one
+from fusenms.layout import Activation, Layout
 
 NAME = "corners"
 
@@ -33,15 +31,10 @@ def _match_pair(probe: Probe, pair: Pair) -> Layout | Mismatch:
     names = probe.raw.class_names
     if names and len(names) != classes:
         return Mismatch(f"found {classes} classes, but {len(names)} class names in the metadata")
-    normalized = are_normalized(pair.boxes)
-    boxes = pair.boxes * probe.sides if normalized else pair.boxes.astype(np.float64)
-    if are_corners(boxes) and follows_grid((boxes[:, :2] + boxes[:, 2:]) / 2, grid):
-        form = BoxFormat.XYXY
-    elif (boxes[:, 2:] >= 0).all() and follows_grid(boxes[:, :2], grid):
-        form = BoxFormat.CXCYWH
-    else:
+    decode = box_format(pair.boxes, grid, probe.sides)
+    if decode is None:
         return Mismatch("the boxes do not follow the cells of the image")
-    return Layout(NAME, pair.box_tap, pair.classes(0, classes), None, Activation.NONE, Decoded(form, normalized))
+    return Layout(NAME, pair.box_tap, pair.classes(0, classes), None, Activation.NONE, decode)
 
 
 CORNERS = HeadSpec(NAME, match)

@@ -8,19 +8,23 @@ Additional outputs with one channel (sums of scores, for thresholding) are ignor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.probe import Probe, Sample, are_probabilities, as_probabilities
+from fusenms.heads.probe import Probe, Sample, are_probabilities, as_probabilities, width_of
 from fusenms.layout import Activation, Distances, Join, Layout, Tap, cells_along
 
-NAME = "levels"
+NAME, GFL_NAME = "levels", "gfl"
 DISTANCES, CLASSES = "fusenms/head_distances", "fusenms/head_classes"
 STRIDES = (4, 8, 16, 32, 64, 128)
 NANODET_BINS = 8
 USUAL_BINS = 16
+GFL_BINS = 17
+KNOWN_BINS = (1, NANODET_BINS, USUAL_BINS, GFL_BINS)
+"""Other numbers may be anchors: nine of them have 36 channels of boxes."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,21 @@ class Level:
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize levels of distances and classes."""
-    layout = match_levels(probe, NAME)
+    layout = match_levels(probe, certain, NAME)
     if isinstance(layout, Layout) and is_nanodet(layout):
         return Mismatch(f"found {NANODET_BINS} bins and class probabilities, as NanoDet has them")
     return layout
+
+
+def match_low_corners(probe: Probe, certain: bool) -> Layout | Mismatch:
+    """Recognize levels whose distances are measured from the low corner of the cell, as those of GFL in mmdetection."""
+    layout = match_levels(probe, certain, GFL_NAME)
+    if not isinstance(layout, Layout):
+        return layout
+    assert isinstance(layout.decode, Distances)
+    if certain and layout.decode.bins != GFL_BINS:
+        return Mismatch(f"found {layout.decode.bins} bins; expected {GFL_BINS}")
+    return replace(layout, decode=replace(layout.decode, point=0.0))
 
 
 def is_nanodet(layout: Layout) -> bool:
@@ -47,7 +62,7 @@ def is_nanodet(layout: Layout) -> bool:
     return layout.decode.bins == NANODET_BINS and layout.activation is Activation.NONE
 
 
-def match_levels(probe: Probe, name: str) -> Layout | Mismatch:
+def match_levels(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
     """Recognize levels of distances and classes, of any family."""
     shapes = [list(sample.value.shape) for sample in probe.samples]
     if probe.raw.task != "detect":
@@ -66,8 +81,8 @@ def match_levels(probe: Probe, name: str) -> Layout | Mismatch:
     if groups is None:
         return Mismatch(f"found outputs of shape {shapes}; expected the same channels in every level")
     if len(groups) == 1:
-        return _match_joined(probe, name, groups[0])
-    return _match_apart(probe, name, groups)
+        return _match_joined(probe, certain, name, groups[0])
+    return _match_apart(probe, certain, name, groups)
 
 
 def _level(probe: Probe, sample: Sample) -> Level | None:
@@ -94,7 +109,7 @@ def _groups(by_stride: Sequence[Sequence[Level]]) -> list[list[Level]] | None:
     return None
 
 
-def _match_joined(probe: Probe, name: str, group: list[Level]) -> Layout | Mismatch:
+def _match_joined(probe: Probe, certain: bool, name: str, group: list[Level]) -> Layout | Mismatch:
     """Match one output per level: 4 * 16 channels of distances, then the classes."""
     width, start = group[0].values.shape[1], 4 * USUAL_BINS
     names = probe.raw.class_names
@@ -108,13 +123,19 @@ def _match_joined(probe: Probe, name: str, group: list[Level]) -> Layout | Misma
     values = np.concatenate([level.values for level in group])
     if reason := _not_classes(values[:, start:]) or _not_distances(values[:, :start]):
         return Mismatch(reason)
+    widths = [width_of(part, len(group[0].values)) for part in probe.samples[0].parts if part.ndim > 2]
+    if certain and not names and widths != [start, width - start]:
+        return Mismatch(
+            f"nothing shows that {width} channels per level are {start} of distances and {width - start} of classes, and not three anchors "
+            f"or classes first (no class names; joined from {widths or 'unknown'} channels); if they are, say family={name!r}"
+        )
     join = Join(DISTANCES, tuple(level.tensor for level in group), group[0].axis, width)
     boxes, classes = Tap(join.tensor, join.channel_axis, 0, start), Tap(join.tensor, join.channel_axis, start, width)
     decode = Distances(tuple(level.stride for level in group), USUAL_BINS)
     return Layout(name, boxes, classes, None, _activation(values[:, start:]), decode, (join,))
 
 
-def _match_apart(probe: Probe, name: str, groups: list[list[Level]]) -> Layout | Mismatch:
+def _match_apart(probe: Probe, certain: bool, name: str, groups: list[list[Level]]) -> Layout | Mismatch:
     """Match two outputs per level. Their values, and the number of class names if there are any, show which output is which."""
     found, reasons = [], []
     for distances, classes in (groups, groups[::-1]):
@@ -122,6 +143,11 @@ def _match_apart(probe: Probe, name: str, groups: list[list[Level]]) -> Layout |
         far, near = (np.concatenate([level.values for level in some]) for some in (distances, classes))
         names = probe.raw.class_names
         reason = _not_distances(far) or _not_classes(near)
+        if certain and not reason and widths[0] // 4 not in KNOWN_BINS:
+            reason = (
+                f"found {widths[0]} channels of boxes and {widths[1]} of classes, which may be those of several anchors; if they are "
+                f"{widths[0] // 4} bins a side, say family={name!r}"
+            )
         if names and len(names) != widths[1]:
             reason = f"found {widths[1]} classes, but {len(names)} class names in the metadata"
         reasons.append(reason)
@@ -135,7 +161,9 @@ def _match_apart(probe: Probe, name: str, groups: list[list[Level]]) -> Layout |
             found.append(Layout(name, boxes, scores, None, _activation(near), decode, joins))
     if len(found) == 1:
         return found[0]
-    return Mismatch("either output may be the class scores" if found else str(next(filter(None, reasons))))
+    if found:
+        return Mismatch("either output may be the class scores")
+    return Mismatch("; with the outputs exchanged, ".join(filter(None, reasons)))
 
 
 def _activation(classes: np.ndarray) -> Activation:
@@ -160,3 +188,4 @@ def _not_distances(values: np.ndarray) -> str | None:
 
 
 LEVELS = HeadSpec(NAME, match)
+GFL = HeadSpec(GFL_NAME, match_low_corners, pixels=PIXELS["imagenet"])

@@ -20,7 +20,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize either form."""
     if len(probe.samples) == 1:
         return _match_plus(probe, certain)
-    layout = match_levels(probe, NAME)
+    layout = match_levels(probe, certain, NAME)
     if isinstance(layout, Layout) and not is_nanodet(layout):
         return Mismatch(f"expected {NANODET_BINS} bins and class probabilities")
     return layout

@@ -3,23 +3,46 @@
 Class logits or probabilities ``[B, queries, C]`` and boxes ``[B, queries, 4]``, cx, cy, w, h normalized to the input, in two
 outputs; or both in one ``[B, queries, 4 + C]``, as Ultralytics exports RT-DETR. Every class of a query counts, as in the papers
 (Zhu et al., 2020; Zhao et al., 2023).
+
+RF-DETR has the same head. Its exports name their outputs `dets` and `labels`, and it takes pixels normalized with ImageNet's mean and
+deviation.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
 from fusenms.heads.probe import Pair, Probe, are_probabilities, as_probabilities, not_queries, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
-NAME = "rtdetr"
+NAME, RF_NAME = "rtdetr", "rfdetr"
+RF_OUTPUTS = {"dets", "labels"}
 MOST_OF_A_CLASS = 0.2
 """Limit on the average score of a class over the queries of the test image. Most queries find nothing."""
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize queries with independent classes."""
+    if certain and {sample.tensor for sample in probe.samples} == RF_OUTPUTS:
+        return Mismatch("found outputs named dets and labels, as those of RF-DETR")
+    return _match(probe, certain)
+
+
+def match_rf(probe: Probe, certain: bool) -> Layout | Mismatch:
+    """Recognize the same head in an export of RF-DETR. Only the names of its outputs tell, and they decide over the pixels."""
+    if certain and {sample.tensor for sample in probe.samples} != RF_OUTPUTS:
+        return Mismatch(
+            f"found outputs {', '.join(sample.tensor for sample in probe.samples)}; expected dets and labels"
+        )
+    layout = _match(probe, certain)
+    return replace(layout, family=RF_NAME) if isinstance(layout, Layout) else layout
+
+
+def _match(probe: Probe, certain: bool) -> Layout | Mismatch:
     if len(probe.samples) == 1:
         return _match_joined(probe)
     return match_pairs(probe, lambda pair: _match_pair(probe, pair, certain))
@@ -67,3 +90,4 @@ def _not_sigmoid(probe: Probe, scores: np.ndarray, certain: bool) -> str | None:
 
 
 RTDETR = HeadSpec(NAME, match, stretch=True)
+RFDETR = HeadSpec(RF_NAME, match_rf, pixels=PIXELS["imagenet"], stretch=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.late_decode import earliest_anchors
-from fusenms.heads.probe import Probe, follows_grid
+from fusenms.heads.probe import Probe, box_format
 from fusenms.heads.task_outputs import task_channels, task_terms
-from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
+from fusenms.layout import Activation, Layout, Tap
 
 NAME = "yolov5"
 ANCHORS = 3
+COCO = 80
+"""Classes of the data set that most files without class names were trained on."""
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
@@ -39,11 +41,17 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         values = rows[:, 4 : 5 + classes]
         if not ((values >= 0) & (values <= 1)).all():
             return Mismatch(f"found scores from {values.min():.3g} to {values.max():.3g}; expected probabilities")
-        if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
-            return Mismatch("the first four channels are not box centers and sizes in pixels of the input")
+        decode = box_format(rows[:, :4], grid, probe.sides)
+        if decode is None:
+            return Mismatch("the first four channels are not boxes that follow the cells of the image")
+        if certain and not names and classes not in (1, COCO):  # a single one cannot be anything else
+            return Mismatch(
+                f"nothing shows that all {classes} channels after the objectness are classes (no class names in the metadata, and not "
+                f"the {COCO} of COCO); if they are, say family={NAME!r}"
+            )
         boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 5 + classes)))
         terms = task_terms(probe, Tap(sample.tensor, 2, 5 + classes, shape[2]) if extra else None, maps)
-        decoded = Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH), **terms)
+        decoded = Layout(NAME, boxes, scores, objectness, Activation.NONE, decode, **terms)
         return decoded if extra else earliest_anchors(probe, decoded, ANCHORS)
     return Mismatch(
         f"found outputs of shape {shapes}; expected [batch, candidates, 5 + classes] with three candidates "

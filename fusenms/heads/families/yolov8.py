@@ -10,7 +10,7 @@ import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.late_decode import earliest_distances
-from fusenms.heads.probe import Probe, Sample, follows_grid, width_of
+from fusenms.heads.probe import Probe, Sample, box_format, width_of
 from fusenms.heads.task_outputs import TASKS, not_terms, task_channels, task_terms
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap, other_axis
 
@@ -59,11 +59,16 @@ def _match_channels(
             f"found class scores from {scores.min():.3g} to {scores.max():.3g}; expected probabilities (a file with keypoints or angles "
             "must say so in its metadata: task, and kpt_shape)"
         )
-    if (rows[:, 2:4] < 0).any() or not follows_grid(rows[:, :2], grid):
-        return Mismatch("the first four channels are not box centers and sizes in pixels of the input")
+    decode = box_format(rows[:, :4], grid, probe.sides)
+    if decode is None:
+        return Mismatch("the first four channels are not boxes that follow the cells of the image")
+    if extra and decode != Decoded(BoxFormat.CXCYWH):
+        return Mismatch(
+            f"found boxes as {decode}; expected centers and sizes in pixels beside masks, keypoints or angles"
+        )
     if reason := not_terms(probe, rows[:, 4 + classes :]):
         return Mismatch(reason)
-    if certain and classes > 1 and sorted((4, 1, classes - 1)) in probe.joins:
+    if certain and classes > 1 and probe.joins_objectness(classes - 1):
         return Mismatch(f"the output is joined from 4, 1 and {classes - 1} channels, so channel 5 is objectness")
     if certain and not names:
         widths = sorted(width_of(part, len(rows)) for part in sample.parts if part.ndim > 1)
@@ -76,7 +81,7 @@ def _match_channels(
     last = 4 + classes
     boxes, class_tap = Tap(sample.tensor, axis, 0, 4), Tap(sample.tensor, axis, 4, last)
     terms = task_terms(probe, Tap(sample.tensor, axis, last, last + extra) if extra else None, maps)
-    decoded = Layout(NAME, boxes, class_tap, None, Activation.NONE, Decoded(BoxFormat.CXCYWH), **terms)
+    decoded = Layout(NAME, boxes, class_tap, None, Activation.NONE, decode, **terms)
     return earliest_distances(probe, decoded)
 
 

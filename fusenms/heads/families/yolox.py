@@ -1,23 +1,43 @@
-"""YOLOX (and YOLOv6 as its authors export it): one anchor per cell, with objectness, decoded in the file or not.
+"""YOLOX and YOLOv6 (as its authors export it): one anchor per cell, with objectness, decoded in the file or not.
 
 One output ``[B, N, 5 + C]``: box, objectness, then C class probabilities. A decoded box is cx, cy, w, h in pixels of the input. The default
-export of YOLOX is not decoded: offsets to the cell and logarithms of the size, in units of the stride.
+export of YOLOX is not decoded: offsets to the cell and logarithms of the size, in units of the stride. The objectness of YOLOv6 is always
+1, and it takes RGB from 0 to 1.
 """
 
 from __future__ import annotations
 
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.probe import Probe, are_probabilities, follows_grid
-from fusenms.layout import Activation, BoxFormat, Decoded, GridOffsets, Layout, Tap
+from fusenms.heads.probe import Probe, are_probabilities, box_format
+from fusenms.layout import Activation, GridOffsets, Layout, Tap
 
-NAME = "yolox"
+NAME, V6 = "yolox", "yolov6"
 MAX_CELL_OFFSET, MAX_LOG_SIZE = 20.0, 8.0
 """Limits on raw offsets, in cells, and on logarithms of sizes, in strides. Values beyond them are not raw box terms."""
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize an output with one candidate per cell and objectness."""
+    layout = _match(probe, certain, NAME)
+    if isinstance(layout, Layout) and certain and _objectness_is_one(probe):
+        return Mismatch(f"the objectness is always 1, as in {V6}")
+    return layout
+
+
+def match_v6(probe: Probe, certain: bool) -> Layout | Mismatch:
+    """Recognize an output with one candidate per cell and an objectness of 1."""
+    layout = _match(probe, False, V6)  # that channel 5 is always 1 shows that it is no class
+    if isinstance(layout, Layout) and (isinstance(layout.decode, GridOffsets) or not _objectness_is_one(probe)):
+        return Mismatch("expected decoded boxes and an objectness that is always 1")
+    return layout
+
+
+def _objectness_is_one(probe: Probe) -> bool:
+    return bool((probe.samples[0].value[0, :, 4] == 1).all())
+
+
+def _match(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
     if probe.raw.task != "detect":
         return Mismatch(f"the file says that its task is {probe.raw.task!r}; expected 'detect'")
     shapes = [list(sample.value.shape) for sample in probe.samples]
@@ -37,20 +57,22 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         )
     if not are_probabilities(rows[:, 4:]):
         return Mismatch(f"found scores from {rows[:, 4:].min():.3g} to {rows[:, 4:].max():.3g}; expected probabilities")
-    if certain and not names and sorted((4, 1, classes)) not in probe.joins:
+    if certain and not names and not probe.joins_objectness(classes):
         return Mismatch(
             "nothing shows that channel 5 is objectness (no class names in the metadata; the output is joined from "
-            f"{probe.joins or 'unknown'} channels); if it is, say family={NAME!r}"
+            f"{probe.joins or 'unknown'} channels); if it is, say family={name!r}"
         )
     boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, width)))
     grid = probe.grid(1, count)
     assert grid is not None
-    if (rows[:, 2:4] >= 0).all() and follows_grid(rows[:, :2], grid):
-        return Layout(NAME, boxes, scores, objectness, Activation.NONE, Decoded(BoxFormat.CXCYWH))
+    decode = box_format(rows[:, :4], grid, probe.sides)
+    if decode is not None:
+        return Layout(name, boxes, scores, objectness, Activation.NONE, decode)
     moves = (rows[:, :4].std(0) > 0).all()
     if moves and abs(rows[:, :2]).max() <= MAX_CELL_OFFSET and abs(rows[:, 2:4]).max() <= MAX_LOG_SIZE:
-        return Layout(NAME, boxes, scores, objectness, Activation.NONE, GridOffsets(strides))
+        return Layout(name, boxes, scores, objectness, Activation.NONE, GridOffsets(strides))
     return Mismatch("the first four channels are neither boxes in pixels of the input nor offsets to the cells")
 
 
 YOLOX = HeadSpec(NAME, match, pixels=PIXELS["bgr255"])
+YOLOV6 = HeadSpec(V6, match_v6)

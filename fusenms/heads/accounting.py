@@ -1,0 +1,86 @@
+"""Check that a layout accounts for everything that a model gives: each output, and each channel of the head's tensors.
+
+An output is accounted for if the layout uses it, if it is computed from what the layout uses, or if what the layout uses is computed from
+it. What is left over may be an objectness, a centerness or an angle that would silently be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx
+
+from fusenms.heads.probe import MOVING_OPS, Probe, producers_of, sum_to_one
+from fusenms.layout import Layout
+
+SHAPE_OPS = ("Shape", "Size")
+"""Operators whose result does not depend on values."""
+
+
+def left_over(probe: Probe, layout: Layout) -> str | None:
+    """Return what a layout of the model leaves over, as a clause; None if it leaves nothing."""
+    graph = probe.raw.model.graph
+    producers, sources = producers_of(graph), set(layout.sources)
+    used = _ancestors(sources, producers)
+    sources |= _moved_from(sources, producers)
+    for entry in graph.output:
+        name = entry.name
+        if name not in used and probe.raw.image.tensor in _ancestors([name], producers, sources):
+            return (
+                f"output {name!r} would not be used, and is not computed from what is used; if it means nothing, ignore it "
+                f"(ignore={name!r})"
+            )
+    return channels_left_over(layout, probe.head(layout))
+
+
+def channels_left_over(layout: Layout, head: Mapping[str, np.ndarray]) -> str | None:
+    """Return which channels of the head's tensors ``[1, …]`` a layout leaves over; None if it leaves none.
+
+    The background of scores that sum to 1 is computed from the others.
+    """
+    for tensor in layout.tensors:
+        taps = [tap for tap in layout.taps if tap.tensor == tensor]
+        if not taps:
+            continue  # prototypes
+        axis = taps[0].channel_axis
+        rows = head[tensor][0].T if axis == 1 else head[tensor][0]
+        left = sorted(set(range(rows.shape[1])) - {channel for tap in taps for channel in range(tap.start, tap.stop)})
+        if left and not sum_to_one(rows[:, min(layout.classes.start, *left) : max(layout.classes.stop, left[-1] + 1)]):
+            return f"channels {left[0]} to {left[-1]} of {tensor!r} would not be used"
+    return None
+
+
+def _ancestors(names: Iterable[str], producers: Mapping[str, onnx.NodeProto], stop: Iterable[str] = ()) -> set[str]:
+    """The tensors that these are computed from by value, with themselves, back to those in ``stop``."""
+    found, todo, end = set[str](), list(names), set(stop)
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found.add(name)
+        node = producers.get(name)
+        if name in end or node is None or node.op_type in SHAPE_OPS:
+            continue
+        todo += [*node.input, *_captured(node)]
+    return found
+
+
+def _moved_from(names: Iterable[str], producers: Mapping[str, onnx.NodeProto]) -> set[str]:
+    """The tensors that these are parts of, with only operators that move values in between."""
+    found, todo = set[str](), list(names)
+    while todo:
+        node = producers.get(todo.pop())
+        if node is not None and node.op_type in MOVING_OPS:
+            todo += [name for name in node.input if name not in found]
+            found |= set(node.input)
+    return found
+
+
+def _captured(node: onnx.NodeProto) -> list[str]:
+    """Names that the subgraphs of a node use."""
+    graphs = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    inner = [item for graph in graphs for item in graph.node]
+    return [name for item in inner for name in (*item.input, *_captured(item))] + [
+        output.name for graph in graphs for output in graph.output
+    ]

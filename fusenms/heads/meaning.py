@@ -1,0 +1,156 @@
+"""Check what a layout says against what the network gives: its scores, its boxes, and how these move with the image.
+
+A layout comes from a family's match, from a checkpoint, or is written by hand. The graph and the reference both follow it, so that they
+agree on a wrong one too. What is checked here needs no objects in a image and no trained weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusenms.artifacts.raw import RawModel
+from fusenms.artifacts.raw_head import RawHead
+from fusenms.errors import LayoutContradictedError
+from fusenms.heads.accounting import channels_left_over
+from fusenms.heads.motion import Motion, Slide, measure_motion, slide
+from fusenms.heads.probe import are_normalized, are_probabilities, sum_to_one
+from fusenms.layout import Activation, AnchorBoxes, Decoded, Distances, Tap, cells_along
+from fusenms.onnx_reading import untrusted
+
+ROUNDING = 1e-3
+"""How far a probability may lie outside 0 to 1, as those of float16 and of quantized networks do."""
+MOST_SLOPE = 0.6
+"""Limit on the growth of distances with the stride: 0 if they are in strides, 1 if they are in pixels."""
+FAR = 4.0
+"""Most normalized boxes lie within this many sides of the image."""
+
+
+def check_meaning(raw: RawModel, head: RawHead) -> tuple[str, ...]:
+    """Compare a layout with what the network gives. Return what is shown and what is assumed, a line for each.
+
+    Raises:
+        LayoutContradictedError: the network contradicts the layout.
+        SourceError: the model does not run.
+    """
+    with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
+        if reason := _wrong_count(raw, head):
+            raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
+        found = slide(raw, head)
+        if reason := _contradiction(found):
+            raise LayoutContradictedError(
+                f"{raw.source}: read as {head.layout.family}, but {reason}; give another family, or a layout that says so"
+            )
+        motion = measure_motion(found)
+    if motion.contradicted:
+        raise LayoutContradictedError(
+            f"{raw.source}: read as {head.layout.family}, but its boxes do not move with the image "
+            f"({'; '.join(map(str, motion.levels))}).{_fitting(motion)}"
+        )
+    left = channels_left_over(head.layout, found.before)
+    return (_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else []))
+
+
+def _wrong_count(raw: RawModel, head: RawHead) -> str | None:
+    """Return how the number of candidates contradicts the cells that the layout has; None if it does not."""
+    decode, image = head.layout.decode, raw.image
+    if isinstance(decode, Decoded):
+        return None
+    anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
+    cells = [cells_along(image.height, stride) * cells_along(image.width, stride) for stride in decode.strides]
+    count, expected = head.candidates(head.layout.boxes), anchors * sum(cells)
+    if count == expected:
+        return None
+    strides = ", ".join(map(str, decode.strides))
+    return (
+        f"it has {count} candidates, and {anchors} for each cell of strides {strides} are {expected} at "
+        f"{image.height}x{image.width}; give a layout with the strides of its levels"
+    )
+
+
+def _fitting(motion: Motion) -> str:
+    if not motion.fitting:
+        return (
+            " No other order of its levels and no other box format fits either; give another family, a layout, or other pixels "
+            "if those are wrong"
+        )
+    return f" They do if read as {' or '.join(motion.fitting)}; give a layout that says so"
+
+
+def _geometry(motion: Motion) -> str:
+    if not motion.shown:
+        return f"geometry assumed: {motion.reason}"
+    levels = ", ".join(str(level.stride) for level in motion.levels)
+    worst = max(level.center * level.stride for level in motion.levels)
+    return f"geometry shown: boxes move with the image (stride {levels}: within {worst:.1g} px)"
+
+
+def _pixels(raw: RawModel, head: RawHead) -> str:
+    how = f"{head.pixels}{', stretched' if head.stretch else ''}"
+    if raw.pixels is not None:
+        return f"pixels as stated: {how}"
+    return f"pixels assumed for {head.layout.family}: {how}"
+
+
+def _contradiction(found: Slide) -> str | None:
+    """Return what in the values contradicts the layout, as a clause; None if nothing does."""
+    return _wrong_scores(found) or _wrong_boxes(found)
+
+
+def _wrong_scores(found: Slide) -> str | None:
+    layout = found.head.layout
+    taps = [tap for tap in (layout.classes, layout.objectness) if tap is not None]
+    values = np.concatenate([_channels(found, tap) for tap in taps], 1)
+    values = values[np.isfinite(values).all(1)]
+    if not len(values):
+        return None
+    low, high = float(values.min()), float(values.max())
+    if layout.activation is Activation.NONE:
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            return f"its scores are from {low:.3g} to {high:.3g}, which are no probabilities (Activation.SIGMOID or SOFTMAX?)"
+    elif layout.activation is Activation.SIGMOID:
+        if are_probabilities(values) and high > low:
+            return f"its scores are from {low:.3g} to {high:.3g}, so that they are probabilities already (Activation.NONE?)"
+    elif layout.background is not None and sum_to_one(np.hstack((values, _channels(found, layout.background)))):
+        return "its scores sum to 1, so that they are the result of a softmax already (Activation.NONE?)"
+    return None
+
+
+def _wrong_boxes(found: Slide) -> str | None:
+    layout = found.head.layout
+    terms = _channels(found, layout.boxes)
+    terms = terms[np.isfinite(terms).all(1)]
+    decode = layout.decode
+    if not len(terms) or not terms.any():
+        return None
+    far = float(np.median(np.abs(terms).max(1)))
+    if isinstance(decode, Distances) and decode.bins == 1:
+        return _wrong_distances(found, decode)
+    if not isinstance(decode, Decoded):
+        return None
+    if decode.normalized and far > FAR:
+        return f"its boxes reach {far:.3g} sides of the image, so that they are in pixels, not normalized"
+    if not decode.normalized and layout.angle is None and are_normalized(terms) and np.ptp(terms) > 0:
+        return f"its boxes are from {terms.min():.3g} to {terms.max():.3g}, so that they are normalized, not in pixels"
+    return None
+
+
+def _wrong_distances(found: Slide, decode: Distances) -> str | None:
+    """Distances in strides are alike on all levels; those in pixels grow with the stride."""
+    terms, image = _channels(found, found.head.layout.boxes), found.raw.image
+    if (middle := float(np.median(terms))) < 0:
+        return f"most of its distances are below 0 (median {middle:.3g})"
+    cells = [cells_along(image.height, stride) * cells_along(image.width, stride) for stride in decode.strides]
+    parts = np.split(terms, np.cumsum(cells)[:-1])
+    medians = [float(np.median(np.abs(part))) for part in parts]
+    if len(medians) > 1 and min(medians) > 0:
+        slope = float(np.polyfit(np.log(decode.strides), np.log(medians), 1)[0])
+        if slope > MOST_SLOPE:
+            each = ", ".join(f"{value:.3g}" for value in medians)
+            return f"its distances grow with the stride (medians {each}), so that they are in pixels, not in strides"
+    return None
+
+
+def _channels(found: Slide, tap: Tap) -> np.ndarray:
+    """The channels ``[N, C]`` of a tap, before the window moves."""
+    values = found.before[tap.tensor][0].astype(np.float32)
+    return (values.T if tap.channel_axis == 1 else values)[:, tap.start : tap.stop]

@@ -1,0 +1,442 @@
+"""A layout is checked against what the network gives: its scores, its boxes, how they move with the image, what it leaves over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import third_party
+import torch
+from conftest import SHAPES
+from onnx import TensorProto, helper, numpy_helper
+from third_party import CLASSES, SIZE, Detr, LevelsApart, YoloNas, Yolov8, write
+from torch import Tensor, nn
+
+from fusenms import fuse, inspect, load, recognize
+from fusenms.errors import (
+    AmbiguousHeadError,
+    ConfigError,
+    HeadNotRecognizedError,
+    LayoutContradictedError,
+)
+from fusenms.heads import raw_head
+from fusenms.heads.meaning import check_meaning
+from fusenms.heads.motion import measure_motion, other_readings, slide
+from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, Tap
+
+
+def meaning(raw, layout):
+    return check_meaning(raw, raw_head(raw, layout))
+
+
+def motion(raw, layout):
+    return measure_motion(slide(raw, raw_head(raw, layout)))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The embedded detector at a size with inner cells on each level."""
+    return load(SHAPES / "shapes.pt", size=256)
+
+
+# Images that move.
+
+
+def test_trained_network_is_shown(trained):
+    geometry, pixels = meaning(trained, trained.layout)
+    assert geometry.startswith("geometry shown: boxes move with the image (stride 8, 16: within 0.")
+    assert pixels == "pixels assumed for yolov8: RGB from 0 to 1"
+
+
+def test_wrong_order_of_the_levels_is_contradicted_and_the_right_one_is_named(trained):
+    wrong = replace(trained.layout, decode=replace(trained.layout.decode, strides=(32, 16, 8)))
+    with pytest.raises(
+        LayoutContradictedError, match="They do if read as strides 8, 16, 32; give a layout that says so"
+    ):
+        meaning(trained, wrong)
+
+
+@pytest.mark.parametrize("module", [Yolov8, YoloNas], ids=lambda module: module.__name__)
+def test_every_other_box_format_is_contradicted(tmp_path, module):
+    raw = load(write(module(), tmp_path / "m.onnx"))
+    right = recognize(raw)
+    if not isinstance(right.decode, Decoded):
+        right = decoded_output(raw, right)
+    found = motion(raw, right)
+    assert found.shown
+    assert all(level.center < 0.01 for level in found.levels), found.levels
+    for _, wrong in other_readings(right):
+        with pytest.raises(LayoutContradictedError):
+            meaning(raw, wrong)
+        seen = motion(raw, wrong)
+        assert seen.contradicted
+        name = f"{right.decode.format.value} {'normalized' if right.decode.normalized else 'in pixels'}"
+        assert seen.fitting == (name,)
+
+
+def decoded_output(raw, layout):
+    """The same head at the output of the file."""
+    name = raw.model.graph.output[0].name
+    taps = Tap(name, 1, 0, 4), Tap(name, 1, 4, 4 + layout.num_classes)
+    return replace(
+        layout, boxes=taps[0], classes=taps[1], joins=(), activation=Activation.NONE, decode=Decoded(BoxFormat.CXCYWH)
+    )
+
+
+def test_boxes_without_cells_are_said_to_be_assumed(tmp_path):
+    raw = load(write(Detr(), tmp_path / "m.onnx"))
+    geometry, pixels = meaning(raw, recognize(raw))
+    assert geometry.startswith("geometry assumed: ")
+    assert pixels.startswith("pixels assumed for detr: RGB from 0 to 1, less (0.485")
+
+
+def test_head_that_does_not_see_the_image_is_said_to_be_assumed():
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["mean"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Unsqueeze", ["mean", "axes"], ["mean3"]),
+        helper.make_node("Mul", ["mean3", "zero"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "rows"], ["output"]),
+    ]
+    ticks = 8.0 * np.arange(8)
+    x, y = np.meshgrid(ticks + 4, ticks + 4)
+    rows = np.stack((x.ravel(), y.ravel(), x.ravel() * 0 + 6, x.ravel() * 0 + 6, x.ravel() / 100), 1)[None]
+    weights = [
+        numpy_helper.from_array(np.array([1, 2]), "axes"),
+        numpy_helper.from_array(np.zeros((), np.float32), "zero"),
+        numpy_helper.from_array(rows.astype(np.float32), "rows"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "raw",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 64, 5])],
+        weights,
+    )
+    from fusenms.artifacts.raw import ImageInput, RawModel
+
+    raw = RawModel(
+        model=helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8),
+        image=ImageInput("images", SIZE, SIZE, 8),
+        class_names=("thing",),
+        task="detect",
+        source="constant.onnx",
+    )
+    layout = Layout(
+        "own", Tap("output", 2, 0, 4), Tap("output", 2, 4, 5), None, Activation.NONE, Decoded(BoxFormat.CXCYWH)
+    )
+    assert meaning(raw, layout)[0] == "geometry assumed: the head does not depend on the image"
+
+
+# Values that contradict a layout.
+
+
+class Cells(nn.Module):
+    """One convolution: cx, cy, w, h between 0 and 1 and three logits for each of 100 cells, changed by ``change``."""
+
+    def __init__(self, change):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.change = nn.Conv2d(3, 7, 16, 16), change
+        nn.init.normal_(self.head.weight, std=0.05)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        rows = self.head(images).flatten(2).transpose(1, 2)
+        boxes, logits = self.change(rows[..., :4].sigmoid(), rows[..., 4:] - 1)
+        return {"boxes": boxes, "logits": logits}
+
+
+NORMALIZED = Layout(
+    "own", Tap("boxes", 2, 0, 4), Tap("logits", 2, 0, 3), None, Activation.SIGMOID, Decoded(BoxFormat.CXCYWH, normalized=True)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "layout", "message"),
+    [
+        (lambda b, s: (b * 160, s), NORMALIZED, "sides of the image, so that they are in pixels, not normalized"),
+        (
+            lambda b, s: (b, s),
+            replace(NORMALIZED, decode=Decoded(BoxFormat.CXCYWH)),
+            "so that they are normalized, not in pixels",
+        ),
+        (lambda b, s: (b, (s - 6).sigmoid()), NORMALIZED, r"probabilities already \(Activation.NONE"),
+        (
+            lambda b, s: (b, s),
+            replace(NORMALIZED, activation=Activation.NONE),
+            r"expected probabilities from 0 to 1 for Activation.NONE",
+        ),
+        (
+            lambda b, s: (b, s.softmax(-1)),
+            replace(
+                NORMALIZED,
+                classes=Tap("logits", 2, 0, 2),
+                activation=Activation.SOFTMAX,
+                background=Tap("logits", 2, 2, 3),
+            ),
+            r"the result of a softmax already \(Activation.NONE",
+        ),
+    ],
+)
+def test_values_that_contradict_a_layout_are_named(change, layout, message):
+    with pytest.raises((LayoutContradictedError, ConfigError), match=message):
+        fuse(Cells(change), example=torch.zeros(1, 3, 160, 160), layout=layout)
+
+
+def test_right_layout_written_by_hand_is_taken():
+    fused = fuse(Cells(lambda b, s: (b, s)), example=torch.zeros(1, 3, 160, 160), layout=NORMALIZED)
+    assert fused.report
+    assert any(note.startswith("geometry assumed: its boxes do not lie in cells") for note in fused.notes)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        ((1.0, 1.0, 1.0), None),
+        ((8.0, 16.0, 32.0), "grow with the stride"),
+        ((-1.0, -1.0, -1.0), "most of its distances are below 0"),
+    ],
+)
+def test_distances_are_in_strides(tmp_path, factor, message):
+    class Plain(LevelsApart):
+        channels = 4 + CLASSES
+        first_class = 4
+
+        def forward(self, images):
+            maps = self.maps(images)
+            return tuple(p for f, m in zip(factor, maps, strict=True) for p in ((m[:, :4].abs() + 1) * f, m[:, 4:]))
+
+    raw = load(write_new(Plain(), tmp_path / "m.onnx"))
+    layout = recognize(raw)
+    assert layout.decode == Distances((8, 16, 32), 1)
+    if message is None:
+        assert meaning(raw, layout)[0].startswith("geometry shown")
+    else:
+        with pytest.raises(LayoutContradictedError, match=message):
+            meaning(raw, layout)
+
+
+def write_new(module, path, **more):
+    """Export a network of a class that lives in a test only."""
+    third_party.exported.cache_clear()
+    return write(module, path, **more)
+
+
+# Everything is accounted for.
+
+
+class Centerness(LevelsApart):
+    """One more branch a level."""
+
+    def forward(self, images):
+        maps = self.maps(images)
+        pools = [nn.functional.avg_pool2d(images, stride).mean(1, keepdim=True) for stride in self.strides]
+        return tuple(p for m, pool in zip(maps, pools, strict=True) for p in (m[:, :64], m[:, 64:], pool))
+
+
+class ScoreSums(LevelsApart):
+    """A sum of the scores a level, as exports for NPUs have it."""
+
+    def forward(self, images):
+        parts = [(m[:, :64], m[:, 64:].sigmoid()) for m in self.maps(images)]
+        return tuple(p for dist, scores in parts for p in (dist, scores, scores.sum(1, keepdim=True)))
+
+
+def test_output_that_is_left_over_is_refused_or_ignored(tmp_path):
+    path = write_new(Centerness(), tmp_path / "m.onnx")
+    with pytest.raises(
+        HeadNotRecognizedError, match=r"levels: output 'output2' would not be used.*\(ignore='output2'\)"
+    ):
+        recognize(load(path))
+    layout = recognize(load(path, ignore=["output2", "output5", "output8"]))
+    assert (layout.family, layout.num_classes) == ("levels", CLASSES)
+
+
+def test_output_that_is_computed_from_what_is_used_is_no_matter(tmp_path):
+    layout = recognize(load(write_new(ScoreSums(), tmp_path / "m.onnx")))
+    assert (layout.family, layout.num_classes) == ("levels", CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [
+        (["nothing"], "ignore names nothing; expected some of its outputs: output0"),
+        (["output0", "output1"], "every output"),
+        ("output0", "expected a list"),
+    ],
+)
+def test_error_when_ignore_is_wrong(tmp_path, ignore, message):
+    path = write(YoloNas(), tmp_path / "m.onnx")
+    with pytest.raises(ConfigError, match=message):
+        load(path, ignore=ignore)
+
+
+def test_error_when_ignore_is_for_a_checkpoint():
+    with pytest.raises(ConfigError, match=r"ignore is for outputs of an \.onnx"):
+        load(SHAPES / "shapes.pt", ignore=["output0"])
+
+
+# Heads that look alike.
+
+
+class Corners(Yolov8):
+    """Corners instead of centers."""
+
+    def forward(self, images):
+        boxes, scores = self.truth(images)
+        return torch.cat((boxes, scores), -1).transpose(1, 2)
+
+
+class NormalizedQuality(YoloNas):
+    """Normalized corners, a quality and classes."""
+
+    def forward(self, images):
+        boxes, scores = self.truth(images)
+        return torch.cat((boxes / SIZE, scores.mean(-1, keepdim=True), scores), -1)
+
+
+class Yolov6(YoloNas):
+    """An objectness of 1."""
+
+    def forward(self, images):
+        boxes, scores = self.truth(images)
+        centers = torch.cat(((boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]), -1)
+        return torch.cat((centers, torch.ones_like(scores[..., :1]), scores), -1)
+
+
+@pytest.mark.parametrize(
+    ("module", "family", "decode"),
+    [
+        (Corners, "yolov8", Distances((8, 16, 32), 16)),  # before their decode
+        (NormalizedQuality, "yolox", Decoded(BoxFormat.XYXY, normalized=True)),
+        (Yolov6, "yolov6", Decoded(BoxFormat.CXCYWH)),
+    ],
+)
+def test_boxes_are_read_by_their_values(tmp_path, module, family, decode):
+    raw = load(write_new(module(), tmp_path / "m.onnx"))
+    layout = recognize(raw)
+    assert (layout.family, layout.decode, layout.num_classes) == (family, decode, CLASSES)
+    assert meaning(raw, layout)[0].startswith("geometry shown")
+
+
+def test_pixels_of_yolov6_and_of_rf_detr_are_their_own(tmp_path):
+    raw = load(write_new(Yolov6(), tmp_path / "m.onnx"))
+    assert meaning(raw, recognize(raw))[1] == "pixels assumed for yolov6: RGB from 0 to 1"
+    path = write(third_party.RtDetr(), tmp_path / "r.onnx")
+    assert recognize(load(path)).family == "rtdetr"
+    model = onnx.load(path)
+    for node in model.graph.node:
+        node.output[:] = [{"output0": "dets", "output1": "labels"}.get(name, name) for name in node.output]
+        node.input[:] = [{"output0": "dets", "output1": "labels"}.get(name, name) for name in node.input]
+    for entry, name in zip(model.graph.output, ("dets", "labels"), strict=True):
+        entry.name = name
+    onnx.save(model, path)
+    raw = load(path)
+    assert meaning(raw, recognize(raw))[1].startswith("pixels assumed for rfdetr: RGB from 0 to 1, less (0.485")
+
+
+class Bins17(LevelsApart):
+    """Seventeen bins: PP-YOLOE's from the center of the cell, GFL's from its low corner."""
+
+    bins = 17
+    first_class = 68
+    channels = 68 + CLASSES
+
+    def forward(self, images):
+        return tuple(part for m in self.maps(images) for part in (m[:, :68], m[:, 68:]))
+
+
+def test_seventeen_bins_are_asked_for(tmp_path):
+    raw = load(write_new(Bins17(), tmp_path / "m.onnx"))
+    with pytest.raises(AmbiguousHeadError, match="fits levels and gfl"):
+        recognize(raw)
+    assert recognize(raw, "levels").decode == Distances((8, 16, 32), 17)
+    assert recognize(raw, "gfl").decode == Distances((8, 16, 32), 17, point=0.0)
+
+
+class OneConvolution(LevelsApart):
+    """One convolution a level, whose channels may be those of three anchors."""
+
+    channels = 255
+
+    def forward(self, images):
+        down = 5.0 * (torch.arange(255) >= 64)[:, None, None]
+        return tuple(m - down for m in self.maps(images))
+
+
+class NineAnchors(LevelsApart):
+    """Four terms and the classes of nine anchors, as RetinaNet's."""
+
+    first_class = 36
+    channels = 36 + 9 * CLASSES
+
+    def forward(self, images):
+        return tuple(p for m in self.maps(images) for p in (m[:, :36], m[:, 36:] - 5))
+
+
+class ClassesFirst(LevelsApart):
+    """Classes, then distances."""
+
+    channels = 104
+
+    def forward(self, images):
+        return tuple(torch.cat((m[:, 4:] - 5, m[:, :4].relu()), 1) for m in self.maps(images))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (OneConvolution, "levels: nothing shows that 255 channels per level are 64 of distances and 191 of classes"),
+        (NineAnchors, "found 36 channels of boxes and 27 of classes, which may be those of several anchors"),
+        (ClassesFirst, r"levels: nothing shows that 104 .* joined from \[100, 4\] channels"),
+    ],
+)
+def test_channels_without_evidence_are_refused(tmp_path, module, message):
+    with pytest.raises(HeadNotRecognizedError, match=message):
+        recognize(load(write_new(module(), tmp_path / "m.onnx")))
+
+
+def test_inspect_says_what_is_shown(tmp_path):
+    found = inspect(write(YoloNas(), tmp_path / "m.onnx"))
+    assert found.layout is not None
+    assert [line.split(":")[0] for line in found.meaning] == ["geometry shown", "pixels assumed for corners"]
+
+
+# The files of other people: no false alarm, and every wrong reading seen.
+
+
+def readings(layout):
+    """Wrong readings of a head, by name."""
+    decode = layout.decode
+    yield from other_readings(layout)
+    if isinstance(decode, Distances | AnchorBoxes | GridOffsets):
+        yield "strides doubled", replace(layout, decode=replace(decode, strides=tuple(2 * s for s in decode.strides)))
+    if layout.activation is Activation.SIGMOID:
+        yield "logits said probabilities", replace(layout, activation=Activation.NONE)
+    elif layout.activation is Activation.NONE and layout.labels is None:
+        yield "probabilities said logits", replace(layout, activation=Activation.SIGMOID)
+
+
+FILES = (
+    "derived/yolov8n.onnx",
+    "derived/yolov5n.onnx",
+    "derived/yolo26n_e2e.onnx",
+    "yolox_nano_raw_416.onnx",
+    "nanodet_m_416.onnx",
+    "shapes/yolo12-p.pt",
+    "shapes/yolov3-tinyu-p.pt",
+    "shapes/yolo26-p-obb.pt",
+    "shapes/yolov8-p-pose.pt",
+    "shapes/yolov9-p.pt",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_real_file_is_shown_and_its_wrong_readings_are_not(zoo, name):
+    raw = load(zoo / name, make_dynamic=name.endswith(".onnx"))
+    right = recognize(raw)
+    assert meaning(raw, right)[0].startswith("geometry shown")
+    for said, wrong in readings(right):
+        with pytest.raises(LayoutContradictedError):
+            pytest.fail(f"{said}: {meaning(raw, wrong)}")
