@@ -121,9 +121,9 @@ __device__ inline void visit_each(int first, int end, int step, Load load, Visit
     for (; first < end; first += step) visit(first, load(first));
 }
 
-// A float's bits, so that larger floats are larger integers.
+// A float's bits, so that larger floats are larger integers, and equal ones (0 and -0) are equal.
 __device__ inline unsigned ordered_bits(float x) {
-    const unsigned bits = __float_as_uint(x);
+    const unsigned bits = __float_as_uint(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -255,6 +255,18 @@ def test_kernels_of_the_plugin_equal_the_oracle(layout, settings):
     assert not judged(layout, "plugin", settings, seed=3, runner=lambda tail: KernelRunner(tail, on_cpu(7)))
 
 
+@pytest.mark.slow
+def test_zeros_of_both_signs_are_equal_to_the_kernels():
+    library()
+    layout = HEADS["distances"](CLASSES)
+    head = plain(layout, PostprocessConfig(), np.random.default_rng(0))
+    head["logits"][:] = -20
+    head["logits"][0, :40] = np.tile([0.0, -0.0], 20)
+    config = PostprocessConfig(indices=True, iou_threshold=1.0)
+    (rows,) = rows_of_backend(layout, "plugin", config, [head], lambda tail: KernelRunner(tail, on_cpu(7)))
+    assert [row.index for row in rows] == list(range(40))
+
+
 # Single decisions, on every backend and in the reference.
 
 
