@@ -3,19 +3,25 @@
 It shares no code with the modules that emit the graph. The steps for each image:
 
 1. Score every candidate. The score is the highest class probability, times the objectness if the head has one. With `multi_label`, and for
-   an end-to-end head whose classes are not a softmax, each class is a separate candidate. A candidate is left out if a class score is NaN
-   or +infinity, if its box is not finite, or if the area of its box exceeds float32. (Whether such a candidate takes a place in step 3 is
-   undefined: runtimes differ in the maximum of NaN.)
+   an end-to-end head whose classes are not a softmax, each class is a separate candidate. A candidate is left out if one of its class
+   values is NaN or +infinity, or its score exceeds float32 (whether it takes a place in step 3 is undefined: runtimes differ in the maximum
+   of NaN). With a softmax, its class values are those of all classes and of the background; otherwise, if each class is a candidate, its
+   own.
 2. Keep candidates with score > `score_threshold`.
 3. Keep the best `max_candidates`; for an end-to-end head, the best `max_detections`. Ties go to the lower candidate number, then to the
-   lower class.
+   lower class. Of these, leave out those whose box is not usable: the four corners, before a negative size is set to zero, are finite, and
+   their absolute values sum to less than 1e18 pixels (float32 then holds the area); the five numbers of an oriented box to less than 1e8.
 4. Unless the head is end-to-end: in descending order of score, drop a candidate whose IoU with a kept one of the same class (of any class,
    with `class_agnostic`) is > `iou_threshold`. A degenerate box has IoU 0 with every box. Oriented boxes use the probabilistic IoU.
-5. Keep the best `max_detections`.
+5. Keep the best `max_detections`, in the order of step 3. Where this order is that of logits, a row's score is the sigmoid of its logit in
+   float32, which may be a unit in the last place above the score of the row before.
 
 Rounding. A float32 graph cannot reproduce a float64 decision whose margin is smaller than the rounding of float32. `postprocess` therefore
-takes the observed rows. A decision with a positive margin below rounding is accepted either way: it follows the observed rows and is
-counted as a close call. A decision with a larger margin, or with a margin of exactly zero, never depends on the observed rows.
+takes the observed rows. A decision with a margin below rounding is accepted either way: it follows the observed rows and is counted as a
+close call. A decision with a larger margin never depends on the observed rows. Neither does one with a margin of exactly zero, if float32
+computes the same numbers: an IoU equal to the threshold, and equal scores of heads whose scores are a single class value. Scores that are a
+product or a softmax are rounded before they are compared, so float32 may order two of them that are equal in float64, such as the softmax
+of the same logits in another order, or see one beside the threshold that it equals.
 """
 
 from __future__ import annotations
@@ -37,7 +43,18 @@ from fusenms.boxes import (
     pairwise_probiou,
 )
 from fusenms.config import PostprocessConfig
-from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, TanhOffsets, Tap
+from fusenms.layout import (
+    LARGEST,
+    Activation,
+    AnchorBoxes,
+    BoxFormat,
+    Decoded,
+    Distances,
+    GridOffsets,
+    Layout,
+    TanhOffsets,
+    Tap,
+)
 
 Floats = NDArray[np.float64]
 
@@ -99,8 +116,8 @@ class Candidates:
     """All candidates of one image: boxes ``[N, 4]`` xyxy in pixels (oriented ones ``[N, 5]``), class values ``[N, C]``.
 
     ``keys`` order the candidates and are compared with the threshold: logits if ``logits``, whose order is exact, else probabilities.
-    An unusable class value is NaN in ``keys``. ``rounding`` is the relative rounding of the keys. ``suppress`` and ``every_class`` are
-    those of the layout. ``given`` ``[N]`` are labels that the head gives; None if it gives none.
+    An unusable class value is NaN in ``keys``, and an unusable box is NaN. ``rounding`` is the relative rounding of the keys. ``suppress``
+    and ``every_class`` are those of the layout. ``given`` ``[N]`` are labels that the head gives; None if it gives none.
     """
 
     boxes: Floats
@@ -138,11 +155,17 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
             probabilities = values
         if (weight := layout.objectness_weight) is not None:
             probabilities, objectness = probabilities.clip(0) ** (1 - weight), objectness.clip(0) ** weight
-        keys = probabilities = probabilities * objectness
-        usable = usable & ~np.isnan(probabilities) & (probabilities != np.inf)
-    angle = None if layout.angle is None else _channels(head, image, layout.angle.value)
+        with np.errstate(invalid="ignore"):
+            keys = probabilities = probabilities * objectness
+            usable = usable & (probabilities <= LARGEST)  # false for NaN
+    with np.errstate(invalid="ignore"):
+        if layout.angle is None:
+            boxes = ordered(_within_reach(_boxes(terms, layout, size), MAX_REACH))
+        else:
+            angle = _channels(head, image, layout.angle.value)
+            boxes = _within_reach(_oriented(terms, angle, layout, size), MAX_REACH_ORIENTED)
     return Candidates(
-        _boxes(terms, layout, size) if angle is None else _oriented(terms, angle, layout, size),
+        boxes,
         np.where(usable, keys, np.nan),
         probabilities,
         values,
@@ -285,7 +308,7 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
         keep = usable[anchor, column] & ((key > threshold) | near)
     anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]
     order = np.argsort(-key, kind="stable")
-    finite = np.abs(found.boxes).sum(1) < (MAX_REACH if found.boxes.shape[1] == 4 else MAX_REACH_ORIENTED)
+    finite = ~np.isnan(found.boxes.sum(1))
     most = config.max_candidates if found.suppress else config.max_detections
     if len(order) > most:
         last = key[order[most - 1]]
@@ -363,18 +386,24 @@ def _softmax(x: Floats) -> Floats:
     return weight / weight.sum(-1, keepdims=True)
 
 
+def _within_reach(boxes: Floats, reach: float) -> Floats:
+    """Boxes as they are decoded; NaN where they are not finite, or their absolute numbers sum to ``reach`` or more."""
+    return np.where(np.abs(boxes).sum(1, keepdims=True) < reach, boxes, np.nan)
+
+
 def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
+    """Decode corners ``[N, 4]``, whose high corner may still be below the low one."""
     decode = layout.decode
     sides = np.array([size[1], size[0]] * 2, np.float64)
     if isinstance(decode, Decoded):
         boxes = cxcywh_to_xyxy(terms) if decode.format is BoxFormat.CXCYWH else terms
-        return ordered(boxes * sides if decode.normalized else boxes)
+        return boxes * sides if decode.normalized else boxes
     if isinstance(decode, Distances):
         cells, strides, _ = _grid(decode.strides, size, 1)
         spread = terms.reshape(len(terms), 4, decode.bins)
         distance = spread[:, :, 0] if decode.bins == 1 else (_softmax(spread) * np.array(decode.bin_values)).sum(2)
         center = cells + decode.point
-        return ordered(np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None])
+        return np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None]
     if isinstance(decode, (GridOffsets, TanhOffsets)):
         cells, strides, _ = _grid(decode.strides, size, 1)
         if isinstance(decode, GridOffsets):

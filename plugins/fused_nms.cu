@@ -121,9 +121,9 @@ __device__ inline void visit_each(int first, int end, int step, Load load, Visit
     for (; first < end; first += step) visit(first, load(first));
 }
 
-// A float's bits, so that larger floats are larger integers.
+// A float's bits, so that larger floats are larger integers, and equal ones (0 and -0) are equal.
 __device__ inline unsigned ordered_bits(float x) {
-    const unsigned bits = __float_as_uint(x);
+    const unsigned bits = __float_as_uint(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
@@ -242,7 +242,8 @@ __device__ __noinline__ Box decode(
         v[0] = cx - w * 0.5f, v[1] = cy - h * 0.5f, v[2] = cx + w * 0.5f, v[3] = cy + h * 0.5f;
     }
     if (s.normalized) v[0] *= width, v[1] *= height, v[2] *= width, v[3] *= height;
-    if (!oriented) {  // a negative size becomes zero; a NaN stays
+    if (!oriented) {  // a negative size becomes zero, a NaN stays; a box too far out stays so, with a corner at -infinity too
+        if (!(fabsf(v[0]) + fabsf(v[1]) + fabsf(v[2]) + fabsf(v[3]) < s.farthest)) v[0] = infinity();
         if (v[2] < v[0]) v[2] = v[0];
         if (v[3] < v[1]) v[3] = v[1];
     }

@@ -19,7 +19,7 @@ HEAD = """# Families, and what each was tried on
 Made by `python tests/families.py`, and held against the code by `tests/test_families.py`. The files are other people's checkpoints and
 small ones that we trained, and are not part of the repository. Ultralytics 8.4.190 made the expected outputs.
 
-| file | task | head | decode | raw outputs | ort | trt | portable | plugin | batch | TensorRT-RTX |
+| file | task | head | decode | raw outputs | ort | trt | portable | plugin ¹ | batch | TensorRT-RTX |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 NOTES = """
@@ -27,10 +27,13 @@ NOTES = """
   *detections*: no raw outputs came with the file, so it is compared by its detections (`tests/test_detector.py`). Masks and keypoints:
   `tests/test_tasks.py`.
 - **ort, trt, portable, plugin**: every row of the fused model equals the float64 reference on 32 images at batch 1, 2 and 7 (`trt`: with a
-  body for the plugin, in ONNX Runtime; `plugin`: with standard operators in the node's place; oriented boxes are suppressed by plain
-  operators on every backend but `plugin`).
+  body for the plugin, in ONNX Runtime; oriented boxes are suppressed by plain operators on every backend but `plugin`).
 - **batch**: *dynamic*; *mixed*: dynamic int8, whose ranges span the batch.
 - **TensorRT-RTX**: an engine of the portable graph builds.
+
+¹ In ONNX Runtime, the graph of backend `ort` (oriented boxes: `portable`) stands in for the plugin, so this column adds nothing to
+theirs. It says nothing about the plugin's kernels: [their own tests](how-to/plugin.md#what-the-tests-show) compare them with the
+reference.
 """
 
 

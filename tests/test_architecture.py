@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fusenms
-from fusenms import contract
+from fusenms import contract, layout
 
 PACKAGE = Path(fusenms.__file__).parent
 ORDER = [
@@ -84,6 +84,15 @@ def test_sessions_are_opened_in_one_module():
 def test_reference_shares_nothing_with_the_emitters():
     for name in ("reference", "boxes"):
         assert not {place(module) for module in own_imports(MODULES[name])} & {"graph", "fusion"}
+
+
+def test_oracle_shares_nothing_with_the_reference_and_the_emitters():
+    """It reads layouts and settings, which are data, and takes no function of theirs."""
+    oracle = Path(__file__).parent / "oracle.py"
+    assert own_imports(oracle) == {"config", "layout"}
+    nodes = [node for node in ast.walk(ast.parse(oracle.read_text())) if isinstance(node, ast.ImportFrom)]
+    taken = [alias.name for node in nodes if node.module == "fusenms.layout" for alias in node.names]
+    assert taken and all(isinstance(getattr(layout, name), type) for name in taken)
 
 
 def test_public_names_exist():

@@ -15,9 +15,9 @@ import numpy as np
 from fusenms.artifacts.raw import ImageInput
 from fusenms.boxes import MAX_REACH, MAX_REACH_ORIENTED
 from fusenms.config import PostprocessConfig
-from fusenms.fusion.decoding import decode_boxes
+from fusenms.fusion.decoding import decode_boxes, order_corners
 from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
-from fusenms.layout import Activation, Layout, Tap, other_axis
+from fusenms.layout import MOST_CHANNELS, Activation, Layout, Tap, other_axis
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,15 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
                 labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
             else:
                 labels = g.cast(g.reshape(candidates.part(layout.labels), 0, -1), INT32)
-            # ReduceMax may ignore NaN. The sum of a candidate's classes is NaN or infinite if one of them is.
-            valid = g.op("And", valid, g.op("Less", g.reduce("ReduceSum", class_scores, 2), g.floats(np.inf)))
+            # ReduceMax may ignore NaN. The sum of a candidate's classes is NaN or infinite if one of them is, and only then if they are
+            # scaled down, so that large ones do not add up to infinity.
+            total_score = g.reduce("ReduceSum", g.op("Mul", class_scores, g.floats(1 / MOST_CHANNELS)), 2)
+            valid = g.op("And", valid, g.op("Less", total_score, g.floats(np.inf)))
         angle = None if layout.angle is None else candidates.part(layout.angle.value)
         boxes = decode_boxes(g, layout, image, candidates.part(layout.boxes), in_head(anchor), angle)
         farthest = g.floats(MAX_REACH if angle is None else MAX_REACH_ORIENTED)
         finite = g.op("Less", g.reduce("ReduceSum", g.op("Abs", boxes), 2), farthest)  # false for NaN
-        return boxes, labels, g.op("And", valid, finite)
+        return order_corners(g, layout, boxes), labels, g.op("And", valid, finite)
 
     def in_head(anchor: Tensor) -> Tensor:
         return anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)
@@ -199,12 +201,13 @@ def _scores(g: Graph, pool: _Pool, multi_label: bool) -> tuple[Tensor, Activatio
     else:
         scores = g.reduce("ReduceMax", classes, axis)
     if layout.objectness is not None:
+        usable = g.op("Less", scores, g.floats(np.inf))  # false for NaN; a sigmoid or a power of 0 would hide it
         if activation is Activation.SIGMOID:
-            usable = g.op("Less", scores, g.floats(np.inf))  # false for NaN; the sigmoid would hide an infinity
             scores = g.where(usable, g.op("Sigmoid", scores), g.floats(0.0))
         objectness = _objectness(g, pool, layout.objectness)
         if (weight := layout.objectness_weight) is not None:
             scores = g.op("Pow", g.op("Relu", scores), g.floats(1 - weight))
+            scores = g.where(usable, scores, g.floats(0.0)) if weight == 1 else scores
             objectness = g.op("Pow", g.op("Relu", objectness), g.floats(weight))
         scores = g.op("Mul", scores, g.unsqueeze(objectness, 2) if multi_label else objectness)
         activation = Activation.NONE

@@ -32,7 +32,7 @@ def decode_boxes(
         angle: for oriented boxes, the angle channel ``[B, k, 1]`` float32.
 
     Returns:
-        boxes ``[B, k, 4]`` float32, xyxy in pixels of the input; the high corner is never below the low one. Oriented boxes are
+        boxes ``[B, k, 4]`` float32, xyxy in pixels of the input; `order_corners` sets negative sizes to zero. Oriented boxes are
         ``[B, k, 5]``: cx, cy, w, h in pixels and the angle in radians.
     """
     decode = layout.decode
@@ -40,10 +40,10 @@ def decode_boxes(
         return _oriented(g, layout, image, terms, index, angle)
     if isinstance(decode, Decoded):
         boxes = _corners(g, terms) if decode.format is BoxFormat.CXCYWH else terms
-        return _ordered(g, g.op("Mul", boxes, _sides(g, image, 4)) if decode.normalized else boxes)
+        return g.op("Mul", boxes, _sides(g, image, 4)) if decode.normalized else boxes
     cell, stride, slot = _locate(g, decode, image, index)
     if isinstance(decode, Distances):
-        return _ordered(g, _around(g, cell, _distances(g, decode, terms), stride, decode.point))
+        return _around(g, cell, _distances(g, decode, terms), stride, decode.point)
     offset, extent = g.slice(terms, 2, 0, 2), g.slice(terms, 2, 2, 4)
     if isinstance(decode, GridOffsets):
         size = g.op("Mul", g.op("Exp", extent), stride)
@@ -57,6 +57,17 @@ def decode_boxes(
         size = g.op("Mul", g.op("Mul", factor, factor), g.op("Gather", anchors, slot, axis=0))
     center = g.op("Mul", g.op("Add", offset, cell), stride)
     return _corners(g, g.concat([center, size], 2))
+
+
+def order_corners(g: Graph, layout: Layout, boxes: Tensor) -> Tensor:
+    """Emit decoded boxes with negative sizes set to zero, so that every runtime gives such a box IoU 0.
+
+    This hides a high corner of -infinity: whether a box is finite has to be asked before.
+    """
+    if layout.angle is not None or not isinstance(layout.decode, (Decoded, Distances)):  # no negative sizes
+        return boxes
+    low = g.slice(boxes, 2, 0, 2)
+    return g.concat([low, g.op("Max", low, g.slice(boxes, 2, 2, 4))], 2)
 
 
 def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor, index: Tensor) -> Tensor:
@@ -206,12 +217,6 @@ def _corners(g: Graph, boxes: Tensor) -> Tensor:
     """Convert center and size to corners."""
     center, half = g.slice(boxes, 2, 0, 2), g.op("Mul", g.slice(boxes, 2, 2, 4), g.floats(0.5))
     return g.concat([g.op("Sub", center, half), g.op("Add", center, half)], 2)
-
-
-def _ordered(g: Graph, boxes: Tensor) -> Tensor:
-    """Set negative sizes to zero, so that every runtime gives the box IoU 0."""
-    low = g.slice(boxes, 2, 0, 2)
-    return g.concat([low, g.op("Max", low, g.slice(boxes, 2, 2, 4))], 2)
 
 
 def _sides(g: Graph, image: ImageInput, count: int) -> Tensor:

@@ -98,7 +98,7 @@ def unusable(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     for value in (np.nan, np.inf, -np.inf):
         rows = rng.choice(stage.count, min(stage.count, 40), replace=False)
         head.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = value
-    for value in (np.nan, np.inf):
+    for value in (np.nan, np.inf, -np.inf):
         rows = rng.choice(stage.count, min(stage.count, 20), replace=False)
         head.boxes[rows, rng.integers(head.boxes.shape[1], size=len(rows))] = value
     return head
