@@ -462,6 +462,12 @@ class Layout:
         parts = {join.tensor: join.parts for join in self.joins}
         return tuple(name for tensor in self.tensors for name in parts.get(tensor, (tensor,)))
 
+    @property
+    def ordered_axes(self) -> tuple[int, ...] | None:
+        """Axis of the candidates in each tensor of `sources`, for a head whose candidates a top-k may have ordered; None for others."""
+        ordered = isinstance(self.decode, Decoded) and not self.suppress and not self.joins and self.masks is None
+        return tuple(other_axis(self.channel_axis(name)) for name in self.sources) if ordered else None
+
     def renamed(self, names: Mapping[str, str]) -> Layout:
         """Return the layout with tensors renamed. ``names`` maps old names to new ones."""
 

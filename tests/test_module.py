@@ -139,7 +139,7 @@ class Broken(nn.Module):
         (YoloNas(), {"class_names": "cat"}, ConfigError, "class_names is the text 'cat'; expected a list"),
         (YoloNas(), {"class_names": ["cat", "a\nb"]}, ConfigError, "with control characters"),
         (Logits(), {}, ConfigError, "class scores range from .* expected probabilities from 0 to 1"),
-        (YoloNas(), {"size": 64}, ConfigError, "size, make_dynamic and one_to_many are for files"),
+        (YoloNas(), {"size": 64}, ConfigError, "size and one_to_many are for files"),
         (nn.Conv2d(3, 3, 1), {}, ConfigError, "the module returns 1 tensors; the layout names 2: boxes, scores"),
         (Broken(), {}, SourceError, "Broken: does not run on .* out of paint"),
         (object(), {}, SourceError, "weights is a object; expected the path of"),

@@ -72,7 +72,7 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
                 outputs[output.name],
                 name,
                 output.dtype,
-                output.shape_for("batch", config.max_detections, *(sides or ("h", "w"))),
+                output.shape_for(image.batch or "batch", config.max_detections, *(sides or ("h", "w"))),
             )
             for name, output in layout.outputs(config)
         ]
