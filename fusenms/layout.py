@@ -349,6 +349,13 @@ class Layout:
             raise ConfigError(f"suppress is {self.suppress!r}; expected True or False")
         if not isinstance(self.joins, tuple) or not all(isinstance(join, Join) for join in self.joins):
             raise ConfigError(f"joins is {self.joins!r}; expected a tuple of Join")
+        taken = {part for join in self.joins for part in join.parts}
+        for join in self.joins:
+            if join.tensor in taken:
+                raise ConfigError(
+                    f"join into {join.tensor!r}: another tensor has that name; expected its own, as 'joined_{join.tensor}'"
+                )
+            taken.add(join.tensor)
         if (weight := self.objectness_weight) is not None:
             if not _is_finite(weight) or not 0 <= weight <= 1:
                 raise ConfigError(f"objectness_weight is {weight!r}; expected a number from 0 to 1")

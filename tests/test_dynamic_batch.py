@@ -17,6 +17,7 @@ from fusenms.errors import ConfigError, InputError, SourceError
 from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.heads.probe import first_copy
+from fusenms.transforms import dynamic_batch
 from fusenms.verification.agreement import agreement
 
 pytestmark = pytest.mark.slow
@@ -118,6 +119,23 @@ def test_batch_that_cannot_be_opened_stays_and_says_why(tmp_path):
     with pytest.raises(SourceError, match="the batch cannot be opened"):
         fuse(path, batch=2)
     assert fuse(path, batch=4, score_threshold=0.05).report.summary == fused.report.summary
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_opened_graph_gives_what_the_file_gives(tmp_path, monkeypatch, batch):
+    real = dynamic_batch._opened
+
+    def spoiled(*args):
+        model = real(*args)
+        weight = next(item for item in model.graph.initializer if len(item.dims) == 4)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+        return model
+
+    monkeypatch.setattr(dynamic_batch, "_opened", spoiled)
+    with pytest.raises(
+        SourceError, match="the batch cannot be opened, the opened graph gives other results than the file"
+    ):
+        fuse(exported(Decoded(), tmp_path / "m.onnx", batch), batch="dynamic")
 
 
 def test_mixed_batch_of_one_is_kept(tmp_path):

@@ -16,7 +16,7 @@ from fusenms.sources.options import LoadFields, LoadOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fusenms.sources.export import Network
+    from fusenms.sources.network import Network
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
 EXPECTED = "a checkpoint (.pt), an .onnx file, or a directory of a Hugging Face detector"
