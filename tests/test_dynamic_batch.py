@@ -44,6 +44,10 @@ def by_place(images):
     return images * torch.linspace(0.5, 1, len(images))[:, None, None, None]
 
 
+def inferred(images):
+    return images.view(len(images), -1, SIZE * SIZE).view(len(images), -1, SIZE, SIZE)
+
+
 def reshaped(images):
     return images.reshape(len(images), 3, SIZE * SIZE).reshape(len(images), 3, SIZE, SIZE)
 
@@ -67,7 +71,9 @@ def exported(module: nn.Module, path: Path, batch: int, dynamic: bool = False) -
     return path
 
 
-@pytest.mark.parametrize(("module", "batch"), [(Decoded, 1), (Decoded, 2), (Decoded, 8), (AnchorDecoded, 4)])
+@pytest.mark.parametrize(
+    ("module", "batch"), [(Decoded, 1), (Decoded, 2), (Decoded, 8), (AnchorDecoded, 4), (lambda: Before(inferred), 4)]
+)
 def test_frozen_batch_is_opened_and_says_so(tmp_path, module, batch):
     path = exported(module(), tmp_path / "m.onnx", batch)
     fused = fuse(path)
