@@ -41,6 +41,6 @@ print(found.kind, *map(str, (*found.inputs, *found.outputs)), sep="\n")
 if found.layout is None:
     sys.exit(found.reason)
 
-fused = fusenms.fuse(file, make_dynamic=True)
+fused = fusenms.fuse(file)
 print(fused.layout.family, fused.report.summary)
 print(fused.save("model.ort.onnx"))

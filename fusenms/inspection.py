@@ -107,7 +107,7 @@ def inspect(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) ->
             verification=metadata.get(contract.KEY_VERIFICATION, contract.UNVERIFIED),
         )
     try:
-        raw = load(path, make_dynamic=True, limits=limits)
+        raw = load(path, limits=limits)
     except (SourceError, HeadError) as error:
         return replace(found, reason=str(error))
     return _with_head(found, raw)

@@ -349,6 +349,13 @@ class Layout:
             raise ConfigError(f"suppress is {self.suppress!r}; expected True or False")
         if not isinstance(self.joins, tuple) or not all(isinstance(join, Join) for join in self.joins):
             raise ConfigError(f"joins is {self.joins!r}; expected a tuple of Join")
+        taken = {part for join in self.joins for part in join.parts}
+        for join in self.joins:
+            if join.tensor in taken:
+                raise ConfigError(
+                    f"join into {join.tensor!r}: another tensor has that name; expected its own, as 'joined_{join.tensor}'"
+                )
+            taken.add(join.tensor)
         if (weight := self.objectness_weight) is not None:
             if not _is_finite(weight) or not 0 <= weight <= 1:
                 raise ConfigError(f"objectness_weight is {weight!r}; expected a number from 0 to 1")
@@ -461,6 +468,12 @@ class Layout:
         """Names of the raw model's tensors that form the head. A joined tensor is listed by its parts."""
         parts = {join.tensor: join.parts for join in self.joins}
         return tuple(name for tensor in self.tensors for name in parts.get(tensor, (tensor,)))
+
+    @property
+    def ordered_axes(self) -> tuple[int, ...] | None:
+        """Axis of the candidates in each tensor of `sources`, for a head whose candidates a top-k may have ordered; None for others."""
+        ordered = isinstance(self.decode, Decoded) and not self.suppress and not self.joins and self.masks is None
+        return tuple(other_axis(self.channel_axis(name)) for name in self.sources) if ordered else None
 
     def renamed(self, names: Mapping[str, str]) -> Layout:
         """Return the layout with tensors renamed. ``names`` maps old names to new ones."""

@@ -61,7 +61,7 @@ def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     from fusenms.fusion.backends import BACKENDS
 
     path = folder / file
-    small = {"size": 256} if path.suffix == ".pt" else {"make_dynamic": True}
+    small = {"size": 256} if path.suffix == ".pt" else {}
     raw = load(path, **small)
     layout = recognize(raw)
     settings = {"score_threshold": 0.1, "indices": True}

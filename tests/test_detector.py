@@ -250,7 +250,7 @@ def test_third_party_files_find_what_they_came_with(zoo, tmp_path, file):
     """Pixels, fit and decode together: labels, scores and boxes that were written down when the files were collected."""
     threshold, how = STRANGERS[file]
     entry = next(e for e in json.loads((zoo / "MANIFEST.json").read_text())["entries"] if e["file"] == file)
-    fused = fuse(zoo / file, make_dynamic=True, score_threshold=threshold, unverified=True)
+    fused = fuse(zoo / file, score_threshold=threshold, unverified=True)
     with Detector(fused.save(tmp_path / "f.onnx", unverified=True)) as detector:
         for name in ("bus", "zidane"):
             rows = entry.get(f"expected_{name}_jpg", [])
@@ -314,7 +314,7 @@ def test_error_when_providers_is_text(path):
 
 def test_quantized_model_is_run_one_by_one(zoo, tmp_path):
     """Dynamic quantization takes its ranges over the batch; an image must not depend on its neighbors."""
-    file = fuse(zoo / "yolov8n_dynint8_640.onnx", make_dynamic=True).save(tmp_path / "q.onnx")
+    file = fuse(zoo / "yolov8n_dynint8_640.onnx").save(tmp_path / "q.onnx")
     bus, zidane = zoo / "photos" / "bus.jpg", zoo / "photos" / "zidane.jpg"
     with Detector(file) as detect:
         alone, together = detect(bus)[0], detect([bus, zidane])[0]

@@ -105,7 +105,7 @@ def test_refusal_names_the_node_and_the_cure(tmp_path, backend, operator, class_
 
 def test_refusal_blames_the_right_operator(tmp_path, zoo):
     path = zoo / "yolov8n_dynint8_640.onnx"
-    fused = fuse(path, backend="trt", make_dynamic=True, unverified=True).save(tmp_path / "m.onnx", unverified=True)
+    fused = fuse(path, backend="trt", unverified=True).save(tmp_path / "m.onnx", unverified=True)
     with pytest.raises(UnsupportedByBackendError, match="take the float file"):
         check_trt_graph(str(fused))
 

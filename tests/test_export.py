@@ -11,9 +11,11 @@ from fusenms.errors import ConfigError, SourceError
 from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.graph.unlike_images import Difference
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.images import read_image, to_tensor
 from fusenms.sources import export as export_module
+from fusenms.sources import parity
 
 pytestmark = pytest.mark.slow
 
@@ -79,8 +81,9 @@ def test_error_when_setting_cannot_be(settings, message):
 
 
 def test_error_when_export_differs_from_pytorch(monkeypatch):
-    monkeypatch.setattr(export_module, "_difference", lambda *_: 0.5)
-    with pytest.raises(SourceError, match=r"differs from PyTorch by 0\.5"):
+    monkeypatch.setattr(parity, "largest_difference", lambda *_, **__: Difference(0.05, 0.5, 1))
+    where = "in head_classes, on the image 'patches' alone at 64x64; expected at most 0.001"
+    with pytest.raises(SourceError, match=rf"differs from PyTorch by 0\.5 {where}"):
         load(SHAPES / "shapes.pt", size=64)
 
 
@@ -90,10 +93,10 @@ def test_parity_sees_a_wrong_weight(monkeypatch):
     real = export_module._to_onnx
 
     def spoiled(*args):
-        model = real(*args)
+        model, baked = real(*args)
         weight = next(i for i in model.graph.initializer if len(i.dims) == 4)
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
-        return model
+        return model, baked
 
     monkeypatch.setattr(export_module, "_to_onnx", spoiled)
     with pytest.raises(SourceError, match="differs from PyTorch"):

@@ -44,7 +44,8 @@ def test_flags_have_the_types_of_the_fields():
     ("message", "expected"),
     [
         ("choose one with family='yolov5'", "choose one with --family yolov5"),
-        ("add make_dynamic=True to make it dynamic", "add --make-dynamic to make it dynamic"),
+        ("leave class_agnostic=True out", "leave --class-agnostic out"),
+        ("or fix the batch with batch=1", "or fix the batch with --batch 1"),
         ("score_threshold is 2; expected a number", "--score-threshold is 2; expected a number"),
         ("fuse it with backend='ort'", "fuse it with --backend ort"),
         ("backend is 'x'", "backend is 'x'"),

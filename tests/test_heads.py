@@ -17,7 +17,6 @@ from fusenms.errors import (
     AmbiguousHeadError,
     ConfigError,
     HeadNotRecognizedError,
-    SourceError,
 )
 from fusenms.heads import HEADS, HeadSpec
 from fusenms.layout import Activation, Distances
@@ -215,31 +214,6 @@ def test_error_when_family_is_unknown_or_contradicts(shapes_raw):
         recognize(shapes_raw, "yolov5")
 
 
-def test_frozen_batch_is_refused_with_the_cure_or_opened(tmp_path):
-    path = write(AnchorDecoded(1), tmp_path / "m.onnx", dynamic=False)
-    with pytest.raises(SourceError, match=r"batch size is frozen at 1; .* add make_dynamic=True"):
-        load(path)
-    fused = fuse(path, make_dynamic=True)
-    assert any("3 images equal to running them alone" in note for note in fused.notes)
-    assert fused.report
-
-
-def test_batch_is_not_opened_where_images_would_mix(tmp_path):
-    import torch
-
-    class Mixing(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Decoded()
-
-        def forward(self, x):
-            return self.inner(x - x.mean(0, keepdim=True) / 2)
-
-    path = write(Mixing(), tmp_path / "m.onnx", dynamic=False)
-    with pytest.raises(SourceError, match="images of one batch change each other"):
-        fuse(path, family="yolov8", make_dynamic=True)
-
-
 def test_file_with_nms_is_told_apart(tmp_path):
     path = write(Decoded(), tmp_path / "m.onnx")
     model = onnx.load(path)
@@ -273,7 +247,7 @@ REAL = {
 
 @pytest.mark.parametrize("file", REAL)
 def test_real_file_is_recognized(zoo, file):
-    layout = recognize(load(zoo / file, make_dynamic=True))
+    layout = recognize(load(zoo / file))
     assert (layout.family, layout.num_classes, layout.decode_stage) == REAL[file]
 
 
@@ -374,4 +348,4 @@ def test_yolov5_with_masks(tmp_path):
 
 
 def test_real_quantized_file_equals_reference(zoo):
-    assert fuse(zoo / "yolo11n_dynint8_320.onnx", make_dynamic=True).report
+    assert fuse(zoo / "yolo11n_dynint8_320.onnx").report

@@ -112,7 +112,7 @@ def test_one_class_head_stays_float32_as_a_mean_would():
 
 
 def test_error_when_quantized_or_half_already(zoo):
-    raw = load(zoo / "yolo11n_dynint8_320.onnx", make_dynamic=True)
+    raw = load(zoo / "yolo11n_dynint8_320.onnx")
     with pytest.raises(ConfigError, match=r"is quantized \(ConvInteger, DynamicQuantizeLinear\)"):
         to_half(raw, recognize(raw))
     layout = LAYOUTS["distances"]()
@@ -150,7 +150,7 @@ def test_typed_graph_builds(zoo, tmp_path, weights):
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX (pip install 'fusenms[rtx]')")
     from fusenms.engines.base import EngineSettings
 
-    settings = {"make_dynamic": True} if weights.endswith("onnx") else {"size": 256}
+    settings = {} if weights.endswith("onnx") else {"size": 256}
     fused = fuse(zoo / weights, backend="portable", precision="fp16", unverified=True, **settings)
     path = fused.save(tmp_path / "m.onnx", unverified=True)
     assert len(rtx.build_rtx(str(path), EngineSettings(batch=(1, 2, 8))).data) > 100_000

@@ -109,7 +109,7 @@ class FurtherRows(Further):
 class AnchorDecoded(nn.Module):
     """YOLOv5's decoded output ``[B, N, 5 + C]`` with random weights; with ``masks``, their coefficients behind it, and prototypes."""
 
-    def __init__(self, classes: int = 2, masks: int = 0) -> None:
+    def __init__(self, classes: int = 1, masks: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.outputs, self.masks = 5 + classes + masks, masks

@@ -132,7 +132,7 @@ def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
             raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
         _check_graph(path, fused)
     image = fused.image
-    refuse_cost(path, model, {image.tensor: (1, 3, image.height, image.width)}, limits)
+    refuse_cost(path, model, {image.tensor: (image.batch or 1, 3, image.height, image.width)}, limits)
     return fused
 
 
@@ -171,10 +171,11 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
         entry.name: [d.dim_value for d in entry.type.tensor_type.shape.dim] for entry in (*graph.input, *graph.output)
     }
     image, config = fused.image, fused.config
-    wanted = {image.tensor: [0, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
+    batch = image.batch or 0
+    wanted = {image.tensor: [batch, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
     for name, output in fused.layout.outputs(config):
         height, width = sizes.get(name, [0, 0])[-2:] if "h" in output.shape else (0, 0)  # the image size sets them
-        wanted[name] = [0, *(int(d) for d in output.shape_for(0, config.max_detections, height, width)[1:])]
+        wanted[name] = [batch, *(int(d) for d in output.shape_for(0, config.max_detections, height, width)[1:])]
     if unknown := [entry.name for entry in graph.output if entry.name not in wanted]:
         raise SourceError(
             f"{path}: the graph has outputs {', '.join(unknown)} that its metadata does not name; fuse the model again"

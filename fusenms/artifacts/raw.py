@@ -19,7 +19,7 @@ class ImageInput:
 
     ``height`` and ``width`` are the default size. With ``dynamic_size``, other multiples of ``stride`` work too. ``independent`` is False
     if the images of a batch change each other's results (dynamic quantization, whose ranges span the batch). With ``stretch``, images are
-    stretched to the size, not letterboxed.
+    stretched to the size, not letterboxed. ``batch`` is the batch size of a model with a fixed batch; None: the batch is dynamic.
     """
 
     tensor: str
@@ -29,12 +29,15 @@ class ImageInput:
     dynamic_size: bool = False
     independent: bool = True
     stretch: bool = False
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "stride"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive number of pixels")
+        if self.batch is not None and (type(self.batch) is not int or self.batch < 1):
+            raise ValueError(f"batch is {self.batch!r}; expected a positive number of images, or None")
         if not isinstance(self.tensor, str) or not self.tensor:
             raise ValueError(f"tensor is {self.tensor!r}; expected a name")
         for name in ("dynamic_size", "independent", "stretch"):
@@ -49,10 +52,10 @@ class ImageInput:
 class RawModel:
     """A detector as ONNX, up to its raw head, with a dynamic batch or with a ``frozen_batch``.
 
-    `fusenms.transforms.dynamic_batch` opens a frozen batch. ``layout`` is set if the source knows it (an export of fusenms, a module
-    described by hand); otherwise `fusenms.recognize` finds it. ``limits`` apply to a graph of unknown origin. ``precision`` is that of the
-    network, "fp32" or "fp16". ``notes`` are lines for the user about how the model was made. ``pixels`` and ``stretch`` describe the images
-    that the network expects; None: the default of its family.
+    `fusenms.transforms.dynamic_batch` opens a frozen batch, or fixes it if ``batch`` (`LoadOptions.batch`) is a number. ``layout`` is set
+    if the source knows it (an export of fusenms, a module described by hand); otherwise `fusenms.recognize` finds it. ``limits`` apply to
+    a graph of unknown origin. ``precision`` is that of the network, "fp32" or "fp16". ``notes`` are lines for the user about how the model
+    was made. ``pixels`` and ``stretch`` describe the images that the network expects; None: the default of its family.
     """
 
     model: onnx.ModelProto
@@ -65,5 +68,6 @@ class RawModel:
     pixels: Pixels | None = None
     stretch: bool | None = None
     frozen_batch: int | None = None
+    batch: int | str | None = None
     precision: str = "fp32"
     limits: Limits = field(default=DEFAULT_LIMITS, compare=False, repr=False)

@@ -68,7 +68,7 @@ def with_flags(message: str) -> str:
     named = [field.name for cls in (LoadOptions, PostprocessConfig, EngineSettings) for field in fields(cls)]
     named = [name for name in named if name not in ("limits", "example", "layout", "class_names")]
     names = "|".join(sorted([*named, *_OTHERS], key=len, reverse=True))
-    message = re.sub(rf"(?<![\w.-])({names})=(True|'[^']*'|NAME)(?!\w)", _as_flag, message)
+    message = re.sub(rf"(?<![\w.-])({names})=(True|'[^']*'|NAME|\d+)(?!\w)", _as_flag, message)
     parts = "|".join(name for name in named if "_" in name)
     return re.sub(rf"(?<![\w./-])({parts})(?![\w=]|\.\w)", lambda found: _flag(found[1]), message)
 

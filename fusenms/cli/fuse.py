@@ -23,11 +23,12 @@ from fusenms.pipeline import fuse
 from fusenms.runtime.images import list_images
 from fusenms.safety.files import check_writable
 from fusenms.sources import LoadOptions
+from fusenms.sources.options import DYNAMIC
 from fusenms.transforms.half_precision import HALF, PRECISIONS
 
 NAME = "fuse"
 HELP = "fuse the post-processing into a detector, verify the result, and write the model (the default command)"
-LOADING = ["size", "dynamic_size", "opset", "make_dynamic", "one_to_many", "pixels", "stretch", "ignore"]
+LOADING = ["size", "dynamic_size", "opset", "batch", "make_dynamic", "one_to_many", "pixels", "stretch", "ignore"]
 """Fields of `LoadOptions` that are flags of this command."""
 
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         LoadOptions,
         LOADING,
         size={"type": size_argument, "metavar": "N|HxW"},
+        batch={"type": batch_argument, "metavar": "N|dynamic"},
         ignore={
             "action": "append",
             "default": [],
@@ -92,6 +94,13 @@ def engine_builder(asked: str, backend: str) -> str | None:
     if asked != "auto":
         return None if asked == "none" else asked
     return "trt" if backend in TENSORRT and find_spec("tensorrt") is not None else None
+
+
+def batch_argument(text: str) -> int | str:
+    """Parse a batch: a number of images, or ``dynamic``."""
+    if text != DYNAMIC and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected {DYNAMIC} or a number of images")
+    return text if text == DYNAMIC else int(text)
 
 
 def rounds_argument(text: str) -> int | None:

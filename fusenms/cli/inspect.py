@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         steps.line("classes", f"{len(names)}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}")
     steps.values["classes"] = list(found.class_names)
     if found.frozen_batch is not None and found.layout is not None:
-        steps.line("batch", f"frozen at {found.frozen_batch}; --make-dynamic may open it")
+        steps.line("batch", f"frozen at {found.frozen_batch}")
         steps.lines("opened", found.opened)
     for key, value in found.metadata.items():
         steps.line("metadata", f"{key} = {value if len(value) <= 160 else value[:157] + '…'}")

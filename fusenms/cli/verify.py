@@ -14,7 +14,7 @@ from fusenms.engines.plugin import load_plugin_library
 from fusenms.engines.running import ENGINES, compare_engine
 from fusenms.errors import BackendUnavailableError, InputError
 from fusenms.safety.text import printable
-from fusenms.verification.checks import BATCHES, verify
+from fusenms.verification.checks import verify
 
 NAME = "verify"
 HELP = "compare a fused file with the float64 reference, at several batch sizes"
@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="library with the plugin, for an engine that was built with one",
     )
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=list(BATCHES), metavar="B", help="batch sizes (default: 1 2 7)"
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="B",
+        help="batch sizes (default: 1 2 7, or the only one of a file with a fixed batch)",
     )
 
 

@@ -49,6 +49,7 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
     if config.masks == "prototype" and layout.masks is None:
         raise ConfigError(f"masks is {config.masks!r}, but a model of task {layout.task!r} has none; leave it out")
     g = Graph(raw.model)
+    _check_joins(g, layout, config)
     total = None if raw.image.dynamic_size else head.candidates(layout.classes)
     types = [declared_type(raw.model, part) for join in layout.joins for part in join.parts]
     _feed_pixels(g, raw.image, pixels)
@@ -72,7 +73,7 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
                 outputs[output.name],
                 name,
                 output.dtype,
-                output.shape_for("batch", config.max_detections, *(sides or ("h", "w"))),
+                output.shape_for(image.batch or "batch", config.max_detections, *(sides or ("h", "w"))),
             )
             for name, output in layout.outputs(config)
         ]
@@ -161,6 +162,19 @@ def _idle_settings(layout: Layout, config: PostprocessConfig) -> list[str]:
         names.append("multi_label")
     usual = PostprocessConfig()
     return [name for name in names if getattr(config, name) != getattr(usual, name)]
+
+
+def _check_joins(g: Graph, layout: Layout, config: PostprocessConfig) -> None:
+    """Refuse a join whose tensor has a name that is taken.
+
+    Raises:
+        ConfigError: a tensor of the model or an output of the fused model has the name.
+    """
+    taken = g.names | {name for name, _ in layout.outputs(config)}
+    if bad := [join.tensor for join in layout.joins if join.tensor in taken]:
+        raise ConfigError(
+            f"join into {bad[0]!r}: an output or another tensor has that name; expected its own, as 'joined_{bad[0]}'"
+        )
 
 
 def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:

@@ -131,7 +131,7 @@ class Probe:
         heads = []
         for image in images:
             got = session.run({self.raw.image.tensor: np.repeat(image, batch, 0)}, names)
-            values = {name: value[: len(value) // batch] for name, value in zip(names, got, strict=True)}
+            values = {name: first_copy(value, batch) for name, value in zip(names, got, strict=True)}
             heads.append(values | {join.tensor: joined(values, join) for join in layout.joins})
         return heads
 
@@ -163,17 +163,19 @@ class Probe:
     def _infer(
         self, model: onnx.ModelProto, outputs: list[str], inputs: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Run on these values, and on the test image if the model has an image input."""
+        """Run on these values, and on the test image if the model has an image input; with a frozen batch, on copies of them."""
         image, batch = self.raw.image, self.raw.frozen_batch or 1
         session = Session(model, source=self.raw.source, max_seconds=self.raw.limits.max_run_seconds)
-        given = inputs | {image.tensor: np.repeat(probe_image(image.height, image.width), batch, 0)}
-        got = session.run({name: value for name, value in given.items() if name in session.inputs}, outputs)
+        given = inputs | {image.tensor: probe_image(image.height, image.width)}
+        got = session.run(
+            {name: np.repeat(value, batch, 0) for name, value in given.items() if name in session.inputs}, outputs
+        )
         for name, value in zip(outputs, got, strict=True):
-            if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or not (value.ndim or batch == 1):
+            if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
                 raise SourceError(
                     f"{self.raw.source}: output {name[:100]!r} is not a batch of numbers; expected tensors of numbers"
                 )
-        return {n: v if batch == 1 else v[: len(v) // batch] for n, v in zip(outputs, got, strict=True)}
+        return {name: first_copy(value, batch) for name, value in zip(outputs, got, strict=True)}
 
     def strides(self, anchors: int, count: int) -> tuple[int, ...] | None:
         """Strides of a head with this number of anchors per cell and of candidates; None if no usual set of strides fits."""
@@ -334,6 +336,16 @@ def box_format(boxes: np.ndarray, grid: np.ndarray, sides: np.ndarray) -> Decode
     if (pixels[:, 2:] >= 0).all() and follows_grid(pixels[:, :2], grid):
         return Decoded(BoxFormat.CXCYWH, normalized)
     return None
+
+
+def first_copy(value: np.ndarray, batch: int) -> np.ndarray:
+    """The part for one image of a value computed from ``batch`` copies of an image; the whole value if it is the same for any batch."""
+    if batch == 1 or not value.ndim or len(value) % batch:
+        return value
+    copies = value.reshape(batch, len(value) // batch, *value.shape[1:])
+    rounding = 1e-3 * float(np.abs(copies[0][np.isfinite(copies[0])]).max(initial=0))
+    same = np.allclose(copies[1:], copies[:1], rtol=0, atol=rounding, equal_nan=True)
+    return copies[0] if same else value
 
 
 def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:

@@ -61,7 +61,8 @@ class Detector:
 
         Args:
             providers: ONNX Runtime execution providers, in order of preference.
-            batch_size: maximum number of images in one run. It is 1 for models in which the images of a batch affect each other.
+            batch_size: maximum number of images in one run. It is 1 for models in which the images of a batch affect each other. A model
+                with a fixed batch always runs on that many; copies of the last image fill up the batch.
             threads: number of threads of one run; default: chosen by ONNX Runtime.
             limits: bounds on the file, on the images, and on the time of each run.
 
@@ -88,7 +89,7 @@ class Detector:
         self.class_names = fused.class_names
         self._image, self._names = fused.image, fused.config.output_names
         self._outputs, self._rows = fused.layout.outputs(fused.config), fused.config.max_detections
-        self._batch_size = batch_size if fused.image.independent else 1
+        self._batch_size = (fused.image.batch or batch_size) if fused.image.independent else 1
         self.limits = limits
         self._path, self._stamp = os.path.abspath(path), stamp
         self._settings: dict[str, Any] = {
@@ -196,8 +197,10 @@ class Detector:
     def _infer(
         self, runner: OnnxRuntimeRunner, canvases: list[np.ndarray], places: list[Placement]
     ) -> list[Detections]:
-        outputs = runner.infer(to_tensor(canvases))
-        self._check(outputs, len(canvases))
+        filled = canvases + canvases[-1:] * ((self._image.batch or 0) - len(canvases))
+        outputs = runner.infer(to_tensor(filled))
+        self._check(outputs, len(filled))
+        outputs = {name: value[: len(canvases)] for name, value in outputs.items()}
         counts = outputs[self._names[0]]
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
         if not converged.all():

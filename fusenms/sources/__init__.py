@@ -16,7 +16,7 @@ from fusenms.sources.options import LoadFields, LoadOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fusenms.sources.export import Network
+    from fusenms.sources.network import Network
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
 EXPECTED = "a checkpoint (.pt), an .onnx file, or a directory of a Hugging Face detector"
@@ -47,7 +47,7 @@ def load(weights: Any, options: LoadOptions | None = None, **fields: Unpack[Load
     """
     options = options_from(options, fields)
     if not isinstance(weights, (str, os.PathLike)):
-        return _module(weights, options)
+        return replace(_module(weights, options), batch=options.asked_batch)
     if options.example is not None or options.layout is not None or options.class_names:
         raise ConfigError(
             "example, layout and class_names are for an nn.Module; a file has these itself: leave them out"
@@ -56,6 +56,7 @@ def load(weights: Any, options: LoadOptions | None = None, **fields: Unpack[Load
     raw = load_isolated(path, options) if options.isolate else _file(path, options)
     return replace(
         raw,
+        batch=options.asked_batch,
         pixels=raw.pixels if options.pixels is None else options.preprocessing,
         stretch=raw.stretch if options.stretch is None else options.stretch,
     )
@@ -120,10 +121,8 @@ def _module(module: Any, options: LoadOptions) -> RawModel:
         raise SourceError(f"weights is a {type(module).__name__}; expected the path of {EXPECTED}, or an nn.Module")
     if options.example is None or options.layout is None:
         raise ConfigError("an nn.Module needs example (a batch of images) and layout (what it returns)")
-    if options.size is not None or options.make_dynamic or options.one_to_many or options.ignore:
-        raise ConfigError(
-            "size, make_dynamic, one_to_many and ignore are for files; an nn.Module works at the size of its example"
-        )
+    if options.size is not None or options.one_to_many or options.ignore:
+        raise ConfigError("size, one_to_many and ignore are for files; an nn.Module works at the size of its example")
     from fusenms.sources.export import export
     from fusenms.sources.module import load_module
 

@@ -1,4 +1,4 @@
-"""Exports a PyTorch detector to ONNX, up to the head's taps, and compares the export with PyTorch."""
+"""Exports a PyTorch detector to ONNX, up to the head's taps. `fusenms.sources.parity` compares the export with PyTorch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import importlib.util
 import io
 import threading
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import nn
+from torch.jit._trace import TracerWarning
 
-from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw import ImageInput, RawModel
 from fusenms.errors import ConfigError, SourceError, first_line
-from fusenms.graph.session import Session
 from fusenms.layout import (
     Activation,
     AnchorBoxes,
@@ -30,7 +27,9 @@ from fusenms.layout import (
     MaskTerms,
     Tap,
 )
+from fusenms.sources import parity
 from fusenms.sources.checkpoint import Checkpoint
+from fusenms.sources.network import Network
 from fusenms.sources.torch_modules import tasks
 from fusenms.sources.torch_modules.layers import AnchorFreeDetect
 from fusenms.sources.torch_modules.rtdetr import RTDETRDecoder
@@ -40,8 +39,6 @@ DEFAULT_OPSET = 17
 OPSETS = range(13, 21)  # the opsets that PyTorch's TorchScript exporter writes
 FIRST_OPSET_OF_DYNAMO = 18
 DEFAULT_SIZE = 640
-PARITY_BATCHES = (1, 2, 3)
-PARITY_TOLERANCE = 1e-3  # absolute, on logits of magnitude ten; float32 rounding gives about 1e-4
 
 _exporting = threading.Lock()  # the TorchScript exporter keeps global state
 
@@ -49,34 +46,6 @@ IMAGE, HEAD, HEAD_BOXES, HEAD_CLASSES = "images", "head", "head_boxes", "head_cl
 HEAD_COEFFICIENTS, HEAD_PROTOTYPES, HEAD_KEYPOINTS, HEAD_ANGLE = (
     f"head_{name}" for name in ("mask_coefficients", "prototypes", "keypoints", "angle")
 )
-
-
-@dataclass(frozen=True)
-class Network:
-    """A PyTorch detector, ready for export.
-
-    Attributes:
-        module: the network, in evaluation mode, float32, on the CPU. It takes ``[B, 3, height, width]`` and returns the tensors that
-            ``layout.sources`` names, in that order.
-        layout: the meaning of these tensors.
-        class_names, task, source: as in `RawModel`.
-        size: default input size (height, width), in pixels.
-        stride: height and width must be multiples of it, in pixels.
-        open_size: whether the network works at sizes other than the traced one.
-        pixels, stretch, notes: as in `RawModel`.
-    """
-
-    module: nn.Module
-    layout: Layout
-    class_names: tuple[str, ...]
-    task: str
-    source: str
-    size: tuple[int, int]
-    stride: int
-    open_size: bool = True
-    pixels: Pixels | None = None
-    stretch: bool | None = None
-    notes: tuple[str, ...] = ()
 
 
 def network_of(checkpoint: Checkpoint, source: str) -> Network:
@@ -92,11 +61,12 @@ def network_of(checkpoint: Checkpoint, source: str) -> Network:
         size,
         stride,
         not queries,
+        rebuilt=True,
     )
 
 
 def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool, opset: int | None) -> RawModel:
-    """Export to ONNX with a dynamic batch. Compare ONNX Runtime with PyTorch at batch 1, 2 and 3.
+    """Export to ONNX with a dynamic batch. Compare ONNX Runtime with PyTorch on unlike images, at batch 1, 2, 3 and 7.
 
     PyTorch's TorchScript exporter is tried first. If it fails, the newer exporter (dynamo) is used, provided that onnxscript is installed
     and no opset below `FIRST_OPSET_OF_DYNAMO` is requested.
@@ -121,18 +91,19 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
         )
     if dynamic_size and not network.open_size:
         raise ConfigError(f"{source}: this network works at one size only; leave dynamic_size out")
-    sizes = [(height, width)] + ([(height + stride, width + 2 * stride)] if dynamic_size else [])
+    sizes = [(height, width), *(parity.other_sizes(network, (height, width))[::-1] if dynamic_size else [])]
+    shapes = [_shapes(network, one) for one in sizes]
     try:
-        model = _to_onnx(network, sizes, opset)
+        model, baked = _to_onnx(network, sizes[0], shapes, opset)
     except _EXPORT_ERRORS as error:
-        raise SourceError(f"{source}: the network could not be exported ({error})") from error
-    worst = max(_difference(network, model, batch, s) for batch in PARITY_BATCHES for s in sizes)
-    if not worst <= PARITY_TOLERANCE:
-        raise SourceError(
-            f"{source}: the exported network differs from PyTorch by {worst:.2g}; expected at most {PARITY_TOLERANCE:g}, for rounding"
-        )
+        raise SourceError(f"{source}: the network could not be exported ({first_line(error)})") from error
+    worst = parity.compare(network, model, sizes, baked)
+    if dynamic_size:
+        stride = parity.step_of(network, (height, width))
     side, written = "height,width" if dynamic_size else f"{height},{width}", model.opset_import[0].version
-    note = f"{IMAGE}[batch,3,{side}] · opset {written} · equal to PyTorch at batch 1, 2, 3 (max |Δ| {worst:.0e})"
+    batches = ", ".join(map(str, parity.BATCHES))
+    note = f"{IMAGE}[batch,3,{side}] · opset {written} · equal to PyTorch at batch {batches} (max |Δ| {worst:.0e})"
+    constant = [parity.baked_text(baked)] if baked else []
     image = ImageInput(IMAGE, height, width, stride, dynamic_size)
     return RawModel(
         model=model,
@@ -141,7 +112,7 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
         task=network.task,
         source=source,
         layout=layout,
-        notes=(note, *network.notes),
+        notes=(note, *constant, *network.notes),
         pixels=network.pixels,
         stretch=network.stretch,
     )
@@ -200,19 +171,41 @@ def queries_layout(count: int, softmax: bool) -> Layout:
     return Layout("detr", boxes, classes, None, Activation.SOFTMAX, decode, suppress=False, background=background)
 
 
-def _to_onnx(network: Network, sizes: list[tuple[int, int]], opset: int | None) -> onnx.ModelProto:
-    """The network as ONNX. The batch is dynamic, and so are the dimensions that differ between the sizes."""
-    shapes = [[tuple(tap.shape) for tap in _run(network.module, torch.zeros(1, 3, *size))] for size in sizes]
+def _shapes(network: Network, size: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Shapes of the head's tensors for one image of this size.
+
+    Raises:
+        SourceError: the network does not run.
+    """
+    try:
+        return [tuple(tap.shape) for tap in parity.run(network.module, torch.zeros(1, 3, *size))]
+    except Exception as error:  # the module can raise any error
+        at = f"{network.source}: the network does not run at {size[0]}x{size[1]} ({type(error).__name__}: {first_line(error)})"
+        raise SourceError(f"{at}; leave dynamic_size out if it works at one size only") from error
+
+
+def _to_onnx(
+    network: Network, size: tuple[int, int], shapes: list[list[tuple[int, ...]]], opset: int | None
+) -> tuple[onnx.ModelProto, tuple[parity.Baked, ...]]:
+    """The network as ONNX, and what the trace has made constant. The batch is dynamic, and so are dimensions that differ between sizes.
+
+    Args:
+        shapes: for each size, the shapes of the head's tensors.
+    """
     fixed = [[len(set(sides)) == 1 for sides in zip(*some, strict=True)] for some in zip(*shapes, strict=True)]
-    axes = {IMAGE: {0: "batch"} | ({2: "height", 3: "width"} if len(sizes) > 1 else {})}
+    axes = {IMAGE: {0: "batch"} | ({2: "height", 3: "width"} if len(shapes) > 1 else {})}
     for name, still in zip(network.layout.sources, fixed, strict=True):
         axes[name] = {0: "batch"} | {i: f"{name}_{i}" for i, same in enumerate(still) if i and not same}
+    baked: tuple[parity.Baked, ...] = ()
     try:
-        model = _by_torchscript(network, sizes[0], axes, opset or DEFAULT_OPSET)
-    except _EXPORT_ERRORS:
+        model, baked = _by_torchscript(network, size, axes, opset or DEFAULT_OPSET)
+    except _EXPORT_ERRORS as first:
         if (opset is not None and opset < FIRST_OPSET_OF_DYNAMO) or importlib.util.find_spec("onnxscript") is None:
             raise
-        model = _by_dynamo(network, sizes[0], axes[IMAGE], opset or FIRST_OPSET_OF_DYNAMO)
+        try:
+            model = _by_dynamo(network, size, axes[IMAGE], opset or FIRST_OPSET_OF_DYNAMO)
+        except _EXPORT_ERRORS as second:
+            raise RuntimeError(f"{first_line(first)}; by the newer exporter: {first_line(second)}") from second
     for entry, shape, still in zip(
         model.graph.output, shapes[0], fixed, strict=True
     ):  # exporters make more dimensions dynamic than necessary
@@ -220,20 +213,23 @@ def _to_onnx(network: Network, sizes: list[tuple[int, int]], opset: int | None) 
             if same:
                 dim.dim_value = side
         entry.type.tensor_type.shape.dim[0].dim_param = "batch"
-    return model
+    return model, baked
 
 
 def _by_torchscript(
     network: Network, size: tuple[int, int], axes: dict[str, dict[int, str]], opset: int
-) -> onnx.ModelProto:
+) -> tuple[onnx.ModelProto, tuple[parity.Baked, ...]]:
     stream = io.BytesIO()
-    with _exporting, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter(
-            "ignore"
-        )  # the TorchScript exporter warns that it is deprecated, but only it writes opset 17
+    with _exporting, warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("ignore")  # it warns that it is deprecated, but only it writes opset 17
+        warnings.filterwarnings("always", category=TracerWarning)
+        TracerWarning.ignore_lib_warnings()
+        module, images = network.module, torch.zeros(2, 3, *size)
+        if any(isinstance(inner, torch.jit.ScriptModule) for inner in module.modules()):
+            module = torch.jit.trace(module, (images,), check_trace=False)  # the exporter takes scripts only as a whole
         torch.onnx.export(
-            network.module,
-            (torch.zeros(2, 3, *size),),
+            module,
+            (images,),
             stream,  # type: ignore[arg-type]  # the TorchScript exporter writes to streams
             dynamo=False,
             opset_version=opset,
@@ -241,7 +237,7 @@ def _by_torchscript(
             output_names=list(network.layout.sources),
             dynamic_axes=axes,
         )
-    return onnx.load_from_string(stream.getvalue())
+    return onnx.load_from_string(stream.getvalue()), parity.baked_in(caught)
 
 
 def _by_dynamo(network: Network, size: tuple[int, int], axes: dict[int, str], opset: int) -> onnx.ModelProto:
@@ -262,41 +258,3 @@ def _by_dynamo(network: Network, size: tuple[int, int], axes: dict[int, str], op
     for axis, name in axes.items():
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
     return model
-
-
-def _run(module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    with torch.no_grad():
-        return tuple(module(images))
-
-
-def _difference(network: Network, model: onnx.ModelProto, batch: int, size: tuple[int, int]) -> float:
-    """Maximum absolute difference between ONNX Runtime and PyTorch on a random batch."""
-    layout = network.layout
-    images = np.random.default_rng(batch).random((batch, 3, *size), dtype=np.float32)
-    try:
-        got = Session(model, source=network.source).run({IMAGE: images}, layout.sources)
-    except SourceError as error:
-        raise SourceError(
-            f"{network.source}: the exported network does not run in ONNX Runtime at batch {batch} ({first_line(error)})"
-        ) from error
-    expected = [tap.numpy() for tap in _run(network.module, torch.from_numpy(images))]
-    if any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
-        return float("inf")
-    if isinstance(layout.decode, Decoded) and not layout.suppress and {a.ndim for a in got} == {3}:
-        return _difference_of_queries(*(np.concatenate(parts, 2) for parts in (got, expected)))
-    return max(float(np.abs(a - b).max()) for a, b in zip(got, expected, strict=True))
-
-
-def _difference_of_queries(got: np.ndarray, expected: np.ndarray) -> float:
-    """Maximum difference between a query and its counterpart, for tensors ``[B, queries, channels]``.
-
-    The order of queries with nearly equal scores is arbitrary. So each query is compared with the nearest one on the other side.
-    """
-    worst = 0.0
-    for a, b in zip(got, expected, strict=True):
-        if (np.abs(a - b) > PARITY_TOLERANCE).any():
-            far = np.stack([np.abs(row - b).max(1) for row in a])
-            worst = max(worst, float(far.min(0).max()), float(far.min(1).max()))
-        else:
-            worst = max(worst, float(np.abs(a - b).max()))
-    return worst

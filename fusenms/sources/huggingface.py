@@ -23,7 +23,8 @@ from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.metadata import check_names, read_json
 from fusenms.safety.files import open_regular, read_regular
-from fusenms.sources.export import DEFAULT_SIZE, Network, queries_layout
+from fusenms.sources.export import DEFAULT_SIZE, queries_layout
+from fusenms.sources.network import Network
 
 SIGMOID = (
     "rt_detr", "rt_detr_v2", "d_fine", "deimv2", "deformable_detr", "conditional_detr", "dab-detr", "lw_detr", "rf_detr",

@@ -23,7 +23,7 @@ _MODEL, _REST, ERROR = "raw.onnx", "raw.json", "error.json"
 _PLAIN = ("class_names", "task", "source", "notes", "stretch", "frozen_batch", "precision")
 
 
-_OPTIONS = ("dynamic_size", "opset", "make_dynamic", "one_to_many")
+_OPTIONS = ("dynamic_size", "opset", "one_to_many")
 
 
 def load_isolated(path: Path, options: LoadOptions) -> RawModel:

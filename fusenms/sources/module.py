@@ -8,12 +8,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusenms.errors import ConfigError, SourceError
+from fusenms.errors import AlreadyFusedError, ConfigError, SourceError, first_line
 from fusenms.layout import Activation, Layout
 from fusenms.safety.text import has_controls
-from fusenms.sources.export import Network
+from fusenms.sources.network import Network
 from fusenms.sources.options import LoadOptions
+
+MOST_EXAMPLES = 4
+"""Images of the example on which the export is compared with PyTorch."""
+
+
+class _SuppressionFound(Exception):
+    """The module calls an operator of non-maximum suppression; its name is the message."""
+
+
+class _NoSuppression(TorchDispatchMode):
+    """Stops at operators of non-maximum suppression, such as ``torchvision::nms``."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name() if hasattr(func, "name") else str(func)
+        if "nms" in name.lower():
+            raise _SuppressionFound(name.split(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 class _Head(nn.Module):
@@ -28,17 +46,20 @@ class _Head(nn.Module):
 
 
 def load_module(module: nn.Module, options: LoadOptions) -> Network:
-    """Copy a module and prepare it for export: in evaluation mode, float32, on the CPU.
+    """Copy a module and prepare it for export: in evaluation mode, float32, on the CPU. Scripted and traced modules are taken too.
 
     Args:
-        module: takes images ``[B, 3, height, width]``. It returns the tensors that ``layout.sources`` names, in that order or by name.
+        module: takes images ``[B, 3, height, width]``. It returns the tensors that ``layout.sources`` names, in that order or by name,
+            as `flattened` names them.
         options: options with an example and a layout. The size of the example becomes the input size.
 
     Raises:
         ConfigError: an option is invalid, or the layout does not fit the tensors that the module returns.
-        SourceError: the module does not run at the size of the example.
+        SourceError: the module cannot be copied, or does not run at the size of the example.
+        AlreadyFusedError: the module holds a non-maximum suppression.
     """
-    title, example, layout, class_names = type(module).__name__, options.example, options.layout, options.class_names
+    title = str(getattr(module, "original_name", type(module).__name__))  # of the class that was scripted or traced
+    example, layout, class_names = options.example, options.layout, options.class_names
     if not isinstance(example, Tensor) or example.ndim != 4 or example.shape[1] != 3:
         found = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ConfigError(f"example is {found}; expected a tensor [batch, 3, height, width]")
@@ -54,16 +75,21 @@ def load_module(module: nn.Module, options: LoadOptions) -> Network:
         raise ConfigError(
             f"class_names has {len(class_names)} names; expected {layout.num_classes}, as the layout has classes"
         )
-    head = _Head(copy.deepcopy(module), layout.sources).cpu().float().eval().requires_grad_(False)
+    head = _copied(title, module, layout.sources)
     height, width = (int(side) for side in example.shape[2:])
     try:
-        with torch.no_grad():
-            tensors = head(torch.zeros(2, 3, height, width))
+        with torch.no_grad(), _NoSuppression():
+            found = head.module(torch.zeros(2, 3, height, width))
+        tensors, left = outputs_of(found, layout.sources), flattened(found)[1]
     except ConfigError:
         raise
+    except _SuppressionFound as error:
+        raise AlreadyFusedError(
+            f"{title}: already holds a non-maximum suppression ({error}); expected the raw head. Return the tensors before it"
+        ) from error
     except Exception as error:  # the module can raise any error
         raise SourceError(
-            f"{title}: does not run on [2, 3, {height}, {width}] ({type(error).__name__}: {error})"
+            f"{title}: does not run on [2, 3, {height}, {width}] ({type(error).__name__}: {first_line(error)})"
         ) from error
     _check_shapes(title, layout, tensors)
     _check_scores(title, head, layout, (height, width))
@@ -78,27 +104,71 @@ def load_module(module: nn.Module, options: LoadOptions) -> Network:
         stride=1,
         pixels=options.preprocessing,
         stretch=options.stretch,
+        notes=(f"not tensors, so left out of what the module returns: {', '.join(left)}",) if left else (),
+        examples=example.detach().cpu().float().numpy()[:MOST_EXAMPLES],
     )
+
+
+def _copied(title: str, module: nn.Module, tensors: tuple[str, ...]) -> _Head:
+    try:
+        head = _Head(copy.deepcopy(module), tensors).cpu().float().eval()
+    except Exception as error:  # modules of others can hold what cannot be copied or moved
+        raise SourceError(
+            f"{title}: cannot be copied for the export ({type(error).__name__}: {first_line(error)}); expected an nn.Module in float32 "
+            "on the CPU"
+        ) from error
+    for parameter in head.parameters():  # a scripted module has no requires_grad_, and its parameters may be computed
+        if parameter.is_leaf:
+            parameter.requires_grad_(False)
+    return head
+
+
+def flattened(found: Any, name: str = "") -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors that a module returns, by name, and what else it returns.
+
+    A tensor in a mapping has the name of its key, one in a list or tuple has its number, and inner ones have both: ``boxes.0``.
+
+    >>> flattened({"boxes": [torch.zeros(1), torch.zeros(1)], "loss": None})
+    ({'boxes.0': tensor([0.]), 'boxes.1': tensor([0.])}, ['loss (None)'])
+    """
+    if isinstance(found, Tensor):
+        return {name or "0": found}, []
+    items: Any = ()
+    if isinstance(found, Mapping):
+        items = found.items()
+    elif isinstance(found, (list, tuple)):
+        items = enumerate(found)
+    else:
+        return {}, [f"{name or '0'} ({'None' if found is None else type(found).__name__})"]
+    tensors, left = dict[str, Tensor](), list[str]()
+    for key, value in items:
+        some, others = flattened(value, f"{name}.{key}" if name else str(key))
+        tensors |= some
+        left += others
+    return tensors, left
 
 
 def outputs_of(found: Any, tensors: tuple[str, ...]) -> tuple[Tensor, ...]:
     """The returned value of a module as a tuple of tensors, in the order of the names.
 
+    The names are those of `flattened`. Without a mapping, other names stand for the tensors in order.
+
     Raises:
         ConfigError: a name is missing, or the number of tensors differs.
     """
+    every, _ = flattened(found)
+    missing = [name for name in tensors if name not in every]
+    if not missing:
+        return tuple(every[name] for name in tensors)
     if isinstance(found, Mapping):
-        if missing := [name for name in tensors if name not in found]:
-            raise ConfigError(
-                f"the module returns {', '.join(map(str, found))}; the layout also names {', '.join(missing)}"
-            )
-        found = [found[name] for name in tensors]
-    every = (found,) if isinstance(found, Tensor) else tuple(found)
+        raise ConfigError(
+            f"the module returns {', '.join(every) or 'no tensors'}; the layout also names {', '.join(missing)}"
+        )
     if len(every) != len(tensors):
         raise ConfigError(
             f"the module returns {len(every)} tensors; the layout names {len(tensors)}: {', '.join(tensors)}"
         )
-    return every
+    return tuple(every.values())
 
 
 def _check_scores(title: str, head: nn.Module, layout: Layout, size: tuple[int, int]) -> None:

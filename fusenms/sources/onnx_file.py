@@ -1,4 +1,4 @@
-"""Reads a raw `.onnx`, from fusenms or a third party, and checks that its batch is dynamic."""
+"""Reads a raw `.onnx`, from fusenms or a third party."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ MIN_OPSET = 11
 def load_onnx(path: Path, options: LoadOptions) -> RawModel:
     """Read a raw detector from an ONNX file of unknown origin.
 
-    A file with a frozen batch is accepted with ``make_dynamic``. `fusenms.transforms.dynamic_batch` then makes the batch dynamic.
+    The batch of the model may be frozen. `fusenms.transforms.dynamic_batch` makes it dynamic once the head is known.
 
     Raises:
         AlreadyFusedError: the graph already has a non-maximum suppression.
-        SourceError: the file is unreadable, exceeds a limit, has other inputs than one batch of images, or its batch is frozen.
+        SourceError: the file is unreadable, exceeds a limit, or has other inputs than one batch of images.
         ConfigError: the size contradicts the file.
     """
     model = read_onnx(path, options.limits)
@@ -58,11 +58,6 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     entry = _image_input(path, model)
     dims = entry.type.tensor_type.shape.dim
     frozen = [dim.dim_value or None for dim in dims]
-    if frozen[0] is not None and not options.make_dynamic:
-        raise SourceError(
-            f"{path}: the batch size is frozen at {frozen[0]}; expected a dynamic batch. "
-            "Export again with a dynamic batch, or add make_dynamic=True to make it dynamic here, with a check that this is safe"
-        )
     image = _image(path, entry.name, (frozen[2], frozen[3]), metadata, options.sides, dynamic_size, limits)
     shape = (frozen[0] or 1, 3, image.height, image.width)
     if math.prod(shape) > limits.max_tensor_elements:

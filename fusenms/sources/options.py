@@ -12,6 +12,9 @@ from fusenms.errors import ConfigError
 from fusenms.layout import Layout
 from fusenms.limits import DEFAULT_LIMITS, Limits
 
+DYNAMIC = "dynamic"
+"""Value of `LoadOptions.batch`: the batch must be dynamic."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
@@ -21,7 +24,9 @@ class LoadOptions:
         size: input size in pixels, one side or (height, width); None: the size that the weights state, or 640.
         dynamic_size: make height and width dynamic.
         opset: ONNX operator set of an export; None: 17.
-        make_dynamic: make the frozen batch of an `.onnx` dynamic, if a check shows that this is safe.
+        batch: number of images in a run of the fused model: ``dynamic``, or a fixed number, for engines and NPUs with static shapes; None:
+            dynamic. The frozen batch of an `.onnx` is made dynamic if a check shows that this is safe, and otherwise stays as it is.
+        make_dynamic: deprecated; the same as ``dynamic`` for ``batch``.
         one_to_many: use the head that needs suppression, of a checkpoint with two heads (YOLOv10, YOLO26).
         pixels: pixel values that the network expects, a name of `fusenms.artifacts.preprocessing.PIXELS` or a `Pixels`; None: as the
             weights state, or as usual for the family. The fused model always takes RGB from 0 to 1.
@@ -45,6 +50,7 @@ class LoadOptions:
     size: int | tuple[int, int] | None = None
     dynamic_size: bool = False
     opset: int | None = None
+    batch: int | str | None = None
     make_dynamic: bool = False
     one_to_many: bool = False
     pixels: str | Pixels | None = field(default=None, metadata={"choices": tuple(PIXELS)})
@@ -57,6 +63,13 @@ class LoadOptions:
     isolate: bool = False
 
     def __post_init__(self) -> None:
+        whole = isinstance(self.batch, numbers.Integral) and not isinstance(self.batch, bool) and self.batch > 0
+        if self.batch is not None and self.batch != DYNAMIC and not whole:
+            raise ConfigError(
+                f"batch is {self.batch!r}; expected {DYNAMIC!r}, or a fixed number of images of at least 1"
+            )
+        if self.make_dynamic and self.batch not in (None, DYNAMIC):
+            raise ConfigError(f"batch is {self.batch!r}, but make_dynamic is set; leave make_dynamic out")
         if isinstance(self.pixels, str) and self.pixels not in PIXELS:
             raise ConfigError(f"pixels is {self.pixels!r}; expected one of {', '.join(PIXELS)}, or a Pixels")
         if isinstance(self.ignore, str):
@@ -78,6 +91,13 @@ class LoadOptions:
         if len(sides) != 2 or not whole:
             raise ConfigError(f"size is {self.size!r}; expected one side or (height, width), in pixels")
         return int(sides[0]), int(sides[1])
+
+    @property
+    def asked_batch(self) -> int | str | None:
+        """``batch``, with the deprecated ``make_dynamic``."""
+        if self.make_dynamic:
+            return DYNAMIC
+        return self.batch if self.batch is None or isinstance(self.batch, str) else int(self.batch)
 
     @property
     def preprocessing(self) -> Pixels | None:
@@ -102,6 +122,7 @@ class LoadFields(TypedDict, total=False):
     size: int | tuple[int, int] | None
     dynamic_size: bool
     opset: int | None
+    batch: int | str | None
     make_dynamic: bool
     one_to_many: bool
     pixels: str | Pixels | None

@@ -51,9 +51,11 @@ class Agreement:
 def agreement(before: FusedModel, after: FusedModel, images: np.ndarray) -> Agreement:
     """Run both models in ONNX Runtime on images ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one, and compare them."""
     runner = OnnxRuntimeRunner(get_backend(after.backend).to_standard(after.model, after), source=after.source)
-    rows = [runner.infer(image[None]) for image in images]
+    rows = [runner.infer(_alone(after, image)) for image in images]
     runner.close()
-    return agreement_of(before, images, after, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+    return agreement_of(
+        before, images, after, {name: np.concatenate([row[name][:1] for row in rows]) for name in rows[0]}
+    )
 
 
 def agreement_of(
@@ -63,7 +65,7 @@ def agreement_of(
     runner = OnnxRuntimeRunner(get_backend(before.backend).to_standard(before.model, before), source=before.source)
     counts, same, worst = [0, 0], 0, [0.0, 0.0]  # of each model; pairs; box and score
     for n, image in enumerate(images):
-        one = _rows(before, runner.infer(image[None]))
+        one = _rows(before, runner.infer(_alone(before, image)))
         two = _rows(after, {name: value[n : n + 1] for name, value in outputs.items()})
         counts[0], counts[1] = counts[0] + len(one[1]), counts[1] + len(two[1])
         for i, j in _pairs(one, two):
@@ -72,6 +74,11 @@ def agreement_of(
             worst[1] = max(worst[1], float(abs(one[1][i] - two[1][j])))
     runner.close()
     return Agreement(len(images), counts[0], counts[1], same, worst[0], worst[1])
+
+
+def _alone(model: FusedModel, image: np.ndarray) -> np.ndarray:
+    """A batch of the image alone; of copies of it, if the batch of the model is fixed."""
+    return image[None].repeat(model.image.batch or 1, 0)
 
 
 _Rows = tuple[np.ndarray, np.ndarray, np.ndarray]

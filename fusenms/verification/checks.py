@@ -38,7 +38,7 @@ def verify(
     model: FusedModel | str | os.PathLike[str],
     *,
     images: np.ndarray | None = None,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Compare a fused model with the reference.
@@ -46,12 +46,12 @@ def verify(
     Args:
         model: a fused model, or the path of its file.
         images: ``[n, 3, height, width]`` float32 (RGB, 0 to 1, at the model's size); default: one test image.
-        batches: batch sizes to run.
+        batches: batch sizes to run; default: 1, 2 and 7, or the only one of a model with a fixed batch.
         progress: called for each step.
 
     Raises:
         SourceError: the file cannot be read, or lacks the head's tensors.
-        InputError: the images do not fit the model.
+        InputError: the images or batch sizes do not fit the model.
 
     Example:
         >>> import fusenms
@@ -61,8 +61,12 @@ def verify(
         (True, (1, 3))
     """
     fused = model if isinstance(model, FusedModel) else load_fused(model)
+    fixed = fused.image.batch
+    batches = (BATCHES if fixed is None else (fixed,)) if batches is None else batches
     if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
         raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
+    if fixed is not None and set(batches) != {fixed}:
+        raise InputError(f"batches are {list(batches)}, but the model has a fixed batch of {fixed}; leave batches out")
     sizes = [(fused, images_for(fused, images))]
     if fused.image.dynamic_size:  # also another size, which moves the candidates
         image = fused.image

@@ -685,7 +685,7 @@ def test_third_party_file_ends_in_one_of_our_errors_when_it_is(attack, tmp_path,
     monkeypatch.chdir(tmp_path)  # where relative places of external data would be looked for
     start, failed = time.process_time(), None
     try:
-        fusenms.fuse(path, make_dynamic=True, unverified=True, limits=LIMITS)
+        fusenms.fuse(path, unverified=True, limits=LIMITS)
     except FusenmsError as error:
         failed = error
     assert time.process_time() - start < MOST_SECONDS
@@ -740,5 +740,5 @@ def test_stage_wraps_what_a_graph_makes_it_raise(stage, tmp_path, monkeypatch):
     model = third_party(batch=2)
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(SourceError, match="KeyError: 'what the file made happen'") as error:
-        fusenms.fuse(tmp_path / "model.onnx", make_dynamic=True, unverified=True)
+        fusenms.fuse(tmp_path / "model.onnx", batch="dynamic", unverified=True)
     assert isinstance(error.value.__cause__, KeyError)

@@ -210,7 +210,7 @@ def run(encoded: bytes, fused: bool) -> str:
                 with fusenms.Detector(path, limits=LIMITS) as detect:
                     detect([IMAGE, IMAGE])
             else:
-                fusenms.fuse(path, make_dynamic=True, unverified=True, limits=LIMITS)
+                fusenms.fuse(path, unverified=True, limits=LIMITS)
             outcome = "sound"
         except FusenmsError as error:
             outcome = type(error).__name__
