@@ -192,8 +192,8 @@ def test_dynamic_quantization_is_noted_with_its_effect(tmp_path, batch):
         quantize_dynamic(path, tmp_path / "q.onnx")
         fused = fuse(tmp_path / "q.onnx", unverified=True, batch=batch)
         assert not fused.image.independent
-        assert (
-            "dynamic quantization takes its ranges over the batch, which changes the head by up to" in "\n".join(fused.notes)
+        assert "dynamic quantization takes its ranges over the batch, which changes the head by up to" in "\n".join(
+            fused.notes
         )
 
 

@@ -190,6 +190,12 @@ def test_right_layout_written_by_hand_is_taken():
     assert any(note.startswith("geometry assumed: its boxes do not lie in cells") for note in fused.notes)
 
 
+def test_untrained_network_whose_boxes_have_no_area_is_taken():
+    module = nn.Sequential(nn.Conv2d(3, 7, 16, 16), nn.Flatten(2)).eval()
+    layout = Layout("own", Tap("h", 1, 0, 4), Tap("h", 1, 4, 7), None, Activation.SIGMOID, Decoded(BoxFormat.CXCYWH))
+    assert fuse(module, example=torch.zeros(1, 3, 160, 160), layout=layout).report
+
+
 @pytest.mark.parametrize(
     ("factor", "message"),
     [

@@ -14,13 +14,14 @@ from fusenms.errors import LayoutContradictedError
 from fusenms.heads.accounting import channels_left_over
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, sum_to_one
-from fusenms.layout import Activation, AnchorBoxes, Decoded, Distances, Tap, cells_along
+from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Tap, cells_along
 from fusenms.onnx_reading import untrusted
 
 ROUNDING = 1e-3
 """How far a probability may lie outside 0 to 1, as those of float16 and of quantized networks do."""
 MOST_SLOPE = 0.6
 """Limit on the growth of distances with the stride: 0 if they are in strides, 1 if they are in pixels."""
+NEARLY_ALL = 0.95
 FAR = 4.0
 """Most normalized boxes lie within this many sides of the image."""
 
@@ -129,9 +130,15 @@ def _wrong_boxes(found: Slide) -> str | None:
         return None
     if decode.normalized and far > FAR:
         return f"its boxes reach {far:.3g} sides of the image, so that they are in pixels, not normalized"
-    if not decode.normalized and layout.angle is None and are_normalized(terms) and np.ptp(terms) > 0:
+    if not decode.normalized and layout.angle is None and _are_boxes(terms, decode) and are_normalized(terms):
         return f"its boxes are from {terms.min():.3g} to {terms.max():.3g}, so that they are normalized, not in pixels"
     return None
+
+
+def _are_boxes(terms: np.ndarray, decode: Decoded) -> bool:
+    """Whether nearly all of these channels ``[N, 4]`` are boxes that have an area; those of an untrained network may have none."""
+    sizes = terms[:, 2:] - terms[:, :2] if decode.format is BoxFormat.XYXY else terms[:, 2:]
+    return bool(np.ptp(terms) > 0 and np.mean((sizes > 0).all(1)) > NEARLY_ALL)
 
 
 def _wrong_distances(found: Slide, decode: Distances) -> str | None:
