@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from third_party import CLASSES, SIZE, Detr, LevelsApart, YoloNas, Yolov8, write
 from torch import Tensor, nn
 
-from fusenms import fuse, inspect, load, recognize
+from fusenms import Detector, fuse, inspect, load, recognize
 from fusenms.errors import (
     AmbiguousHeadError,
     ConfigError,
@@ -340,6 +340,54 @@ def test_pixels_of_yolov6_and_of_rf_detr_are_their_own(tmp_path):
     onnx.save(model, path)
     raw = load(path)
     assert meaning(raw, recognize(raw))[1].startswith("pixels assumed for rfdetr: RGB from 0 to 1, less (0.485")
+
+
+class FinishedCenters(third_party.RtDetr):
+    """Rows of centers, score and class, best first, as newer exports of Ultralytics have them."""
+
+    def forward(self, images):
+        logits, boxes = super().forward(images)
+        scores, number = logits.sigmoid().flatten(1).topk(20)
+        query = (number // CLASSES).unsqueeze(-1).expand(-1, -1, 4)
+        return torch.cat((boxes.gather(1, query), scores[..., None], (number % CLASSES)[..., None].float()), -1)
+
+
+class FinishedCorners(FinishedCenters):
+    """Rows of low corner and size, which may be taken for centers."""
+
+    def forward(self, images):
+        rows = super().forward(images)
+        return torch.cat((rows[..., :4] / 2, rows[..., 4:]), -1)
+
+
+def test_finished_rows_of_centers_are_taken_before_their_top_k(tmp_path):
+    layout = recognize(load(write_new(FinishedCenters(), tmp_path / "m.onnx")))
+    assert (layout.family, layout.decode, layout.labels) == ("rtdetr", Decoded(BoxFormat.CXCYWH, normalized=True), None)
+    assert (layout.activation, layout.num_classes) == (Activation.SIGMOID, CLASSES)
+
+
+def test_finished_rows_that_may_be_low_corners_are_refused(tmp_path):
+    raw = load(write_new(FinishedCorners(), tmp_path / "m.onnx"))
+    with pytest.raises(HeadNotRecognizedError, match="rtdetr: nothing shows that the boxes are centers and sizes"):
+        recognize(raw)
+
+
+def test_export_of_ultralytics_gives_what_its_checkpoint_gives(zoo, tmp_path):
+    path = zoo.parent / "cases" / "files" / "rtdetr-p_ultralytics_8.4.190.onnx"
+    if not path.exists():
+        pytest.skip("needs ../shared/cases/files")
+    saved = [
+        fuse(weights, unverified=True).save(tmp_path / f"{i}.onnx", unverified=True)
+        for i, weights in enumerate((path, zoo / "shapes" / "rtdetr-p.pt"))
+    ]
+    images = sorted((zoo / "shapes" / "images").iterdir())[:10]
+    total = 0
+    for image in images:
+        of_export, of_checkpoint = (Detector(file)(image)[0] for file in saved)
+        assert np.array_equal(of_export.labels, of_checkpoint.labels), image
+        assert np.abs(of_export.boxes - of_checkpoint.boxes).max(initial=0) < 0.01
+        total += len(of_export)
+    assert total > 300
 
 
 class Bins17(LevelsApart):

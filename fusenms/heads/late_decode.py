@@ -23,6 +23,7 @@ from fusenms.layout import (
     Activation,
     AnchorBoxes,
     AngleTerm,
+    Decoded,
     Distances,
     Join,
     KeypointTerms,
@@ -218,7 +219,8 @@ def _same_rows(probe: Probe, rows: Layout, early: Layout) -> bool:
     values = probe.values(early.sources)
     if any(value.dtype != np.float32 for value in values.values()):
         return False
-    sides = probe.sides[:2]
+    normalized = isinstance(rows.decode, Decoded) and rows.decode.normalized
+    sides = np.ones(2) if normalized else probe.sides[:2]
     shape = values[early.boxes.tensor].shape
     count = shape[early.boxes.candidate_axis]
     corner = rng.random((1, count, 2)) * sides * 0.5

@@ -1,8 +1,9 @@
 """RT-DETR, D-FINE, DEIM, Deformable and Conditional DETR before their top-k: sigmoid classes, normalized boxes, no suppression.
 
 Class logits or probabilities ``[B, queries, C]`` and boxes ``[B, queries, 4]``, cx, cy, w, h normalized to the input, in two
-outputs; or both in one ``[B, queries, 4 + C]``, as Ultralytics exports RT-DETR. Every class of a query counts, as in the papers
-(Zhu et al., 2020; Zhao et al., 2023).
+outputs; or both in one ``[B, queries, 4 + C]``, as older exports of Ultralytics have them. Its newer exports have finished rows
+``[B, queries, 6]``: cx, cy, w, h, score and class. They are taken before their top-k if that can be proven. Every class of a query counts,
+as in the papers (Zhu et al., 2020; Zhao et al., 2023).
 
 RF-DETR has the same head. Its exports name their outputs `dets` and `labels`, and it takes pixels normalized with ImageNet's mean and
 deviation.
@@ -16,11 +17,14 @@ import numpy as np
 
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
+from fusenms.heads.late_decode import earliest_rows
 from fusenms.heads.probe import Pair, Probe, are_probabilities, as_probabilities, not_queries, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
 NAME, RF_NAME = "rtdetr", "rfdetr"
 RF_OUTPUTS = {"dets", "labels"}
+OUTSIDE = 0.1
+"""How far a box may reach beyond the image, in sides of the image."""
 MOST_OF_A_CLASS = 0.2
 """Limit on the average score of a class over the queries of the test image. Most queries find nothing."""
 
@@ -44,7 +48,8 @@ def match_rf(probe: Probe, certain: bool) -> Layout | Mismatch:
 
 def _match(probe: Probe, certain: bool) -> Layout | Mismatch:
     if len(probe.samples) == 1:
-        return _match_joined(probe)
+        layout = _match_joined(probe)
+        return layout if isinstance(layout, Layout) else _match_rows(probe, layout)
     return match_pairs(probe, lambda pair: _match_pair(probe, pair, certain))
 
 
@@ -65,6 +70,30 @@ def _match_joined(probe: Probe) -> Layout | Mismatch:
     if not are_probabilities(scores):
         return Mismatch("the channels after the box are not probabilities")
     return _layout(Tap(sample.tensor, 2, 0, 4), Tap(sample.tensor, 2, 4, shape[2]), scores)
+
+
+def _match_rows(probe: Probe, otherwise: Mismatch) -> Layout | Mismatch:
+    """Match finished rows of centers; ``otherwise`` is the reason for an output of another shape."""
+    sample = probe.samples[0]
+    shape = sample.value.shape
+    if len(shape) != 3 or shape[2] != 6:
+        return otherwise
+    rows, names = sample.value[0], probe.raw.class_names
+    boxes, scores, labels = rows[:, :4], rows[:, 4], rows[:, 5]
+    if reason := not_queries(boxes):
+        return Mismatch(reason)
+    if not are_probabilities(scores) or (np.diff(scores) > 0).any():
+        return Mismatch("channel 5 does not hold scores, best first")
+    if (labels != np.round(labels)).any() or (labels < 0).any() or (names and (labels >= len(names)).any()):
+        return Mismatch("channel 6 does not hold class numbers")
+    low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+    if low.min() < -OUTSIDE or high.max() > 1 + OUTSIDE or (boxes[:, :2] + boxes[:, 2:]).max() <= 1:
+        return Mismatch("nothing shows that the boxes are centers and sizes, and not low corners and sizes")
+    taps = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 6)))
+    box_tap, score_tap, label_tap = taps
+    decode = Decoded(BoxFormat.CXCYWH, normalized=True)
+    found = Layout(NAME, box_tap, score_tap, None, Activation.NONE, decode, suppress=False, labels=label_tap)
+    return earliest_rows(probe, found)
 
 
 def _layout(boxes: Tap, classes: Tap, scores: np.ndarray) -> Layout:
