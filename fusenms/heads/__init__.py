@@ -20,7 +20,7 @@ from fusenms.heads.families.levels import GFL, LEVELS
 from fusenms.heads.families.nanodet import NANODET
 from fusenms.heads.families.rows import ROWS
 from fusenms.heads.families.rtdetr import RFDETR, RTDETR
-from fusenms.heads.families.ssd import SSD
+from fusenms.heads.families.ssd import SSD, ULTRAFACE
 from fusenms.heads.families.yolov4 import YOLOV4
 from fusenms.heads.families.yolov5 import YOLOV5
 from fusenms.heads.families.yolov8 import YOLOV8
@@ -30,7 +30,7 @@ from fusenms.layout import Layout
 from fusenms.onnx_reading import untrusted
 
 HEADS: tuple[HeadSpec, ...] = (
-    YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, SSD, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, NANODET, FASTESTDET,
+    YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, SSD, ULTRAFACE, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, NANODET, FASTESTDET,
 )  # fmt: skip
 
 __all__ = ["ENTRY_POINTS", "HEADS", "HeadSpec", "Mismatch", "Probe", "known_heads", "raw_head", "recognize"]

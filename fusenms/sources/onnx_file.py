@@ -21,6 +21,7 @@ from fusenms.onnx_reading.metadata import check_names, parse_literal, parse_name
 from fusenms.onnx_reading.structure import type_name
 from fusenms.sources.extra_inputs import fill_extra_inputs
 from fusenms.sources.options import LoadOptions
+from fusenms.transforms.newer_opset import OLDEST, opset_of, to_newer_opset
 
 NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "TRTBatchedNMS")
 DEFAULT_SIZE = 640
@@ -48,12 +49,9 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     metadata = read_metadata(model)
     _refuse_fused(path, model, metadata)
     model = _without_outputs(path, model, options.ignore)
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < MIN_OPSET:
-        raise SourceError(
-            f"{path}: opset {opset}; expected at least {MIN_OPSET}. "
-            "Export again with a newer opset, or convert it with onnx.version_converter"
-        )
+    opset = opset_of(model)
+    if opset < OLDEST:
+        raise SourceError(f"{path}: opset {opset}; expected at least {OLDEST}. Export again with a newer opset")
     _refuse_nan(path, model)
     entry = _image_input(path, model)
     dims = entry.type.tensor_type.shape.dim
@@ -72,6 +70,9 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     notes, asks_for_size = fill_extra_inputs(
         path, model, entry.name, (frozen[0] or 1, image.height, image.width), limits
     )
+    if opset < MIN_OPSET:
+        model, note = to_newer_opset(path.name, model, entry.name, shape, limits)
+        notes.append(note)
     dims = _image_input(path, model).type.tensor_type.shape.dim
     if not image.dynamic_size:
         dims[2].dim_value, dims[3].dim_value = image.height, image.width
