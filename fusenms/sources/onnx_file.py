@@ -14,6 +14,7 @@ from fusenms import contract
 from fusenms.artifacts.raw import ImageInput, RawModel
 from fusenms.errors import AlreadyFusedError, ConfigError, SourceError
 from fusenms.graph.model import with_only_outputs
+from fusenms.graph.newer_opset import OLDEST, opset_of, to_newer_opset
 from fusenms.limits import Limits
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.files import read_metadata, read_onnx, refuse_cost
@@ -21,7 +22,6 @@ from fusenms.onnx_reading.metadata import check_names, parse_literal, parse_name
 from fusenms.onnx_reading.structure import type_name
 from fusenms.sources.extra_inputs import fill_extra_inputs
 from fusenms.sources.options import LoadOptions
-from fusenms.transforms.newer_opset import OLDEST, opset_of, to_newer_opset
 
 NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "TRTBatchedNMS")
 DEFAULT_SIZE = 640
