@@ -419,6 +419,27 @@ class OneConvolution(LevelsApart):
         return tuple(m - down for m in self.maps(images))
 
 
+class Faces(LevelsApart):
+    """Distances, one class, and five keypoints, as YOLOv8-face before its decode."""
+
+    channels = 64 + 1 + 15
+
+    def forward(self, images):
+        return tuple(self.maps(images))
+
+
+def test_levels_with_keypoints_need_metadata(tmp_path):
+    said = {"task": "pose", "names": "{0: 'face'}", "kpt_shape": "[5, 3]"}
+    fused = fuse(write_new(Faces(), tmp_path / "m.onnx", metadata=said), score_threshold=0.01)
+    assert fused.report, fused.report
+    assert (fused.layout.family, fused.layout.task, fused.layout.num_classes) == ("levels", "pose", 1)
+    assert (fused.layout.keypoints.count, fused.layout.keypoints.factor) == (5, 2.0)
+    with pytest.raises(
+        HeadNotRecognizedError, match="levels: found 80 channels per level; expected 64 of distances, then 1 of classes"
+    ):
+        recognize(load(write_new(Faces(), tmp_path / "m.onnx", metadata={"names": "{0: 'face'}"})))
+
+
 class NineAnchors(LevelsApart):
     """Four terms and the classes of nine anchors, as RetinaNet's."""
 

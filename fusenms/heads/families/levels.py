@@ -1,7 +1,8 @@
 """Heads with separate, undecoded levels, as in exports for NPUs: distances and class scores for each level.
 
 A level has two outputs, distances ``[B, 4 * bins, rows, columns]`` and classes ``[B, C, rows, columns]``, or one output with both,
-distances first. Channels may come last, and a level may be flat: ``[B, rows * columns, C]``. Classes are logits or probabilities.
+distances first; behind these, keypoints, if the file's metadata says so. Channels may come last, and a level may be flat:
+``[B, rows * columns, C]``. Classes are logits or probabilities.
 Additional outputs with one channel (sums of scores, for thresholding) are ignored.
 """
 
@@ -15,7 +16,8 @@ import numpy as np
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.probe import Probe, Sample, are_probabilities, as_probabilities, width_of
-from fusenms.layout import Activation, Distances, Join, Layout, Tap, cells_along
+from fusenms.heads.task_outputs import task_channels
+from fusenms.layout import Activation, Distances, Join, KeypointTerms, Layout, Tap, cells_along
 
 NAME, GFL_NAME = "levels", "gfl"
 DISTANCES, CLASSES = "fusenms/head_distances", "fusenms/head_classes"
@@ -65,8 +67,6 @@ def is_nanodet(layout: Layout) -> bool:
 def match_levels(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
     """Recognize levels of distances and classes, of any family."""
     shapes = [list(sample.value.shape) for sample in probe.samples]
-    if probe.raw.task != "detect":
-        return Mismatch(f"the file says that its task is {probe.raw.task!r}; expected 'detect'")
     levels = [level for sample in probe.samples if (level := _level(probe, sample)) is not None]
     wide = [level for level in levels if level.values.shape[1] > 1 or len(levels) <= 6]
     strides = sorted({level.stride for level in wide})
@@ -112,31 +112,39 @@ def _groups(by_stride: Sequence[Sequence[Level]]) -> list[list[Level]] | None:
 def _match_joined(probe: Probe, certain: bool, name: str, group: list[Level]) -> Layout | Mismatch:
     """Match one output per level: 4 * 16 channels of distances, then the classes."""
     width, start = group[0].values.shape[1], 4 * USUAL_BINS
-    names = probe.raw.class_names
-    if width <= start or (names and len(names) != width - start):
-        expected = (
-            f"{start} of distances and {len(names)} of classes"
-            if names
-            else f"{start} of distances, then those of the classes"
-        )
-        return Mismatch(f"found {width} channels per level; expected {expected}")
+    names, extra = probe.raw.class_names, task_channels(probe, [])
+    if isinstance(extra, Mismatch):
+        return extra
+    stop = width - extra
+    if stop <= start or (names and len(names) != stop - start):
+        classes = f"{len(names)} of classes" if names else "those of the classes"
+        points = f" and {extra} of keypoints" if extra else ""
+        return Mismatch(f"found {width} channels per level; expected {start} of distances, then {classes}{points}")
     values = np.concatenate([level.values for level in group])
-    if reason := _not_classes(values[:, start:]) or _not_distances(values[:, :start]):
+    if reason := _not_classes(values[:, start:stop]) or _not_distances(values[:, :start]):
         return Mismatch(reason)
     widths = [width_of(part, len(group[0].values)) for part in probe.samples[0].parts if part.ndim > 2]
-    if certain and not names and widths != [start, width - start]:
+    if certain and not names and widths != [start, stop - start]:
         return Mismatch(
             f"nothing shows that {width} channels per level are {start} of distances and {width - start} of classes, and not three anchors "
             f"or classes first (no class names; joined from {widths or 'unknown'} channels); if they are, say family={name!r}"
         )
     join = Join(DISTANCES, tuple(level.tensor for level in group), group[0].axis, width)
-    boxes, classes = Tap(join.tensor, join.channel_axis, 0, start), Tap(join.tensor, join.channel_axis, start, width)
+
+    def tap(first: int, last: int) -> Tap:
+        return Tap(join.tensor, join.channel_axis, first, last)
+
     decode = Distances(tuple(level.stride for level in group), USUAL_BINS)
-    return Layout(name, boxes, classes, None, _activation(values[:, start:]), decode, (join,))
+    shape = probe.keypoints if extra else None
+    terms = None if shape is None else KeypointTerms(tap(stop, width), shape[1], factor=2.0)
+    activation = _activation(values[:, start:stop])
+    return Layout(name, tap(0, start), tap(start, stop), None, activation, decode, (join,), keypoints=terms)
 
 
 def _match_apart(probe: Probe, certain: bool, name: str, groups: list[list[Level]]) -> Layout | Mismatch:
     """Match two outputs per level. Their values, and the number of class names if there are any, show which output is which."""
+    if probe.raw.task != "detect":
+        return Mismatch(f"the file says that its task is {probe.raw.task!r}; expected 'detect'")
     found, reasons = [], []
     for distances, classes in (groups, groups[::-1]):
         widths = distances[0].values.shape[1], classes[0].values.shape[1]
@@ -187,5 +195,5 @@ def _not_distances(values: np.ndarray) -> str | None:
     return None
 
 
-LEVELS = HeadSpec(NAME, match)
+LEVELS = HeadSpec(NAME, match, tasks=("detect", "pose"))
 GFL = HeadSpec(GFL_NAME, match_low_corners, pixels=PIXELS["imagenet"])
