@@ -388,8 +388,11 @@ class Layout:
         softmax = self.activation is Activation.SOFTMAX
         if (self.background is not None and not softmax) or (self.objectness is not None and softmax):
             raise ConfigError("background requires Activation.SOFTMAX, and objectness excludes it")
-        if self.keypoints is not None and self.keypoints.factor is not None and not isinstance(self.decode, Distances):
-            raise ConfigError("keypoints with a factor require the cells of Distances; decoded ones have no factor")
+        cells = isinstance(self.decode, Distances | GridOffsets)
+        if self.keypoints is not None and self.keypoints.factor is not None and not cells:
+            raise ConfigError(
+                "keypoints with a factor require the cells of Distances or GridOffsets; decoded ones have no factor"
+            )
         if self.angle is not None and not (
             isinstance(self.decode, Distances)
             or (

@@ -270,7 +270,7 @@ def keypoints(
     found = _channels(head, image, points.values)[numbers].reshape(len(numbers), points.count, points.dims)
     if points.factor is None:
         return found
-    assert isinstance(layout.decode, Distances)
+    assert isinstance(layout.decode, Distances | GridOffsets)
     cells, strides, _ = _grid(layout.decode.strides, size, 1)
     found[..., :2] = (points.factor * found[..., :2] + cells[numbers][:, None] + points.point) * strides[numbers][
         :, None, None

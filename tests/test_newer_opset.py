@@ -93,12 +93,3 @@ def test_ultraface_is_told_from_ssd_by_its_candidates(tmp_path):
     assert head.stretch
     raw = load(old_file(Ssd(), tmp_path / "s.onnx", 10))
     assert recognize(raw).family == "ssd"
-
-
-def test_real_ultraface(zoo):
-    path = zoo.parent / "cases" / "files" / "ultraface_rfb320.onnx"
-    if not path.exists():
-        pytest.skip("needs ../shared/cases/files")
-    fused = fuse(path)
-    assert fused.report, fused.report
-    assert (fused.layout.family, fused.layout.num_classes) == ("ultraface", 1)

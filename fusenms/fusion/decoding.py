@@ -85,7 +85,7 @@ def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor,
     values = g.reshape(terms, 0, 0, points.count, points.dims)
     if points.factor is None:
         return values
-    assert isinstance(layout.decode, Distances)
+    assert isinstance(layout.decode, Distances | GridOffsets)
     cell, stride, _ = _locate(g, layout.decode, image, index)
     places = g.slice(values, 3, 0, 2)
     if points.factor != 1:

@@ -25,12 +25,13 @@ from fusenms.heads.families.yolov4 import YOLOV4
 from fusenms.heads.families.yolov5 import YOLOV5
 from fusenms.heads.families.yolov8 import YOLOV8
 from fusenms.heads.families.yolox import YOLOV6, YOLOX
+from fusenms.heads.families.yunet import YUNET
 from fusenms.heads.probe import Probe
 from fusenms.layout import Layout
 from fusenms.onnx_reading import untrusted
 
 HEADS: tuple[HeadSpec, ...] = (
-    YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, SSD, ULTRAFACE, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, NANODET, FASTESTDET,
+    YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, SSD, ULTRAFACE, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, NANODET, FASTESTDET, YUNET,
 )  # fmt: skip
 
 __all__ = ["ENTRY_POINTS", "HEADS", "HeadSpec", "Mismatch", "Probe", "known_heads", "raw_head", "recognize"]

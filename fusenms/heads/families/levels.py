@@ -67,7 +67,7 @@ def is_nanodet(layout: Layout) -> bool:
 def match_levels(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
     """Recognize levels of distances and classes, of any family."""
     shapes = [list(sample.value.shape) for sample in probe.samples]
-    levels = [level for sample in probe.samples if (level := _level(probe, sample)) is not None]
+    levels = [level for sample in probe.samples if (level := read_level(probe, sample)) is not None]
     wide = [level for level in levels if level.values.shape[1] > 1 or len(levels) <= 6]
     strides = sorted({level.stride for level in wide})
     if len(levels) != len(shapes) or len(wide) not in (len(strides), 2 * len(strides)) or len(wide) < 2:
@@ -85,7 +85,7 @@ def match_levels(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
     return _match_apart(probe, certain, name, groups)
 
 
-def _level(probe: Probe, sample: Sample) -> Level | None:
+def read_level(probe: Probe, sample: Sample) -> Level | None:
     """Read an output ``[1, C, rows, columns]``, ``[1, rows, columns, C]``, ``[1, n, C]`` or ``[1, C, n]`` as a level, if it is one."""
     shape, image = sample.value.shape, probe.raw.image
     for stride in STRIDES:

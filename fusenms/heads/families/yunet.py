@@ -1,0 +1,56 @@
+"""YuNet, a face detector: per level one box and five landmarks per cell, with a class and an objectness.
+
+Four outputs per level: ``[B, cells, 1]`` twice, ``[B, cells, 4]`` and ``[B, cells, 10]``. Class and objectness are probabilities, the box
+terms are those of YOLOX, and x and y of a landmark are (t + cell) * stride. The score is the square root of class times objectness, so that
+it does not matter which is which. Source: ShiqiYu/libfacedetection.train, and OpenCV's `FaceDetectorYN`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusenms.artifacts.preprocessing import PIXELS
+from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.families.levels import Level, read_level
+from fusenms.heads.probe import Probe, are_probabilities
+from fusenms.layout import Activation, GridOffsets, Join, KeypointTerms, Layout, Tap
+
+NAME = "yunet"
+WIDTHS = (1, 1, 4, 10)
+NAMES = ("fusenms/head_classes", "fusenms/head_objectness", "fusenms/head_boxes", "fusenms/head_landmarks")
+
+
+def match(probe: Probe, certain: bool) -> Layout | Mismatch:
+    """Recognize levels of class, objectness, box and landmarks."""
+    shapes = [list(sample.value.shape) for sample in probe.samples]
+    expected = f"found outputs of shape {shapes}; expected for each level two of one channel, one of 4 and one of 10"
+    found = [level for sample in probe.samples if (level := read_level(probe, sample)) is not None]
+    strides = sorted({level.stride for level in found})
+    by_stride = [sorted((x for x in found if x.stride == s), key=lambda x: x.values.shape[1]) for s in strides]
+    if len(found) != len(shapes) or any(tuple(x.values.shape[1] for x in level) != WIDTHS for level in by_stride):
+        return Mismatch(expected)
+    groups: list[tuple[Level, ...]] = list(zip(*by_stride, strict=True))
+    if any(len({level.axis for level in group}) > 1 for group in groups):
+        return Mismatch(expected)
+    scores = np.concatenate([level.values for group in groups[:2] for level in group])
+    if not are_probabilities(scores):
+        return Mismatch(f"found scores from {scores.min():.3g} to {scores.max():.3g}; expected probabilities")
+    joins = tuple(
+        Join(name, tuple(level.tensor for level in group), group[0].axis, width)
+        for name, group, width in zip(NAMES, groups, WIDTHS, strict=True)
+    )
+    classes, objectness, boxes, landmarks = (Tap(join.tensor, join.channel_axis, 0, join.channels) for join in joins)
+    return Layout(
+        NAME,
+        boxes,
+        classes,
+        objectness,
+        Activation.NONE,
+        GridOffsets(tuple(strides)),
+        joins,
+        objectness_weight=0.5,
+        keypoints=KeypointTerms(landmarks, 2, factor=1.0),
+    )
+
+
+YUNET = HeadSpec(NAME, match, pixels=PIXELS["bgr255"])
