@@ -19,10 +19,12 @@ HEAD = """# Families, and what each was tried on
 Made by `python tests/families.py`, and held against the code by `tests/test_families.py`. The files are other people's checkpoints and
 small ones that we trained, and are not part of the repository. Ultralytics 8.4.190 made the expected outputs.
 
-| file | task | head | decode | raw outputs | ort | trt | portable | plugin ¹ | batch | TensorRT-RTX |
-|---|---|---|---|---|---|---|---|---|---|---|
+| file | task | head | meaning | decode | raw outputs | ort | trt | portable | plugin ¹ | batch | TensorRT-RTX |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 NOTES = """
+- **meaning**: *motion*: the boxes move with the image, which shows format, strides and order of levels; *assumed*: nothing shows them before
+  anything is fused ([what a head means](concepts/meaning.md)).
 - **raw outputs**: boxes (with angles) and scores equal to Ultralytics' own on the same input, within 0.01 px and 1e-4 of a score;
   *detections*: no raw outputs came with the file, so it is compared by its detections (`tests/test_detector.py`). Masks and keypoints:
   `tests/test_tasks.py`.
@@ -44,6 +46,7 @@ class Row:
     file: str
     task: str
     head: str
+    meaning: str
     decode: str
     raw: str
     equal: tuple[str, ...]
@@ -51,7 +54,17 @@ class Row:
     engine: str
 
     def __str__(self) -> str:
-        cells = (f"`{self.file}`", self.task, self.head, self.decode, self.raw, *self.equal, self.batch, self.engine)
+        cells = (
+            f"`{self.file}`",
+            self.task,
+            self.head,
+            self.meaning,
+            self.decode,
+            self.raw,
+            *self.equal,
+            self.batch,
+            self.engine,
+        )
         return f"| {' | '.join(cells)} |"
 
 
@@ -69,7 +82,11 @@ def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     equal = tuple("equal" if model.report else "DIFFERS" for model in fused.values())
     engine = _engine(fused["portable"].save(work / "m.portable.onnx")) if engines else ""
     batch = "dynamic" if fused["ort"].image.independent else "mixed"
-    return Row(file, layout.task, layout.family, layout.decode_stage, _parity(folder, file), equal, batch, engine)
+    shown = any(note.startswith("geometry shown") for note in fused["ort"].notes)
+    meaning = "motion" if shown else "assumed"
+    return Row(
+        file, layout.task, layout.family, meaning, layout.decode_stage, _parity(folder, file), equal, batch, engine
+    )
 
 
 def _engine(path: Path) -> str:
