@@ -23,8 +23,8 @@ small ones that we trained, and are not part of the repository. Ultralytics 8.4.
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 NOTES = """
-- **meaning**: *motion*: the boxes move with the image, which shows format, strides and order of levels; *assumed*: nothing shows them before
-  anything is fused ([what a head means](concepts/meaning.md)).
+- **meaning**: *motion*: the boxes move with the image, which shows format, strides and order of levels; *assumed*: nothing shows them
+  ([what a head means](concepts/meaning.md)).
 - **raw outputs**: boxes (with angles) and scores equal to Ultralytics' own on the same input, within 0.01 px and 1e-4 of a score;
   *detections*: no raw outputs came with the file, so it is compared by its detections (`tests/test_detector.py`). Masks and keypoints:
   `tests/test_tasks.py`.
