@@ -20,7 +20,7 @@ from fusenms.errors import ConfigError, VerificationError
 from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
 from fusenms.fusion.backends import get_backend
 from fusenms.fusion.tail import fuse_head
-from fusenms.heads import HeadSpec, raw_head, recognize
+from fusenms.heads import HeadSpec, check_tensors, raw_head, recognize
 from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
 from fusenms.runtime.images import list_images, load_tensor
@@ -68,7 +68,8 @@ def fuse(
         options: how the weights are loaded.
         on_event: called after each step with an event of `fusenms.events`.
         **fields: fields of `PostprocessConfig` instead of ``config``, and of `LoadOptions` instead of ``options``. For a `RawModel`,
-            ``layout`` is the result of `fusenms.recognize`, and the other fields of `LoadOptions` are refused.
+            ``layout`` is the result of `fusenms.recognize`, or one written by hand, and the other fields of `LoadOptions` are refused. For
+            a raw `.onnx`, ``layout`` is used instead of recognizing the head.
 
     Returns:
         the fused model with its report.
@@ -97,6 +98,7 @@ def fuse(
         list_images(Path(images))  # fails early
     raw, layout = _load(weights, options, loading)
     layout = layout or recognize(raw, family, heads=heads)
+    check_tensors(raw, layout)
     raw = open_batch(raw, layout)
     head = raw_head(raw, layout, heads)
     meaning = check_meaning(raw, head)
@@ -125,10 +127,12 @@ def _settings(config: PostprocessConfig | None, fields: dict[str, Any]) -> Postp
 
 
 def _load(weights: Any, options: LoadOptions | None, fields: Any) -> tuple[RawModel, Layout | None]:
-    """Return the raw model, and its layout if one was given with a `RawModel`."""
-    if not isinstance(weights, RawModel):
-        return load(weights, options, **fields), None
+    """Return the raw model, and the layout that was given with a `RawModel` or a raw `.onnx`."""
     given = options_from(options, fields)
+    if not isinstance(weights, RawModel):
+        if isinstance(weights, (str, os.PathLike)) and Path(weights).suffix.lower() == ".onnx":
+            return load(weights, replace(given, layout=None)), given.layout
+        return load(weights, given), None
     if others := [name for name in given.given if name != "layout"]:
         raise ConfigError(
             f"found {', '.join(others)} with a RawModel, which is loaded already; give loading options to fusenms.load"

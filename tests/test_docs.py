@@ -84,6 +84,7 @@ class StandIns:
             "yolov8n.portable.onnx": lambda path: self.fused(path, "portable"),
             "detector.onnx": lambda path: self.raw(path, dynamic=True),
             "detector_b1.onnx": lambda path: self.raw(path, dynamic=False),
+            "layout.json": self.layout,
             "detector_features.onnx": self.raw_with_features,
             "bus.jpg": lambda path: shutil.copy(SHAPES / "shapes0.jpg", path),
             "street.jpg": lambda path: shutil.copy(SHAPES / "shapes1.jpg", path),
@@ -120,6 +121,16 @@ class StandIns:
         from third_party import Yolov8, write
 
         write(Yolov8(), path, dynamic=dynamic)
+
+    def layout(self, path: Path) -> None:
+        import json
+
+        from fusenms import load, recognize
+
+        detector = self.folder / "detector.onnx"
+        if not detector.exists():
+            self.raw(detector, dynamic=True)
+        path.write_text(json.dumps(recognize(load(detector)).to_dict()))
 
     def raw_with_features(self, path: Path) -> None:
         import onnx

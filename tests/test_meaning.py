@@ -15,11 +15,13 @@ from third_party import CLASSES, SIZE, Detr, LevelsApart, YoloNas, Yolov8, write
 from torch import Tensor, nn
 
 from fusenms import Detector, fuse, inspect, load, recognize
+from fusenms.cli import main
 from fusenms.errors import (
     AmbiguousHeadError,
     ConfigError,
     HeadNotRecognizedError,
     LayoutContradictedError,
+    SourceError,
 )
 from fusenms.heads import raw_head
 from fusenms.heads.meaning import check_meaning
@@ -515,3 +517,63 @@ def test_real_file_is_shown_and_its_wrong_readings_are_not(zoo, name):
     for said, wrong in readings(right):
         with pytest.raises(LayoutContradictedError):
             pytest.fail(f"{said}: {meaning(raw, wrong)}")
+
+
+# Layouts in files.
+
+
+def test_layout_of_a_file_is_printed_changed_and_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(YoloNas(), tmp_path / "m.onnx")
+    assert main(["inspect", "m.onnx", "--layout"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "l.json").write_text(text)
+    assert main(["m.onnx", "--layout", "l.json", "-o", "own.onnx"]) == 0
+    assert main(["m.onnx", "-o", "recognized.onnx"]) == 0
+    assert (tmp_path / "own.onnx").read_bytes() == (tmp_path / "recognized.onnx").read_bytes()
+    capsys.readouterr()
+    (tmp_path / "l.json").write_text(text.replace('"xyxy"', '"cxcywh"'))
+    assert main(["m.onnx", "--layout", "l.json", "-o", "wrong.onnx"]) == 1
+    assert "They do if read as xyxy in pixels" in capsys.readouterr().err
+    assert not (tmp_path / "wrong.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "l.json: is not a layout ([Errno 2]"),
+        ("", "l.json: is not a layout (Expecting value"),
+        ("[]", "l.json: is not a layout (is a list, not an object); expected what `inspect FILE --layout` prints"),
+        ("{}", "l.json: is not a layout (the layout stored in the file is unreadable"),
+        ("[" * 5000, "l.json: is not a layout (JSON is nested more than"),
+    ],
+)
+def test_error_when_the_file_is_not_a_layout(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    write(YoloNas(), tmp_path / "m.onnx")
+    if text is not None:
+        (tmp_path / "l.json").write_text(text)
+    assert main(["m.onnx", "--layout", "l.json"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_error_when_a_layout_names_what_the_model_does_not_have(tmp_path):
+    path = write(YoloNas(), tmp_path / "m.onnx")
+    layout = recognize(load(path))
+    with pytest.raises(
+        SourceError, match="the layout names nothing, which is not in the model; its outputs are output0, output1"
+    ):
+        fuse(path, layout=layout.renamed({"output0": "nothing"}))
+
+
+def test_error_when_family_and_layout_are_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["m.onnx", "--layout", "l.json", "--family", "yolov8"]) == 1
+    assert "found --family and --layout" in capsys.readouterr().err
+
+
+def test_error_when_inspect_has_no_layout_to_print(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_new(Bins17(), tmp_path / "m.onnx")
+    assert main(["inspect", "m.onnx", "--layout"]) == 1
+    assert "fits levels and gfl" in capsys.readouterr().err

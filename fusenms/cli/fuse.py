@@ -14,11 +14,13 @@ from fusenms.cli.printing import ProgressBar, Steps, megabytes, size_argument
 from fusenms.config import PostprocessConfig
 from fusenms.engines import BUILDERS, TENSORRT, EngineSettings
 from fusenms.engines.base import check_places
-from fusenms.errors import BackendError
+from fusenms.errors import BackendError, ConfigError, SourceError, first_line
 from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
 from fusenms.fusion.backends import BACKENDS, get_backend
 from fusenms.fusion.tail import NO_SUPPRESSION
 from fusenms.heads import known_heads
+from fusenms.layout import Layout
+from fusenms.onnx_reading.metadata import read_json
 from fusenms.pipeline import fuse
 from fusenms.runtime.images import list_images
 from fusenms.safety.files import check_writable
@@ -76,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="detector family, if several fit the file",
     )
     model.add_argument(
+        "--layout",
+        type=Path,
+        metavar="FILE.json",
+        help="the layout of a raw .onnx, instead of recognizing its head; `inspect FILE --layout` prints one to start from",
+    )
+    model.add_argument(
         "--precision", choices=list(PRECISIONS), default=PRECISIONS[0],
         help="precision of the network; the decode and everything after it are always float32 (default: %(default)s)",
     )  # fmt: skip
@@ -101,6 +109,30 @@ def batch_argument(text: str) -> int | str:
     if text != DYNAMIC and not (text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"found {text!r}; expected {DYNAMIC} or a number of images")
     return text if text == DYNAMIC else int(text)
+
+
+def read_layout(args: argparse.Namespace) -> Layout | None:
+    """Read the layout that ``--layout`` names.
+
+    Raises:
+        ConfigError: the file cannot be read or is not a layout.
+    """
+    path, advice = args.layout, "expected what `inspect FILE --layout` prints"
+    if path is None:
+        return None
+    if args.family is not None:
+        raise ConfigError("found --family and --layout; a layout names its family itself: leave one of them out")
+    try:
+        with path.open("rb") as file:
+            text = file.read(args.limits.max_metadata_bytes + 1)
+        if len(text) > args.limits.max_metadata_bytes:
+            raise ValueError(f"more than {args.limits.max_metadata_bytes} bytes (max_metadata_bytes)")
+        values = read_json(text.decode("utf-8"), args.limits)
+        if not isinstance(values, dict):
+            raise ValueError(f"is a {type(values).__name__}, not an object")
+        return Layout.from_dict(values)
+    except (OSError, ValueError, SourceError) as error:
+        raise ConfigError(f"{path}: is not a layout ({first_line(error)}); {advice}") from error
 
 
 def rounds_argument(text: str) -> int | None:
@@ -129,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
             images=args.images,
             unverified=args.unverified,
             config=config,
-            options=LoadOptions(**fields_of(args, LoadOptions, LOADING), limits=args.limits),
+            options=LoadOptions(**fields_of(args, LoadOptions, LOADING), layout=read_layout(args), limits=args.limits),
             on_event=printer(steps, bar),
         )
     fused.save(output, unverified=args.unverified)

@@ -7,6 +7,7 @@ import json
 
 from fusenms.artifacts.fused import FusedModel
 from fusenms.cli.printing import Steps
+from fusenms.errors import HeadNotRecognizedError
 from fusenms.inspection import Inspection, inspect
 from fusenms.layout import Activation, Layout
 
@@ -21,10 +22,20 @@ DECODES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a checkpoint (.pt), a raw .onnx or a fused .onnx")
+    parser.add_argument(
+        "--layout",
+        action="store_true",
+        help="print only the layout of the head, as JSON that `fusenms FILE --layout` reads",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     steps, found = Steps(args.json), inspect(args.file, limits=args.limits)
+    if args.layout:
+        if found.layout is None:
+            raise HeadNotRecognizedError(found.reason)
+        print(json.dumps(found.layout.to_dict(), indent=2))
+        return 0
     steps.values["kind"] = found.kind
     for kind, tensors in (("input", found.inputs), ("output", found.outputs)):
         if tensors:

@@ -34,7 +34,17 @@ HEADS: tuple[HeadSpec, ...] = (
     YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, SSD, ULTRAFACE, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, NANODET, FASTESTDET, YUNET,
 )  # fmt: skip
 
-__all__ = ["ENTRY_POINTS", "HEADS", "HeadSpec", "Mismatch", "Probe", "known_heads", "raw_head", "recognize"]
+__all__ = [
+    "ENTRY_POINTS",
+    "HEADS",
+    "HeadSpec",
+    "Mismatch",
+    "Probe",
+    "check_tensors",
+    "known_heads",
+    "raw_head",
+    "recognize",
+]
 
 
 ENTRY_POINTS = "fusenms.heads"
@@ -124,6 +134,20 @@ def _match(head: HeadSpec, probe: Probe, certain: bool) -> Layout | Mismatch:
     return Mismatch(reason) if reason else result
 
 
+def check_tensors(raw: RawModel, layout: Layout) -> None:
+    """Check that the tensors of a layout are in the model.
+
+    Raises:
+        SourceError: one is not.
+    """
+    made = {name for node in raw.model.graph.node for name in node.output}
+    if lost := [name for name in layout.sources if name not in made]:
+        outputs = ", ".join(entry.name for entry in raw.model.graph.output)
+        raise SourceError(
+            f"{raw.source}: the layout names {', '.join(lost)}, which is not in the model; its outputs are {outputs}"
+        )
+
+
 def raw_head(raw: RawModel, layout: Layout, heads: Sequence[HeadSpec] = ()) -> RawHead:
     """Return what fusing needs to know about a head: its layout, its shapes, and its pixel format and stretching.
 
@@ -133,12 +157,7 @@ def raw_head(raw: RawModel, layout: Layout, heads: Sequence[HeadSpec] = ()) -> R
     Raises:
         SourceError: a tensor of the layout is not in the model, or the model does not run.
     """
-    made = {name for node in raw.model.graph.node for name in node.output}
-    if lost := [name for name in layout.sources if name not in made]:
-        outputs = ", ".join(entry.name for entry in raw.model.graph.output)
-        raise SourceError(
-            f"{raw.source}: the layout names {', '.join(lost)}, which is not in the model; its outputs are {outputs}"
-        )
+    check_tensors(raw, layout)
     unknown = HeadSpec(layout.family, lambda *_: Mismatch("written by hand"))  # a handwritten layout may name any
     spec = next((head for head in known_heads(heads) if head.name == layout.family), unknown)
     shapes = {name: declared_shape(raw.model, name) for name in layout.tensors}

@@ -50,7 +50,8 @@ def load(weights: Any, options: LoadOptions | None = None, **fields: Unpack[Load
         return replace(_module(weights, options), batch=options.asked_batch)
     if options.example is not None or options.layout is not None or options.class_names:
         raise ConfigError(
-            "example, layout and class_names are for an nn.Module; a file has these itself: leave them out"
+            "example, layout and class_names are for an nn.Module; a file has these itself: leave them out "
+            "(the layout of a raw .onnx is for fusenms.fuse)"
         )
     path = Path(weights)
     raw = load_isolated(path, options) if options.isolate else _file(path, options)

@@ -33,7 +33,8 @@ class LoadOptions:
         stretch: stretch images to the input size instead of letterboxing them; None: as the weights state, or as usual for the family.
         ignore: names of outputs of an `.onnx` that mean nothing for its detections; they are left out.
         example: for an `nn.Module`: a batch of images ``[B, 3, height, width]`` at its input size.
-        layout: for an `nn.Module`: the layout of the tensors that it returns.
+        layout: for an `nn.Module`: the layout of the tensors that it returns; for a raw `.onnx` given to `fusenms.fuse`: that of its head,
+            instead of recognizing it.
         class_names: for an `nn.Module`: its class names; empty: class0, class1, …
         limits: bounds on the cost of a file, and on each run of its graph.
         isolate: read a file in a child process with limits on memory and time.
