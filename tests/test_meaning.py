@@ -392,6 +392,31 @@ def test_export_of_ultralytics_gives_what_its_checkpoint_gives(zoo, tmp_path):
     assert total > 300
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--scale 255 --mean 127 127 127 --std 128 128 128",
+            "RGB from 0 to 255, less (127, 127, 127), over (128, 128, 128)",
+        ),
+        ("--pixels bgr255-imagenet --channels rgb", "RGB from 0 to 255, less (103.53, 116.28, 123.675)"),
+        ("--pixels bgr255", "BGR from 0 to 255"),
+    ],
+)
+def test_any_pixels_can_be_named(tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    write(YoloNas(), tmp_path / "m.onnx")
+    assert main(["m.onnx", "-o", "f.onnx", *flags.split()]) == 0
+    assert f"pixels as stated: {said}" in capsys.readouterr().out
+
+
+def test_error_when_pixels_are_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(YoloNas(), tmp_path / "m.onnx")
+    assert main(["m.onnx", "--std", "1", "0", "1"]) == 1
+    assert "std is (1.0, 0.0, 1.0); expected three numbers each, std not 0" in capsys.readouterr().err
+
+
 class Bins17(LevelsApart):
     """Seventeen bins: PP-YOLOE's from the center of the cell, GFL's from its low corner."""
 

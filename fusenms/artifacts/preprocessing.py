@@ -13,7 +13,16 @@ from fusenms.errors import ConfigError
 class Pixels:
     """The input that a network expects for an image ``p`` (RGB, 0 to 1): ``(p * scale - mean) / std``, in the order of ``channels``.
 
-    ``channels`` is "rgb" or "bgr". ``mean`` and ``std`` are in that order.
+    Attributes:
+        channels: order of the colors that the network expects, rgb or bgr.
+        scale: highest value of a color before the mean is subtracted, as 1 or 255.
+        mean: mean of each color in the order of the channels, in units of the scale.
+        std: standard deviation of each color in the order of the channels, in units of the scale.
+
+    Example:
+        >>> from fusenms.artifacts.preprocessing import Pixels
+        >>> str(Pixels("bgr", 255.0))
+        'BGR from 0 to 255'
     """
 
     channels: str = "rgb"

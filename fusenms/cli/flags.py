@@ -12,6 +12,8 @@ from fusenms.config import PostprocessConfig
 from fusenms.engines import EngineSettings
 from fusenms.sources import LoadOptions
 
+DEFAULT = " (default: %(default)s)"
+
 
 def add_fields(parser: Any, cls: type[Any], names: list[str] | None = None, **changes: dict[str, Any]) -> None:
     """Add a flag for each field of a dataclass, or for some of them.
@@ -31,6 +33,8 @@ def add_fields(parser: Any, cls: type[Any], names: list[str] | None = None, **ch
         change = dict(changes.get(field.name, {}))
         flags = [_flag(field.name), *change.pop("flags", [])]
         arguments = _arguments(field, hints[field.name], helps[field.name]) | change
+        if arguments["default"] is None:
+            arguments["help"] = arguments["help"].removesuffix(DEFAULT)
         parser.add_argument(*flags, dest=field.name, **arguments)
 
 
@@ -56,7 +60,7 @@ def _arguments(field: Field[Any], hint: Any, text: str) -> dict[str, Any]:
         return {"action": "store_true", "default": default, "help": text}
     arguments: dict[str, Any] = {
         "default": default,
-        "help": text if default is None else f"{text} (default: %(default)s)",
+        "help": text if default is None else text + DEFAULT,
     }
     if "choices" in field.metadata:
         return arguments | {"choices": list(field.metadata["choices"])}

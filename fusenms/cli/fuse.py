@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.preprocessing import PIXELS, Pixels
 from fusenms.cli.engine import build, engine_path
 from fusenms.cli.flags import add_fields, fields_of
 from fusenms.cli.printing import ProgressBar, Steps, megabytes, size_argument
@@ -72,6 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "help": "name of an output of an .onnx that means nothing for its detections; may be given several times",
         },
     )
+    own = {"default": None}
+    three = own | {"type": float, "nargs": 3, "metavar": "N"}
+    add_fields(
+        model,
+        Pixels,
+        channels=own | {"choices": ["rgb", "bgr"]},
+        scale=own | {"metavar": "N"},
+        mean=three,
+        std=three,
+    )
     model.add_argument(
         "--family",
         choices=[head.name for head in known_heads()],
@@ -109,6 +121,15 @@ def batch_argument(text: str) -> int | str:
     if text != DYNAMIC and not (text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"found {text!r}; expected {DYNAMIC} or a number of images")
     return text if text == DYNAMIC else int(text)
+
+
+def pixels_of(args: argparse.Namespace) -> str | Pixels | None:
+    """The pixels that the flags name: a preset, or one of which some values are replaced."""
+    own = {name: value for name, value in fields_of(args, Pixels).items() if value is not None}
+    if not own:
+        return args.pixels
+    own |= {name: tuple(own[name]) for name in ("mean", "std") if name in own}
+    return replace(PIXELS[args.pixels or "rgb"], **own)
 
 
 def read_layout(args: argparse.Namespace) -> Layout | None:
@@ -161,7 +182,11 @@ def run(args: argparse.Namespace) -> int:
             images=args.images,
             unverified=args.unverified,
             config=config,
-            options=LoadOptions(**fields_of(args, LoadOptions, LOADING), layout=read_layout(args), limits=args.limits),
+            options=LoadOptions(
+                **fields_of(args, LoadOptions, LOADING) | {"pixels": pixels_of(args)},
+                layout=read_layout(args),
+                limits=args.limits,
+            ),
             on_event=printer(steps, bar),
         )
     fused.save(output, unverified=args.unverified)
