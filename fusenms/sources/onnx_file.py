@@ -11,8 +11,10 @@ import onnx
 from onnx import numpy_helper
 
 from fusenms import contract
+from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.artifacts.raw import ImageInput, RawModel
 from fusenms.errors import AlreadyFusedError, ConfigError, SourceError
+from fusenms.graph.float_tensors import IMAGE_TYPES, has_channels_last, with_float_images, with_float_outputs
 from fusenms.graph.model import with_only_outputs
 from fusenms.graph.newer_opset import OLDEST, opset_of, to_newer_opset
 from fusenms.limits import Limits
@@ -53,6 +55,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     if opset < OLDEST:
         raise SourceError(f"{path}: opset {opset}; expected at least {OLDEST}. Export again with a newer opset")
     _refuse_nan(path, model)
+    model, changes, takes_bytes = _with_floats(path, model)
     entry = _image_input(path, model)
     dims = entry.type.tensor_type.shape.dim
     frozen = [dim.dim_value or None for dim in dims]
@@ -70,6 +73,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     notes, asks_for_size = fill_extra_inputs(
         path, model, entry.name, (frozen[0] or 1, image.height, image.width), limits
     )
+    notes += changes
     if opset < MIN_OPSET:
         model, note = to_newer_opset(path.name, model, entry.name, shape, limits)
         notes.append(note)
@@ -93,6 +97,7 @@ def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
         task=task,
         source=path.name,
         notes=tuple(notes),
+        pixels=PIXELS["rgb255"] if takes_bytes else None,
         stretch=stretch,
         frozen_batch=frozen[0],
         limits=limits,
@@ -125,6 +130,15 @@ def _without_outputs(path: Path, model: onnx.ModelProto, ignored: Sequence[str])
     return with_only_outputs(model, kept) if ignored else model
 
 
+def _with_floats(path: Path, model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str], bool]:
+    """The model with float32 images and outputs, what was changed, and whether the network takes uint8."""
+    entry = _image_input(path, model)
+    takes_bytes = entry.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    model, inputs = with_float_images(model, entry)
+    model, outputs = with_float_outputs(model)
+    return model, [text for text in (inputs, outputs) if text], takes_bytes
+
+
 def _refuse_nan(path: Path, model: onnx.ModelProto) -> None:
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     for item in model.graph.initializer:
@@ -153,9 +167,11 @@ def _image_input(path: Path, model: onnx.ModelProto) -> onnx.ValueInfoProto:
             f"{path}: found {len(inputs)} inputs ({found}); expected one batch of images [batch, 3, height, width]"
         )
     tensor = images[0].type.tensor_type
-    if tensor.elem_type != onnx.TensorProto.FLOAT:
-        raise SourceError(f"{path}: input {found} is {type_name(tensor.elem_type)}; expected FLOAT (float32)")
-    if (tensor.shape.dim[1].dim_value or 3) != 3:
+    if tensor.elem_type not in IMAGE_TYPES:
+        raise SourceError(
+            f"{path}: input {found} is {type_name(tensor.elem_type)}; expected {', '.join(map(type_name, IMAGE_TYPES))}"
+        )
+    if (tensor.shape.dim[1].dim_value or 3) != 3 and not has_channels_last(images[0]):
         raise SourceError(f"{path}: input {found}; expected a batch of images [batch, 3, height, width]")
     return images[0]
 
