@@ -1,7 +1,7 @@
 """Check what a layout says against what the network gives: its scores, its boxes, and how these move with the image.
 
 A layout comes from a family's match, from a checkpoint, or is written by hand. The graph and the reference both follow it, so that they
-agree on a wrong one too. What is checked here needs no objects in a image and no trained weights.
+agree on a wrong one too. What is checked here needs no objects in an image and no trained weights.
 """
 
 from __future__ import annotations

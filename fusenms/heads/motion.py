@@ -119,7 +119,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Slide:
-    """Values of a head's tensors ``[1, …]`` in two windows of a image, ``step`` pixels apart in both axes, and its possible grids."""
+    """Values of a head's tensors ``[1, …]`` in two windows of an image, ``step`` pixels apart in both axes, and its possible grids."""
 
     raw: RawModel
     head: RawHead
@@ -130,7 +130,7 @@ class Slide:
 
 
 def slide(raw: RawModel, head: RawHead) -> Slide:
-    """Run a model on a window of a image before and after it moves by one step of the coarsest level.
+    """Run a model on a window of an image before and after it moves by one step of the coarsest level.
 
     Raises:
         SourceError: the model does not run.
