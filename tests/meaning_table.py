@@ -69,7 +69,7 @@ def verdict(raw: RawModel, head: RawHead) -> str:
     try:
         lines = check_meaning(raw, head)
     except LayoutContradictedError as error:
-        return "motion" if "follow a image" in str(error) else "values"
+        return "motion" if "do not move with the image" in str(error) else "values"
     except FusenmsError as error:
         return type(error).__name__
     return "said" if any(line.startswith("left over") for line in lines) else "not caught"
