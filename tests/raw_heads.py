@@ -262,16 +262,18 @@ def raw_model(layout: Layout, opset: int = 17) -> RawModel:
             levels.append(flat)
         weights.append(numpy_helper.from_array(np.array([0, width, -1], np.int64), f"{tensor}_shape"))
         rows = tensor if layout.channel_axis(tensor) == 1 else f"{tensor}_joined"
-        nodes.append(helper.make_node("Concat", levels, [f"{tensor}_values"], axis=2))
         limits = limits_of(layout, tensor, width)
-        weights.append(numpy_helper.from_array(limits.astype(np.float32)[:, None], f"{tensor}_limits"))
-        weights.append(numpy_helper.from_array((limits == 0).astype(np.float32)[:, None], f"{tensor}_unlimited"))
-        nodes += [
-            helper.make_node("Sigmoid", [f"{tensor}_values"], [f"{tensor}_part"]),
-            helper.make_node("Mul", [f"{tensor}_part", f"{tensor}_limits"], [f"{tensor}_within"]),
-            helper.make_node("Mul", [f"{tensor}_values", f"{tensor}_unlimited"], [f"{tensor}_free"]),
-            helper.make_node("Add", [f"{tensor}_within", f"{tensor}_free"], [rows]),
-        ]
+        values = f"{tensor}_values" if limits.any() else rows
+        nodes.append(helper.make_node("Concat", levels, [values], axis=2))
+        if limits.any():
+            for name, factors in (("limits", limits), ("unlimited", limits == 0)):
+                weights.append(numpy_helper.from_array(factors.astype(np.float32)[:, None], f"{tensor}_{name}"))
+            nodes += [
+                helper.make_node("Sigmoid", [values], [f"{tensor}_part"]),
+                helper.make_node("Mul", [f"{tensor}_part", f"{tensor}_limits"], [f"{tensor}_within"]),
+                helper.make_node("Mul", [values, f"{tensor}_unlimited"], [f"{tensor}_free"]),
+                helper.make_node("Add", [f"{tensor}_within", f"{tensor}_free"], [rows]),
+            ]
         if rows != tensor:
             nodes.append(helper.make_node("Transpose", [rows], [tensor], perm=[0, 2, 1]))
     outputs = [

@@ -49,7 +49,7 @@ def test_main_job_says_each_step_and_writes(tmp_path, capsys):
         *("next", "next"),
     ]
     assert "no code executed" in lines[0]
-    assert lines[2].split(maxsplit=1)[1].startswith("geometry shown: boxes move with the image (stride ")
+    assert lines[2].split(maxsplit=1)[1].startswith("geometry assumed: ")
     assert lines[3].split(maxsplit=1)[1] == "pixels assumed for yolov8: RGB from 0 to 1"
     assert "IoU > 0.45 suppressed" in lines[5]
     assert "0 mismatches" in lines[6]

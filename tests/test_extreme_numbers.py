@@ -325,7 +325,7 @@ def test_overflow_of_a_half_precision_network_is_no_detection(backend):
         task="detect",
         source="half.onnx",
         layout=layout,
-        pixels=Pixels(),
+        pixels=Pixels(mean=(0.5, 0.5, 0.5)),  # logits of both signs
     )
     fused = fuse(to_half(raw, layout), layout=layout, config=PostprocessConfig(), backend=backend, unverified=True)
     batch = np.full((1, 3, SIZE, SIZE), -9, np.float32)

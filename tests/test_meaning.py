@@ -52,6 +52,12 @@ def test_trained_network_is_shown(trained):
     assert pixels == "pixels assumed for yolov8: RGB from 0 to 1"
 
 
+@pytest.mark.parametrize("size", [64, 96, (480, 64)])
+def test_small_images_are_no_contradiction(size):
+    raw = load(SHAPES / "shapes.pt", size=size)
+    assert meaning(raw, raw.layout)[0] == "geometry assumed: its cells see the edges of its images"
+
+
 def test_wrong_order_of_the_levels_is_contradicted_and_the_right_one_is_named(trained):
     wrong = replace(trained.layout, decode=replace(trained.layout.decode, strides=(32, 16, 8)))
     with pytest.raises(

@@ -20,7 +20,8 @@ from fusenms.onnx_reading import untrusted
 ROUNDING = 1e-3
 """How far a probability may lie outside 0 to 1, as those of float16 and of quantized networks do."""
 MOST_SLOPE = 0.6
-"""Limit on the growth of distances with the stride: 0 if they are in strides, 1 if they are in pixels."""
+"""Limit on the growth of distances with the stride: 0 if they are in strides, 1 if they are in pixels. Only boxes that would reach
+beyond the image count."""
 NEARLY_ALL = 0.95
 FAR = 4.0
 """Most normalized boxes lie within this many sides of the image."""
@@ -151,7 +152,7 @@ def _wrong_distances(found: Slide, decode: Distances) -> str | None:
     medians = [float(np.median(np.abs(part))) for part in parts]
     if len(medians) > 1 and min(medians) > 0:
         slope = float(np.polyfit(np.log(decode.strides), np.log(medians), 1)[0])
-        if slope > MOST_SLOPE:
+        if slope > MOST_SLOPE and medians[-1] * decode.strides[-1] > max(image.height, image.width):
             each = ", ".join(f"{value:.3g}" for value in medians)
             return f"its distances grow with the stride (medians {each}), so that they are in pixels, not in strides"
     return None

@@ -26,6 +26,10 @@ MOST_SIZE = 0.5
 """Limit on the median change of a size, in steps of the window."""
 MUCH_BETTER = 0.5
 """Another order of the levels counts if the scores that it finds again differ by less than this part of what the layout's own leaves."""
+FAR_FROM_EDGES = 100
+"""Pixels. Nearer cells of trained networks see the edge of the image (YOLO11n at 256 x 256: 0.41 strides off), and contradict a layout only
+if another one fits far better."""
+FAR_BETTER = 4.0
 STILL = 1e-3
 """Box channels that change by less than this, of their spread, are independent of the place in the image."""
 FOLLOWS = 0.9
@@ -77,6 +81,13 @@ class Motion:
     def scores(self) -> float:
         """Mean of the levels' ``scores``."""
         return float(np.mean([level.scores for level in self.levels])) if self.levels else 0.0
+
+    @property
+    def worst(self) -> float:
+        """The largest error of the levels, as a multiple of its limit."""
+        return max(
+            (max(level.center / MOST_CENTER, (level.size or 0) / MOST_SIZE) for level in self.levels), default=0.0
+        )
 
     @property
     def follows(self) -> bool:
@@ -162,7 +173,19 @@ def measure_motion(found: Slide) -> Motion:
     others = {name: _best(before, after, other, size, grids, step) for name, other in other_readings(layout)}
     better = (name for name, other in others.items() if other.follows and other.scores < MUCH_BETTER * own.scores)
     fitting = better if own.follows else (name for name, other in others.items() if other.follows)
+    if not own.follows and _margin(own, grids, step) < FAR_FROM_EDGES:
+        fitting = (name for name, other in others.items() if other.follows and other.worst < own.worst / FAR_BETTER)
+        if not (named := tuple(fitting)):
+            return Motion(reason="its cells see the edges of its images")
+        return replace(own, fitting=named)
     return replace(own, fitting=tuple(fitting) if own.levels else ())
+
+
+def _margin(motion: Motion, grids: Sequence[Grid], step: int) -> int:
+    """Pixels between the edge of the image and the nearest cell that was judged."""
+    strides = [level.stride for level in motion.levels]
+    sides = {side for grid in grids for side in (grid.height, grid.width)}
+    return min((_inset(cells_along(side, s), step // s) * s for s in strides for side in sides), default=0)
 
 
 def other_readings(layout: Layout) -> Iterator[tuple[str, Layout]]:
@@ -229,11 +252,17 @@ def _shifted(
         if step % stride:
             continue
         (rows, columns), on = a.shape[1:3], step // stride
-        y, x = rows // 4, columns // 4
+        y, x = _inset(rows, on), _inset(columns, on)
+        if min(rows - 2 * y, columns - 2 * x) <= on:
+            continue
         old = a[:, y : rows - y - on, x : columns - x - on]
         new = b[:, y + on : rows - y, x + on : columns - x]
-        if old.size:
-            yield old, new, stride
+        yield old, new, stride
+
+
+def _inset(cells: int, on: int) -> int:
+    """Number of cells at each edge that are not judged: a quarter, or fewer if hardly any would be left to move ``on`` cells."""
+    return max(0, min(cells // 4, (cells - on - 2) // 2))
 
 
 def _best(before: Head, after: Head, layout: Layout, size: tuple[int, int], grids: Sequence[Grid], step: int) -> Motion:
