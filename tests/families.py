@@ -24,7 +24,7 @@ small ones that we trained, and are not part of the repository. Ultralytics 8.4.
 """
 NOTES = """
 - **meaning**: *motion*: the boxes move with the image, which shows format, strides and order of levels; *assumed*: nothing shows them
-  ([what a head means](concepts/meaning.md)).
+  ([what a head means](concepts/meaning.md)). Checkpoints are tried at 320 x 320, where the cells of some see the edges of the image.
 - **raw outputs**: boxes (with angles) and scores equal to Ultralytics' own on the same input, within 0.01 px and 1e-4 of a score;
   *detections*: no raw outputs came with the file, so it is compared by its detections (`tests/test_detector.py`). Masks and keypoints:
   `tests/test_tasks.py`.
@@ -74,7 +74,7 @@ def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     from fusenms.fusion.backends import BACKENDS
 
     path = folder / file
-    small = {"size": 256} if path.suffix == ".pt" else {}
+    small = {"size": 320} if path.suffix == ".pt" else {}
     raw = load(path, **small)
     layout = recognize(raw)
     settings = {"score_threshold": 0.1, "indices": True}

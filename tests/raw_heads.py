@@ -240,8 +240,8 @@ def limits_of(layout: Layout, tensor: str, width: int) -> np.ndarray:
     return limits
 
 
-def raw_model(layout: Layout, opset: int = 17) -> RawModel:
-    """A raw model with the head of a layout."""
+def raw_model(layout: Layout, opset: int = 17, limited: bool = True) -> RawModel:
+    """A raw model with the head of a layout. Unless ``limited``, its head is bare convolutions, whose values may contradict the layout."""
     rng = np.random.default_rng(1)
     nodes, weights = [], []
     if layout.masks is not None:
@@ -262,7 +262,7 @@ def raw_model(layout: Layout, opset: int = 17) -> RawModel:
             levels.append(flat)
         weights.append(numpy_helper.from_array(np.array([0, width, -1], np.int64), f"{tensor}_shape"))
         rows = tensor if layout.channel_axis(tensor) == 1 else f"{tensor}_joined"
-        limits = limits_of(layout, tensor, width)
+        limits = limits_of(layout, tensor, width) * limited
         values = f"{tensor}_values" if limits.any() else rows
         nodes.append(helper.make_node("Concat", levels, [values], axis=2))
         if limits.any():

@@ -71,6 +71,7 @@ def exported(module: nn.Module, path: Path, batch: int, dynamic: bool = False) -
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "batch"), [(Decoded, 1), (Decoded, 2), (Decoded, 8), (AnchorDecoded, 4), (lambda: Before(inferred), 4)]
 )
@@ -115,6 +116,7 @@ def test_first_copy_is_cut_only_where_all_copies_are_the_same(value, shape):
     assert first_copy(np.asarray(value), 4).shape == shape
 
 
+@pytest.mark.slow
 def test_batch_that_cannot_be_opened_stays_and_says_why(tmp_path):
     path = exported(Before(with_constant), tmp_path / "m.onnx", 4)
     fused = fuse(path, score_threshold=0.05)
@@ -164,6 +166,7 @@ def test_images_that_change_each_other_are_refused(tmp_path, layer, batch):
         fuse(exported(Before(layer), tmp_path / "m.onnx", 2), batch=batch)
 
 
+@pytest.mark.slow
 def test_dynamic_batch_is_tried_too(tmp_path):
     path = exported(Before(centered), tmp_path / "m.onnx", 2, dynamic=True)
     for batch in (None, "dynamic", 2, 3):
@@ -183,6 +186,7 @@ def test_batch_that_is_dynamic_only_by_name_is_refused(tmp_path):
     assert fuse(path, batch=1).report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [None, "dynamic"])
 def test_dynamic_quantization_is_noted_with_its_effect(tmp_path, batch):
     from onnxruntime.quantization import quantize_dynamic
@@ -212,6 +216,7 @@ def test_fixed_batch_equals_reference_at_that_size(tmp_path, shapes_raw, backend
         verify(path, batches=(1, 3))
 
 
+@pytest.mark.slow
 def test_detector_fills_a_fixed_batch(tmp_path):
     path = write(Decoded(), tmp_path / "m.onnx")
     three = fuse(path, batch=3, score_threshold=0.05)

@@ -40,6 +40,7 @@ def decoded(outputs):
     return np.array(boxes), np.array(scores), np.array(points)
 
 
+@pytest.mark.slow
 def test_yunet_gives_what_its_own_decode_gives(tmp_path):
     path = write_new(Yunet(), tmp_path / "m.onnx")
     raw = load(path)

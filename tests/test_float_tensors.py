@@ -56,6 +56,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_conversion_becomes_part_of_the_graph(tmp_path, case):
     settings, said = CASES[case]

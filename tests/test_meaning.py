@@ -398,6 +398,7 @@ def test_export_of_ultralytics_gives_what_its_checkpoint_gives(zoo, tmp_path):
     assert total > 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -461,6 +462,7 @@ class Faces(LevelsApart):
         return tuple(self.maps(images))
 
 
+@pytest.mark.slow
 def test_levels_with_keypoints_need_metadata(tmp_path):
     said = {"task": "pose", "names": "{0: 'face'}", "kpt_shape": "[5, 3]"}
     fused = fuse(write_new(Faces(), tmp_path / "m.onnx", metadata=said), score_threshold=0.01)
@@ -553,6 +555,7 @@ def test_real_file_is_shown_and_its_wrong_readings_are_not(zoo, name):
 # Layouts in files.
 
 
+@pytest.mark.slow
 def test_layout_of_a_file_is_printed_changed_and_given(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(YoloNas(), tmp_path / "m.onnx")

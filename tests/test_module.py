@@ -209,6 +209,7 @@ NESTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NESTED)
 def test_nested_outputs_have_names_by_their_places(kind):
     arrange, names, left = NESTED[kind]

@@ -28,6 +28,7 @@ def old_file(module, path, opset: int):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [9, 10])
 def test_older_opset_is_converted_and_says_so(tmp_path, opset):
     fused = fuse(old_file(YoloNas(), tmp_path / "m.onnx", opset))

@@ -25,7 +25,9 @@ from fusenms.errors import EngineBuildError, SourceError, UnsupportedByBackendEr
 from fusenms.fusion.backends import BACKENDS
 from fusenms.fusion.backends.plugin import INPUTS, OUTPUTS, PLUGGED, PLUGIN, Settings, settings_of
 from fusenms.fusion.candidates import Head
+from fusenms.fusion.tail import fuse_head
 from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.heads import raw_head
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.images import letterbox, read_image, to_tensor
@@ -151,7 +153,8 @@ def test_tensor_that_is_not_what_the_plugin_reads_is_refused():
 def test_every_layout_is_read_in_half_precision(name):
     layout, half = LAYOUTS[name](), name != "oriented"  # a convolution into one channel, the angle's, stays float32
     config = PostprocessConfig(score_threshold=0.3, indices=True)
-    fused = fuse(to_half(raw_model(layout), layout), layout=layout, config=config, backend="plugin", unverified=True)
+    raw = to_half(raw_model(layout, limited=False), layout)
+    fused = fuse_head(raw, raw_head(raw, layout), config, "plugin")
     assert {name.endswith("/float16") for name in node_of(fused.model).input} == {half}
     report = verification.verify(fused)
     assert report, str(report)
