@@ -52,6 +52,7 @@ def test_trained_network_is_shown(trained):
     assert pixels == "pixels assumed for yolov8: RGB from 0 to 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 96, (480, 64)])
 def test_small_images_are_no_contradiction(size):
     raw = load(SHAPES / "shapes.pt", size=size)

@@ -29,6 +29,7 @@ def test_what_is_not_visible_is_escaped(text, shown):
     assert printable(text) == shown
 
 
+@pytest.mark.slow
 def test_every_character_comes_out_visible():
     every = "".join(map(chr, range(sys.maxunicode + 1)))
     assert printable(every).isprintable()
