@@ -250,6 +250,15 @@ class Centerness(LevelsApart):
         return tuple(p for m, pool in zip(maps, pools, strict=True) for p in (m[:, :64], m[:, 64:], pool))
 
 
+class HiddenCenterness(LevelsApart):
+    """One more branch, joined with the others and taken away from them again."""
+
+    def forward(self, images):
+        pools = [nn.functional.avg_pool2d(images, stride).mean(1, keepdim=True) for stride in self.strides]
+        every = (torch.cat((m, pool), 1) for m, pool in zip(self.maps(images), pools, strict=True))
+        return tuple(part for one in every for part in one.split((64, CLASSES, 1), 1))
+
+
 class ScoreSums(LevelsApart):
     """A sum of the scores a level, as exports for NPUs have it."""
 
@@ -258,8 +267,9 @@ class ScoreSums(LevelsApart):
         return tuple(p for dist, scores in parts for p in (dist, scores, scores.sum(1, keepdim=True)))
 
 
-def test_output_that_is_left_over_is_refused_or_ignored(tmp_path):
-    path = write_new(Centerness(), tmp_path / "m.onnx")
+@pytest.mark.parametrize("module", [Centerness, HiddenCenterness])
+def test_output_that_is_left_over_is_refused_or_ignored(tmp_path, module):
+    path = write_new(module(), tmp_path / "m.onnx")
     with pytest.raises(
         HeadNotRecognizedError, match=r"levels: output 'output2' would not be used.*\(ignore='output2'\)"
     ):

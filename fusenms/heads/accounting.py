@@ -14,6 +14,7 @@ import onnx
 from fusenms.heads.probe import MOVING_OPS, Probe, producers_of, sum_to_one
 from fusenms.layout import Layout
 
+NEARLY_ALL = 0.99
 SHAPE_OPS = ("Shape", "Size")
 """Operators whose result does not depend on values."""
 
@@ -23,10 +24,12 @@ def left_over(probe: Probe, layout: Layout) -> str | None:
     graph = probe.raw.model.graph
     producers, sources = producers_of(graph), set(layout.sources)
     used = _ancestors(sources, producers)
-    sources |= _moved_from(sources, producers)
-    for entry in graph.output:
-        name = entry.name
-        if name not in used and probe.raw.image.tensor in _ancestors([name], producers, sources):
+    image, outputs = probe.raw.image.tensor, [entry.name for entry in graph.output if entry.name not in used]
+    left = [name for name in outputs if image in _ancestors([name], producers, sources)]
+    if left:
+        sources |= _held(probe, sources, _moved_from(sources, producers))
+    for name in left:
+        if image in _ancestors([name], producers, sources):
             return (
                 f"output {name!r} would not be used, and is not computed from what is used; if it means nothing, ignore it "
                 f"(ignore={name!r})"
@@ -66,14 +69,22 @@ def _ancestors(names: Iterable[str], producers: Mapping[str, onnx.NodeProto], st
     return found
 
 
+def _held(probe: Probe, sources: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Those of these tensors whose values are all in the sources. A Concat may hold others, which a Split then takes away."""
+    values = probe.values([*sources, *(name for name in names if name not in sources)])
+    known = np.concatenate([values[name].ravel() for name in sources])
+    return {name for name in names if np.isin(values[name], known).mean() > NEARLY_ALL}
+
+
 def _moved_from(names: Iterable[str], producers: Mapping[str, onnx.NodeProto]) -> set[str]:
     """The tensors that these are parts of, with only operators that move values in between."""
     found, todo = set[str](), list(names)
     while todo:
         node = producers.get(todo.pop())
         if node is not None and node.op_type in MOVING_OPS:
-            todo += [name for name in node.input if name not in found]
-            found |= set(node.input)
+            moved = list(node.input) if node.op_type == "Concat" else [node.input[0]]
+            todo += [name for name in moved if name not in found]
+            found |= set(moved)
     return found
 
 
