@@ -8,7 +8,10 @@ from raw_heads import LAYOUTS, SIZE, TASK_LAYOUTS, candidates_of, fused_model, s
 
 from fusenms.errors import ConfigError, UnsupportedByBackendError
 from fusenms.fusion.backends import BACKENDS, get_backend
+from fusenms.graph.model import cut_before, with_outputs
+from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.verification.checks import verify
+from fusenms.verification.synthetic_heads import Stage, heads
 
 SETTINGS = {
     "default": {},
@@ -41,6 +44,36 @@ def test_equals_reference(backend, layout, settings):
     report = verify(fused_model(LAYOUTS[layout](), backend, **SETTINGS[settings]))
     assert report, report
     assert report.detections or settings == "nothing"
+
+
+@pytest.mark.parametrize("case", ["empty", "unusable"])
+@pytest.mark.parametrize("layout", ["distances", "decoded", "anchor_boxes", "end_to_end"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_topk_meets_what_cuda_takes_for_no_element(backend, layout, case):
+    """ONNX Runtime's TopK on CUDA returns a place outside of the tensor for the lowest float32 and for -infinity."""
+    fused = fused_model(LAYOUTS[layout](), backend)
+    shapes = shapes_of(fused.layout)
+    tail = get_backend(backend).to_standard(cut_before(fused.model, shapes), fused)
+    sorted_by = [node.input[0] for node in tail.graph.node if node.op_type == "TopK"]
+    assert sorted_by
+    runner = OnnxRuntimeRunner(with_outputs(tail, sorted_by))
+    stage = Stage(fused.layout, fused.config, fused.image, candidates_of(fused.layout))
+    given = heads(stage, (case, case), shapes, seed=3) | {"images": np.zeros((2, 3, SIZE, SIZE), np.float32)}
+    found = runner.run({name: given[name] for name in runner.inputs})
+    for name in sorted_by:
+        assert np.isfinite(found[name]).all()
+        assert found[name].min() > np.finfo(np.float32).min
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.45, 0.5, 0.7, 1.0])
+def test_efficient_nms_has_a_threshold_beyond_what_its_division_errs(threshold):
+    """CUDA's approximate division errs by two units in the last place at the most."""
+    model = fused_model(LAYOUTS["decoded"](), "trt", iou_threshold=threshold).model
+    node = next(node for node in model.graph.node if node.op_type == "EfficientNMS_TRT")
+    given = next(attribute.f for attribute in node.attribute if attribute.name == "iou_threshold")
+    units = (np.float32(given).view(np.int32) - np.float32(threshold).view(np.int32)) if threshold else 4
+    assert 4 <= units <= 8
+    assert given > threshold
 
 
 @pytest.mark.covering(default=0, quick=0)

@@ -19,6 +19,10 @@ from fusenms.fusion.decoding import decode_boxes, order_corners
 from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
 from fusenms.layout import MOST_CHANNELS, Activation, Layout, Tap, other_axis
 
+NEVER = -3e38
+"""Score of candidates that do not pass. It is finite, and above float32's lowest value, because ONNX Runtime's TopK on CUDA takes what is
+not above the lowest value for no element: it returns the lowest value and a place outside of the tensor."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -81,23 +85,23 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
         origin = _pass_objectness(g, pool, config, total)
         pool = pool.take(origin)
     scores, activation = _scores(g, pool, multi_label)
-    threshold = g.const(strict_threshold(config.score_threshold, activation), np.float32)
+    threshold = g.const(max(float(strict_threshold(config.score_threshold, activation)), NEVER), np.float32)
     passes = g.op("And", g.op("Greater", scores, threshold), g.op("Less", scores, g.floats(np.inf)))
-    eligible = g.where(passes, scores, g.floats(-np.inf))
+    eligible = g.where(passes, scores, g.floats(NEVER))
     if adaptive:
         count = None
         best, place = g.top_k(eligible, _most_passing(g, passes, most))
     else:
         count = most
-        if total is None:  # an open number of candidates: pad with -inf
+        if total is None:  # an open number of candidates
             end = g.cast(g.slice(g.op("Shape", eligible), 0, 1, 2), INT32)
-            eligible = g.op("Pad", eligible, g.const([0, 0, 0, count], np.int64), g.floats(-np.inf))
+            eligible = g.op("Pad", eligible, g.const([0, 0, 0, count], np.int64), g.floats(NEVER))
         else:
             count = min(count, total * (layout.num_classes if multi_label else 1))
         best, place = g.top_k(eligible, g.const([count], np.int64))
         if total is None:
             place = g.where(g.op("Less", place, end), place, g.ints(0))
-    passing = g.op("Greater", best, g.floats(-np.inf))
+    passing = g.op("Greater", best, g.floats(NEVER))
 
     def decode(columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         at, valid = (x if columns is None else g.op("Gather", x, columns, axis=1) for x in (place, passing))

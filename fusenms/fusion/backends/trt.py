@@ -59,7 +59,7 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
         background_class=-1,
         box_coding=0,
         class_agnostic=int(config.class_agnostic),
-        iou_threshold=_next_above(config.iou_threshold),
+        iou_threshold=_above(config.iou_threshold),
         max_output_boxes=config.max_detections,
         score_activation=0,
         score_threshold=0.25,  # ranks are above 0.5; candidates without a rank have -1
@@ -71,9 +71,13 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
     return SelectionTensors(valid, g.cast(g.where(valid, place, g.floats(0.0)), INT32), boxes, labels)
 
 
-def _next_above(threshold: float) -> float:
-    """Return the next float32 above the threshold, but no denormal, which a GPU may treat as zero."""
-    return float(max(np.nextafter(np.float32(threshold), np.float32(np.inf)), np.finfo(np.float32).tiny))
+def _above(threshold: float) -> float:
+    """Return a float32 just above the threshold, but no denormal, which a GPU may treat as zero.
+
+    The plugin suppresses from its threshold on, and divides by an approximation: of boxes whose IoU is exactly the threshold it may find
+    an IoU that is two units in the last place above it. So its threshold is four to eight of these units above ours.
+    """
+    return float(np.float32(max(threshold * (1 + 2**-21), float(np.finfo(np.float32).tiny))))
 
 
 BODY_OPSET = 12
@@ -113,10 +117,12 @@ EfficientNMS_TRT
   anchor_column = Reshape (anchor, column_shape)
   anchor_wide = Expand (anchor_column, four)
   top_boxes = GatherElements <axis = 1> (boxes, anchor_wide)
-  # greedy suppression, IoU >= threshold: a strict comparison with the next float below
+  # greedy suppression, IoU >= threshold: a strict comparison with the next float below, at most 1
   kept_threshold = Constant <value_float : float = @iou_threshold> ()
   just_below_one = Constant <value = float {0.99999994}> ()
-  strict_threshold = Mul (kept_threshold, just_below_one)
+  next_below = Mul (kept_threshold, just_below_one)
+  most_iou = Constant <value = float {1.0}> ()
+  strict_threshold = Min (next_below, most_iou)
   most = Constant <value_int : int = @max_output_boxes> ()
   agnostic = Constant <value_int : int = @class_agnostic> ()
   zero = Constant <value = int64 {0}> ()
