@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import SHAPES
 
@@ -155,6 +156,19 @@ def test_end_to_end_file_for_trt_runs_here(zoo, tmp_path):
 def test_error_when_provider_is_missing(path):
     with pytest.raises(BackendUnavailableError, match="ONNX Runtime has no NoSuchProvider; it has"):
         Detector(path, providers=["NoSuchProvider"])
+
+
+def test_error_when_a_provider_does_not_start(path, monkeypatch):
+    """ONNX Runtime then takes the CPU without an error."""
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda model, options, providers: real(model, options, providers[1:])
+    )
+    with pytest.raises(BackendUnavailableError, match="has CUDAExecutionProvider, but cannot start it on this machine"):
+        Detector(path, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
 def test_error_when_file_is_missing():

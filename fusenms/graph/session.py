@@ -52,7 +52,7 @@ class Session:
             arena: keep freed memory for the next run, as ONNX Runtime does by default.
 
         Raises:
-            BackendUnavailableError: ONNX Runtime, or a provider, is not installed.
+            BackendUnavailableError: ONNX Runtime, or a provider, is not installed or cannot start on this machine.
             SourceError: ONNX Runtime refuses the model.
         """
         try:
@@ -76,6 +76,11 @@ class Session:
             raise SourceError(
                 f"{source}: ONNX Runtime refuses the model ({first_line(error)}); it is damaged, or too new for this version"
             ) from error
+        if lost := [name for name in providers if name not in self._session.get_providers()]:
+            raise BackendUnavailableError(
+                f"ONNX Runtime has {', '.join(lost)}, but cannot start it on this machine; expected its hardware, driver and libraries "
+                "(CUDA: an NVIDIA GPU, and CUDA and cuDNN of the version that onnxruntime-gpu was built for)"
+            )
 
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[Any]:
         """Run the model and return the values of all outputs, or of those named.
