@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from fusenms.heads.probe import probe_image
 from fusenms.verification.agreement import Agreement, agreement_of
 
 ENGINES = (".engine", ".plan", ".rtx", ".trt")
+DTYPES = {
+    "FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32, "INT8": np.int8, "UINT8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+"""NumPy's types by TensorRT's names. `nptype` of TensorRT 8.5 fails with NumPy 1.24 to 1.26."""
 LIBRARIES = {"TensorRT": load_tensorrt, "TensorRT-RTX": load_rtx}
 
 
@@ -39,39 +44,47 @@ class EngineRunner:
             raise BackendUnavailableError(f"{library.name} cannot open the engine on this machine: {logger.text}")
         self._context = self._engine.create_execution_context()
         self._stream = self._check("cudaStreamCreate")
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self._image = next(name for name in names if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT)
         self._buffers: dict[str, tuple[int, int]] = {}
 
-    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Run images ``[B, 3, height, width]`` float32 and return the outputs by name.
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run on inputs by name, in the engine's types, and return the outputs by name.
 
         Raises:
-            SourceError: the engine does not run at this batch size.
+            SourceError: the engine does not run at these shapes.
             BackendUnavailableError: a call to CUDA failed.
         """
         cuda, engine, context = self._cuda, self._engine, self._context
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        given = [name for name in names if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT]
-        images = np.ascontiguousarray(images, np.float32)
-        context.set_input_shape(given[0], images.shape)
-        outputs = {}
+        arrays = {name: np.ascontiguousarray(inputs[name]) for name in names if name in inputs}
+        for name, array in arrays.items():
+            if not context.set_input_shape(name, array.shape):
+                raise SourceError(
+                    f"the engine does not run at {list(array.shape)} of {name}; expected a shape within its profile"
+                )
         for name in names:
-            shape = images.shape if name in given else tuple(context.get_tensor_shape(name))
-            dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name)))
-            array = images if name in given else np.empty(shape, dtype)
+            if name not in inputs:
+                dtype = DTYPES[engine.get_tensor_dtype(name).name]
+                arrays[name] = np.empty(tuple(context.get_tensor_shape(name)), dtype)
+            array = arrays[name]
             address = self._buffer(name, max(array.nbytes, 1))
             context.set_tensor_address(name, address)
-            if name in given:
+            if name in inputs:
                 kind = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
                 self._check("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self._stream)
-            else:
-                outputs[name] = array
         if not context.execute_async_v3(self._stream):
-            raise SourceError("the engine does not run on these images; expected a batch size within its profile")
+            raise SourceError("the engine does not run on these inputs; expected shapes within its profile")
+        outputs = {name: array for name, array in arrays.items() if name not in inputs}
         for name, array in outputs.items():
             kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
             self._check("cudaMemcpyAsync", array.ctypes.data, self._buffers[name][0], array.nbytes, kind, self._stream)
         self._check("cudaStreamSynchronize", self._stream)
         return outputs
+
+    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Run images ``[B, 3, height, width]`` float32 and return the outputs by name. Errors are those of `run`."""
+        return self.run({self._image: np.asarray(images, np.float32)})
 
     def close(self) -> None:
         for address, _ in self._buffers.values():
