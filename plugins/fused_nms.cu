@@ -58,12 +58,17 @@ struct Half {
     unsigned short bits;
 };
 
+constexpr int SELECT_BLOCKS = 4;  // of a multiprocessor, at the least
 constexpr int SELECT_THREADS = 256, TILE = 64, GROUPS = SELECT_THREADS / TILE;  // candidates of a block, threads of a candidate
 static_assert(GROUPS == 4, "a candidate has a thread for each of four distances");
 constexpr int SUPPRESS_THREADS = 1024, WARPS = SUPPRESS_THREADS / 32;
-constexpr int RUN = 4096;         // keys that are sorted at once
-constexpr int CHUNK = 128, WORDS = CHUNK / 32;  // candidates that are decided at once
-constexpr int EACH = CHUNK / WARPS;             // of them, those of a warp
+constexpr int RUN = 4096, OWN = RUN / SUPPRESS_THREADS;  // keys that are sorted at once, those of a thread
+constexpr int BUCKETS = SUPPRESS_THREADS, CROWDED = 128;  // of the sort, and keys of one from which on it sorts by pairs
+constexpr int CHUNK = 128, WORDS = CHUNK / 32;            // candidates that are decided at once
+constexpr int INDEXED = 512, ROW_WORDS = INDEXED / 32;    // kept rows that an index has
+constexpr int CELLS = 32;                                 // columns, rows and labels that are told apart, a bit of a mask each
+constexpr int FEW = 1;                                    // boxes that are compared without asking for their cells
+constexpr float CELL = 128.0f;                            // pixels
 constexpr int MOST_NUMBERS = 7;                 // of a `Shape`
 constexpr int READERS = 4;                      // threads that read the keys of a tile
 constexpr int CLASSES_AT_ONCE = 20, BINS_AT_ONCE = 16;  // numbers that a thread waits for at the same time
@@ -181,6 +186,20 @@ __device__ inline Place locate(const Settings& s, int candidate, int height, int
 template <typename T>
 __device__ __noinline__ float distance_of(const Settings& s, const T* boxes, int candidates, int image, int candidate, int side) {
     if (s.bins == 1) return channel(boxes, s.boxes, candidates, image, candidate, side);
+    if (s.bins == BINS_AT_ONCE) {
+        float values[BINS_AT_ONCE], most = -infinity(), sum = 0.0f, mean = 0.0f;
+#pragma unroll
+        for (int i = 0; i < BINS_AT_ONCE; ++i)
+            values[i] = channel(boxes, s.boxes, candidates, image, candidate, side * BINS_AT_ONCE + i);
+#pragma unroll
+        for (int i = 0; i < BINS_AT_ONCE; ++i) most = fmaxf(most, values[i]);
+#pragma unroll
+        for (int i = 0; i < BINS_AT_ONCE; ++i) {
+            const float weight = expf(values[i] - most);
+            sum += weight, mean += weight * s.values[i];
+        }
+        return mean / sum;
+    }
     const auto each_bin = [&](auto visit) {
         visit_each<BINS_AT_ONCE>(
             0, s.bins, 1, [&](int i) { return channel(boxes, s.boxes, candidates, image, candidate, side * s.bins + i); }, visit);
@@ -372,6 +391,7 @@ struct Shape {
 
 struct Upright {
     static constexpr int BOX = 4, NUMBERS = 5;
+    static constexpr bool BOUNDED = true;  // boxes that share no point do not overlap, and the first four numbers are their corners
 
     __device__ static inline Shape shape(const Box& box) {
         const float* v = box.v;
@@ -389,6 +409,7 @@ struct Upright {
 
 struct Oriented {
     static constexpr int BOX = 5, NUMBERS = 7;
+    static constexpr bool BOUNDED = false;
 
     __device__ __noinline__ static Shape shape(const Box& box) {
         const float* v = box.v;
@@ -411,6 +432,11 @@ struct Oriented {
     }
 };
 
+__device__ inline unsigned larger(unsigned bits, Key key) {
+    const unsigned own = static_cast<unsigned>(key >> 32);
+    return own > bits ? own : bits;
+}
+
 // What a block has of one image's keys, and how it goes through them.
 struct Found {
     const Key* keys;
@@ -424,7 +450,75 @@ struct Found {
             for (int i = threadIdx.x % READERS; i < count; i += READERS) visit(keys[static_cast<long long>(tile) * segment + i]);
         }
     }
+
+    // How many keys a tile has; a thread's tiles are `tile_of(0)`, `tile_of(1)`, …
+    __device__ int count_of(int tile) const {
+        return tile < tiles ? counts[tile] : 0;
+    }
+
+    __device__ int tile_of(int i) const {
+        return (i * SUPPRESS_THREADS + threadIdx.x) / READERS;
+    }
+
+    // Add all keys to `run`, as far as there is room for them, and their number to `filled`. `count` is that of this thread's first tile.
+    // Returns the best score's bits, of those that this thread saw.
+    __device__ unsigned gather(Key* run, int* filled, int count) const {
+        const int reader = threadIdx.x % READERS;
+        unsigned highest = 0;
+        for (int i = 0; i * SUPPRESS_THREADS / READERS < tiles; ++i) {
+            const int tile = tile_of(i);
+            if (i > 0) count = count_of(tile);
+            int at = reader == 0 && count ? atomicAdd(filled, count) : 0;
+            at = __shfl_sync(EVERY_LANE, at, threadIdx.x % 32 - reader);
+#pragma unroll 4
+            for (int k = reader; k < count && at + k < RUN; k += READERS) {
+                const Key key = keys[static_cast<long long>(tile) * segment + k];
+                run[at + k] = key, highest = larger(highest, key);
+            }
+        }
+        return highest;
+    }
 };
+
+// Note the best score's bits of a warp.
+__device__ inline void note_highest(unsigned highest, unsigned* best) {
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        const unsigned other = __shfl_xor_sync(EVERY_LANE, highest, step);
+        if (other > highest) highest = other;
+    }
+    if (threadIdx.x % 32 == 0) atomicMax(best, highest);
+}
+
+// A warp decides on `here` candidates, best first, of which `rivals` says, 32 a word, which of the better ones would suppress them. In
+// each round one is kept whose rivals are all settled and none kept, and settled that has a rival that is kept: mostly all at once.
+__device__ inline void decide(const unsigned (&rivals)[WORDS][CHUNK], int here, unsigned* keep) {
+    const int lane = threadIdx.x % 32;
+    unsigned against[WORDS][WORDS], open[WORDS], kept[WORDS];
+#pragma unroll
+    for (int q = 0; q < WORDS; ++q) {
+        const int left = here - 32 * q;
+        open[q] = left >= 32 ? EVERY_LANE : left > 0 ? (1u << left) - 1u : 0u, kept[q] = 0;
+#pragma unroll
+        for (int w = 0; w <= q; ++w) against[q][w] = rivals[w][32 * q + lane];
+    }
+    while (open[0] | open[1] | open[2] | open[3]) {
+#pragma unroll
+        for (int q = 0; q < WORDS; ++q) {
+            if (open[q] == 0) continue;
+            const bool mine = open[q] >> lane & 1u;
+            unsigned hit = 0, unsettled = 0;
+#pragma unroll
+            for (int w = 0; w <= q; ++w) hit |= against[q][w] & kept[w], unsettled |= against[q][w] & open[w];
+            const unsigned stays = __ballot_sync(EVERY_LANE, mine && !hit && !unsettled);
+            const unsigned goes = __ballot_sync(EVERY_LANE, mine && hit);
+            open[q] &= ~(stays | goes), kept[q] |= stays;
+        }
+    }
+    static_assert(WORDS == 4, "open words are counted by hand");
+#pragma unroll
+    for (int q = 0; q < WORDS; ++q) keep[q] = kept[q];  // the same from every lane
+}
 
 // The key of which `wanted` are not below it, among the keys below `bound`; there are more than `wanted` of those. Digit by digit, the
 // highest first.
@@ -455,7 +549,7 @@ __device__ inline Key nth_key(const Found& found, Key bound, int wanted) {
 
 // Sort `size` keys (a power of two), the largest first: a bitonic network. Pairs that are at most 32 apart stay within the 64 keys of a
 // warp, which then waits for itself only.
-__device__ inline void sort(Key* keys, int size) {
+__device__ inline void sort_by_pairs(Key* keys, int size) {
 #pragma unroll 1
     for (int length = 2; length <= size; length <<= 1) {
 #pragma unroll 1
@@ -473,7 +567,152 @@ __device__ inline void sort(Key* keys, int size) {
             }
         }
     }
+}
+
+// Sort `size` keys (at most RUN), the largest first: by score into buckets between `least` and `most`, then by comparing those of a
+// bucket. Where one bucket has too many, since scores are equal or one is far away, by pairs. `histogram` is zero before.
+__device__ inline void sort(Key* keys, int* histogram, int size, float least, float most) {
+    __shared__ int totals[WARPS];
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    least = fmaxf(least, most - 32.0f);  // a threshold of -infinity, say
+    const float scale = most - least > 1e-6f ? BUCKETS / (most - least) : 0.0f;
+    Key own[OWN];
+    int bucket[OWN], slot[OWN];
+#pragma unroll
+    for (int q = 0; q < OWN; ++q) {
+        const int i = thread + q * SUPPRESS_THREADS;
+        if (i >= size) break;
+        own[q] = keys[i];
+        bucket[q] = static_cast<int>(fminf((most - score_of(own[q])) * scale, BUCKETS - 1.0f));
+        slot[q] = atomicAdd(&histogram[bucket[q]], 1);
+    }
     __syncthreads();
+    const int count = histogram[thread];
+    if (__syncthreads_or(count > CROWDED)) {
+        int padded = 2;
+        while (padded < size) padded <<= 1;
+        for (int i = size + thread; i < padded; i += SUPPRESS_THREADS) keys[i] = 0;
+        __syncthreads();
+        sort_by_pairs(keys, padded);
+        __syncthreads();
+        return;
+    }
+    int sum = count;  // of this bucket and those before it in the warp
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        const int before = __shfl_up_sync(EVERY_LANE, sum, step);
+        if (lane >= step) sum += before;
+    }
+    if (lane == 31) totals[warp] = sum;
+    __syncthreads();
+    int first = lane < warp ? totals[lane] : 0;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) first += __shfl_xor_sync(EVERY_LANE, first, step);
+    first += sum - count;
+    static_assert(CROWDED < 256, "a count has a byte");
+    histogram[thread] = first << 8 | count;
+    __syncthreads();
+#pragma unroll
+    for (int q = 0; q < OWN; ++q) {
+        if (thread + q * SUPPRESS_THREADS >= size) break;
+        bucket[q] = histogram[bucket[q]];
+        keys[(bucket[q] >> 8) + slot[q]] = own[q];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int q = 0; q < OWN; ++q) {
+        if (thread + q * SUPPRESS_THREADS >= size) break;
+        const int begin = bucket[q] >> 8, end = begin + (bucket[q] & 255);
+        slot[q] = begin;
+#pragma unroll 1
+        for (int i = begin; i < end; ++i) slot[q] += keys[i] > own[q];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int q = 0; q < OWN; ++q) {
+        if (thread + q * SUPPRESS_THREADS >= size) break;
+        keys[slot[q]] = own[q];
+    }
+    __syncthreads();
+}
+
+// Cells of 128 pixels that an interval touches, a bit for each; there are CELLS, which come again and again. Intervals that share a point
+// share a cell.
+__device__ inline unsigned cells_of(float low, float high) {
+    const int first = static_cast<int>(floorf(fmaxf(fminf(low, 1e6f), -1e6f) / CELL));
+    const int last = static_cast<int>(floorf(fmaxf(fminf(high, 1e6f), -1e6f) / CELL));
+    if (last - first >= CELLS - 1) return EVERY_LANE;
+    const unsigned bits = (2u << (last - first)) - 1u, turn = first & (CELLS - 1);
+    return bits << turn | (turn ? bits >> (CELLS - turn) : 0u);
+}
+
+// Where a box is and what: boxes that overlap and are compared have a bit of each in common.
+struct Mask {
+    unsigned columns, rows, label;
+};
+
+template <typename Kind>
+__device__ inline Mask mask_of(const Shape& shape, int label) {
+    const unsigned kind = 1u << label % CELLS;
+    if (!Kind::BOUNDED) return {EVERY_LANE, EVERY_LANE, kind};
+    return {cells_of(shape.v[0], shape.v[2]), cells_of(shape.v[1], shape.v[3]), kind};
+}
+
+// Bit j of lane i goes to bit i of lane j.
+__device__ inline unsigned transposed(unsigned bits) {
+    unsigned mask = 0x0000ffffu;  // of the bits that a lane without bit `apart` keeps
+#pragma unroll
+    for (int apart = 16; apart > 0; apart >>= 1) {
+        const unsigned other = __shfl_xor_sync(EVERY_LANE, bits, apart);
+        bits = threadIdx.x & apart ? (bits & ~mask) | (other & ~mask) >> apart : (bits & mask) | (other & mask) << apart;
+        mask ^= mask << (apart >> 1);
+    }
+    return bits;
+}
+
+// Which of the kept rows touch a column of cells, a row of cells, or have a label (modulo CELLS): a bit for each row.
+struct Index {
+    unsigned columns[ROW_WORDS][CELLS], rows[ROW_WORDS][CELLS], labels[ROW_WORDS][CELLS];
+
+    __device__ void clear() {
+        for (int i = threadIdx.x; i < ROW_WORDS * CELLS; i += SUPPRESS_THREADS)
+            (&columns[0][0])[i] = 0, (&rows[0][0])[i] = 0, (&labels[0][0])[i] = 0;
+    }
+
+    // Add rows `first` to `end`, of which `masks` are in order: a warp for 32 rows, all of the block's take part.
+    __device__ void add(const Mask* masks, int first, int end) {
+        const int lane = threadIdx.x % 32;
+        end = end < INDEXED ? end : INDEXED;
+        for (int word = first / 32 + threadIdx.x / 32; word * 32 < end; word += WARPS) {
+            const int row = word * 32 + lane;
+            const bool is_new = row >= first && row < end;
+            const Mask mask = is_new ? masks[row - first] : Mask{0u, 0u, 0u};
+            columns[word][lane] |= transposed(mask.columns);
+            rows[word][lane] |= transposed(mask.rows);
+            labels[word][lane] |= transposed(mask.label);
+        }
+    }
+
+    // Those of 32 rows that a box may overlap.
+    __device__ unsigned near(int word, const Mask& mask) const {
+        unsigned found = labels[word][__ffs(static_cast<int>(mask.label)) - 1];
+        if (__popc(found) <= FEW) return found;
+        unsigned touched = 0;
+#pragma unroll 1
+        for (unsigned left = mask.columns; left; left &= left - 1) touched |= columns[word][__ffs(static_cast<int>(left)) - 1];
+        found &= touched, touched = 0;
+        if (__popc(found) <= FEW) return found;
+#pragma unroll 1
+        for (unsigned left = mask.rows; left; left &= left - 1) touched |= rows[word][__ffs(static_cast<int>(left)) - 1];
+        return found & touched;
+    }
+};
+
+template <typename Kind>
+__device__ inline Box read_box(const float* decoded, int candidate) {
+    Box box = {};
+    for (int k = 0; k < Kind::BOX; ++k) box.v[k] = decoded[static_cast<long long>(candidate) * Kind::BOX + k];
+    return box;
 }
 
 // Shape number i of `stride` shapes, whose k-th numbers stand side by side.
@@ -490,136 +729,175 @@ template <typename Kind>
 __device__ void suppress(
     const Settings& s, const Key* keys, const int* counts, const float* decoded, int candidates, int* out_count, float* out_boxes, float* out_scores, int* out_labels, int* out_indices, float* kept_shapes) {
     __shared__ Key run[RUN];
-    __shared__ float chunk_boxes[5][CHUNK], chunk_shapes[MOST_NUMBERS][CHUNK];
-    __shared__ int chunk_labels[CHUNK], filled;
-    __shared__ unsigned rivals[CHUNK][WORDS], alive[WORDS], keep[WORDS];
+    __shared__ union {
+        int histogram[BUCKETS];
+        struct {
+            float shapes[MOST_NUMBERS][CHUNK];
+            int labels[CHUNK];
+        } chunk;
+    } scratch;
+    __shared__ Index index;  // of kept rows
+    __shared__ Mask masks[CHUNK];
+    __shared__ unsigned rivals[WORDS][CHUNK], alive[WARPS], keep[WORDS], best;
+    __shared__ int filled;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, image = blockIdx.x;
     const int tiles = (candidates + TILE - 1) / TILE, each = s.multi_label ? s.num_classes : 1, most = s.max_detections;
     const Found found = {keys + static_cast<long long>(image) * candidates * each, counts + image * tiles, tiles, TILE * each};
     decoded += static_cast<long long>(image) * candidates * Kind::BOX;
-    out_boxes += static_cast<long long>(image) * most * Kind::BOX, out_scores += static_cast<long long>(image) * most;
-    out_labels += static_cast<long long>(image) * most, out_indices += static_cast<long long>(image) * most;
+    out_labels += static_cast<long long>(image) * most;
     kept_shapes += static_cast<long long>(image) * most * MOST_NUMBERS;
 
-    if (thread == 0) filled = 0;
+    // All keys, in any order, as far as there is room for them; how many there are; the best score's bits.
+    const int ahead = found.count_of(found.tile_of(0));
+    if (thread == 0) filled = 0, best = 0;
+    scratch.histogram[thread] = 0;
+    index.clear();
     __syncthreads();
-    int total = 0;
-    for (int i = thread; i < tiles; i += SUPPRESS_THREADS) total += found.counts[i];
-    if (total) atomicAdd(&filled, total);
+    unsigned highest = found.gather(run, &filled, ahead);
+    note_highest(highest, &best);
     __syncthreads();
-    total = filled;
+    const int total = filled, last = total < s.max_candidates ? total : s.max_candidates;
 
-    int kept = 0, done = 0;
+    int kept = 0;
     Key bound = ~static_cast<Key>(0);
-    const int last = total < s.max_candidates ? total : s.max_candidates;
-    while (done < last && kept < most) {
-        // The next keys, at most RUN of them, in order.
-        const int take = last - done < RUN ? last - done : RUN;
-        const Key lowest = take < total - done ? nth_key(found, bound, take) : 0;
-        int size = 2;
-        while (size < take) size <<= 1;
-        __syncthreads();
-        if (thread == 0) filled = 0;
-        for (int i = thread; i < size; i += SUPPRESS_THREADS) run[i] = 0;
-        __syncthreads();
-        found.each([&](Key key) {
-            if (key < bound && key >= lowest) run[atomicAdd(&filled, 1)] = key;
-        });
-        __syncthreads();
-        sort(run, size);
-
-        // A thread for each candidate of a chunk reads its box while the chunk before is decided.
-        Box ahead = {};
-        const auto read_ahead = [&](int i) {
-            if (thread >= CHUNK || i >= take) return;
-            const float* numbers = decoded + static_cast<long long>(number_of(run[i]) / s.num_classes) * Kind::BOX;
-            for (int k = 0; k < Kind::BOX; ++k) ahead.v[k] = numbers[k];
-        };
-        read_ahead(thread);
-        for (int start = 0; start < take && kept < most; start += CHUNK) {
-            const int here = take - start < CHUNK ? take - start : CHUNK;
-            if (thread < CHUNK) {
-                bool valid = false;
-                if (thread < here) {
-                    const unsigned number = number_of(run[start + thread]);
-                    const Box box = ahead;
-                    const Shape shape = Kind::shape(box);
-                    float reach = 0.0f;
-                    for (int k = 0; k < Kind::BOX; ++k) chunk_boxes[k][thread] = box.v[k], reach += fabsf(box.v[k]);
-                    for (int k = 0; k < Kind::NUMBERS; ++k) chunk_shapes[k][thread] = shape.v[k];
-                    chunk_labels[thread] = s.class_agnostic ? 0 : static_cast<int>(number % s.num_classes);
-                    valid = reach < s.farthest;  // false for NaN
-                }
-                const unsigned valid_lanes = __ballot_sync(EVERY_LANE, valid);
-                if (lane == 0) alive[warp] = valid_lanes;
-            }
-            read_ahead(start + CHUNK + thread);
+    for (int done = 0; done < last && kept < most;) {
+        int size = total;
+        if (total > RUN) {  // the next of them, at most RUN
+            size = last - done < RUN ? last - done : RUN;
+            const Key lowest = size < total - done ? nth_key(found, bound, size) : 0;
             __syncthreads();
-
-            // Who suppresses whom: candidates of the chunk by what was kept, which settles them, and by each other, which is noted.
-#pragma unroll 1
-            for (int i = warp * EACH; i < warp * EACH + EACH && i < here; ++i) {
-                const Shape own = read_shape<Kind>(&chunk_shapes[0][0], CHUNK, i);
-                const int label = chunk_labels[i];
-                bool gone = false;
-#pragma unroll 1
-                for (int first = 0; first < kept && !gone; first += 32) {
-                    const int j = first + lane;
-                    bool hit = j < kept && (s.class_agnostic || out_labels[j] == label);
-                    if (hit) hit = Kind::overlap(own, read_shape<Kind>(kept_shapes, most, j), s.overlap_limit);
-                    gone = __any_sync(EVERY_LANE, hit);
-                }
-                if (gone) {
-                    if (lane == 0) atomicAnd(&alive[i / 32], ~(1u << i % 32));
-                    continue;
-                }
-#pragma unroll 1
-                for (int word = 0; word <= i / 32; ++word) {
-                    const int j = word * 32 + lane;
-                    bool hit = j < i && chunk_labels[j] == label;
-                    if (hit) hit = Kind::overlap(own, read_shape<Kind>(&chunk_shapes[0][0], CHUNK, j), s.overlap_limit);
-                    const unsigned hits = __ballot_sync(EVERY_LANE, hit);
-                    if (lane == 0) rivals[i][word] = hits;
-                }
-            }
+            if (thread == 0) filled = 0, best = 0;
+            scratch.histogram[thread] = 0;
             __syncthreads();
+            highest = 0;
+            found.each([&](Key key) {
+                if (!(key < bound && key >= lowest)) return;
+                run[atomicAdd(&filled, 1)] = key;
+                highest = larger(highest, key);
+            });
+            note_highest(highest, &best);
+            __syncthreads();
+        }
+        sort(run, scratch.histogram, size, s.score_threshold, score_of(static_cast<Key>(best) << 32));
+        const int take = size < last - done ? size : last - done;
 
-            // Decide, best first, 32 at a time: the best that is open is kept, and settles those that it suppresses.
-            if (warp == 0) {
-                for (int word = 0; word < WORDS; ++word) {
-                    const int i = word * 32 + lane;
-                    bool open = i < here && (alive[word] >> lane & 1u);
-                    for (int w = 0; w < word; ++w)
-                        if (open && (rivals[i][w] & keep[w])) open = false;
-                    const unsigned own = open ? rivals[i][word] : 0u;
-                    unsigned decided = 0u;
-                    for (unsigned waiting = __ballot_sync(EVERY_LANE, open); waiting; waiting = __ballot_sync(EVERY_LANE, open)) {
-                        const int next = __ffs(static_cast<int>(waiting)) - 1;
-                        decided |= 1u << next;
-                        if (lane == next || (own >> next & 1u)) open = false;
+        // A thread for each of SUPPRESS_THREADS candidates.
+        for (int start = 0; start < take && kept < most; start += SUPPRESS_THREADS) {
+            Key key = 0;
+            Shape own = {};
+            bool open = start + thread < take;
+            if (open) {
+                key = run[start + thread];
+                const Box box = read_box<Kind>(decoded, static_cast<int>(number_of(key) / s.num_classes));
+                float reach = 0.0f;
+                for (int k = 0; k < Kind::BOX; ++k) reach += fabsf(box.v[k]);
+                open = reach < s.farthest;  // false for NaN
+                own = Kind::shape(box);
+            }
+            const int own_label = static_cast<int>(number_of(key) % s.num_classes), label = s.class_agnostic ? 0 : own_label;
+            int compared = 0, waiting;
+            do {
+                // What was kept since the last time settles whom it suppresses.
+                const Mask mask = mask_of<Kind>(own, label);
+                const int indexed = kept < INDEXED ? kept : INDEXED;
+#pragma unroll 1
+                for (int word = compared / 32; open && word * 32 < indexed; ++word) {
+                    unsigned near = index.near(word, mask);
+                    if (word == compared / 32) near &= EVERY_LANE << compared % 32;
+#pragma unroll 1
+                    for (; open && near; near &= near - 1) {
+                        const int j = word * 32 + __ffs(static_cast<int>(near)) - 1;
+                        open = !((s.class_agnostic || out_labels[j] == label) &&
+                                 Kind::overlap(own, read_shape<Kind>(kept_shapes, most, j), s.overlap_limit));
                     }
-                    keep[word] = decided;  // the same in every lane, each of which reads what it wrote
                 }
-            }
-            __syncthreads();
+#pragma unroll 1
+                for (int j = compared < INDEXED ? INDEXED : compared; open && j < kept; ++j)
+                    open = !((s.class_agnostic || out_labels[j] == label) &&
+                             Kind::overlap(own, read_shape<Kind>(kept_shapes, most, j), s.overlap_limit));
+                compared = kept;
 
-            // Write the rows.
-            int before = kept, after = kept;
-            for (int word = 0; word < WORDS; ++word) {
-                const unsigned mask = word < thread / 32 ? EVERY_LANE : word == thread / 32 ? (1u << thread % 32) - 1u : 0u;
-                before += __popc(keep[word] & mask), after += __popc(keep[word]);
-            }
-            if (thread < here && (keep[thread / 32] >> thread % 32 & 1u) && before < most) {
-                const Key key = run[start + thread];
-                const float score = score_of(key);
-                const bool logit = s.activation == ACTIVATION_SIGMOID && s.objectness[0] == 0;
-                for (int k = 0; k < Kind::BOX; ++k) out_boxes[before * Kind::BOX + k] = chunk_boxes[k][thread];
-                for (int k = 0; k < Kind::NUMBERS; ++k) kept_shapes[k * most + before] = chunk_shapes[k][thread];
-                out_scores[before] = logit ? sigmoid(score) : score;
-                out_labels[before] = static_cast<int>(number_of(key) % s.num_classes);
-                out_indices[before] = static_cast<int>(number_of(key) / s.num_classes);
-            }
-            kept = after < most ? after : most;
+                // The best that are open, at most CHUNK, make a chunk.
+                const unsigned beside = __ballot_sync(EVERY_LANE, open);
+                if (lane == 0) alive[warp] = beside;
+                __syncthreads();
+                const int theirs = __popc(alive[lane]);
+                int both = theirs | (lane < warp ? theirs << 16 : 0);
+#pragma unroll
+                for (int step = 1; step < 32; step <<= 1) both += __shfl_xor_sync(EVERY_LANE, both, step);
+                waiting = both & 0xffff;
+                if (waiting == 0) break;
+                const int place = (both >> 16) + __popc(beside & ((1u << lane) - 1u)), here = waiting < CHUNK ? waiting : CHUNK;
+                const bool member = open && place < CHUNK;
+                if (member) {
+                    for (int k = 0; k < Kind::NUMBERS; ++k) scratch.chunk.shapes[k][place] = own.v[k];
+                    scratch.chunk.labels[place] = label;
+                    masks[place] = mask;
+                    open = false;
+                }
+                __syncthreads();
+
+                // Who would suppress whom in it: a thread for 32 of the better ones of each.
+                if (thread < CHUNK * WORDS) {
+                    const int i = thread % CHUNK, word = thread / CHUNK;
+                    unsigned hits = 0;
+                    if (i < here && word <= i / 32) {
+                        const Mask mine = masks[i];
+                        unsigned near = 0;
+#pragma unroll 4
+                        for (int bit = 0; bit < 32; ++bit) {
+                            const Mask other = masks[word * 32 + bit];
+                            if ((mine.label & other.label) && (mine.columns & other.columns) && (mine.rows & other.rows)) near |= 1u << bit;
+                        }
+                        if (word == i / 32) near &= (1u << i % 32) - 1u;
+                        const Shape shape = read_shape<Kind>(&scratch.chunk.shapes[0][0], CHUNK, i);
+#pragma unroll 1
+                        for (; near; near &= near - 1) {
+                            const int bit = __ffs(static_cast<int>(near)) - 1, j = word * 32 + bit;
+                            if (scratch.chunk.labels[j] == scratch.chunk.labels[i] &&
+                                Kind::overlap(shape, read_shape<Kind>(&scratch.chunk.shapes[0][0], CHUNK, j), s.overlap_limit))
+                                hits |= 1u << bit;
+                        }
+                    }
+                    rivals[word][i] = hits;
+                }
+                __syncthreads();
+                if (warp == 0) decide(rivals, here, keep);
+                __syncthreads();
+
+                // Write the rows.
+                int row = kept, after = kept;
+                for (int word = 0; word < WORDS; ++word) {
+                    const unsigned mask = word < place / 32 ? EVERY_LANE : word == place / 32 ? (1u << place % 32) - 1u : 0u;
+                    row += __popc(keep[word] & mask), after += __popc(keep[word]);
+                }
+                if (member && (keep[place / 32] >> place % 32 & 1u) && row < most) {
+                    const float score = score_of(key);
+                    const bool logit = s.activation == ACTIVATION_SIGMOID && s.objectness[0] == 0;
+                    const int candidate = static_cast<int>(number_of(key) / s.num_classes);
+                    Box box;
+                    if (Kind::BOUNDED) {
+                        for (int k = 0; k < 4; ++k) box.v[k] = own.v[k];
+                    } else {
+                        box = read_box<Kind>(decoded, candidate);
+                    }
+                    const long long at = static_cast<long long>(image) * most + row;
+                    for (int k = 0; k < Kind::BOX; ++k) out_boxes[at * Kind::BOX + k] = box.v[k];
+                    for (int k = 0; k < Kind::NUMBERS; ++k) kept_shapes[k * most + row] = own.v[k];
+                    out_scores[at] = logit ? sigmoid(score) : score;
+                    out_labels[row] = own_label;
+                    out_indices[at] = candidate;
+                    masks[row - kept] = mask_of<Kind>(own, label);
+                }
+                after = after < most ? after : most;
+                __syncthreads();
+                if (start + SUPPRESS_THREADS < take || waiting > CHUNK || done + take < last) {  // there is more to compare with it
+                    index.add(masks, kept, after);
+                    __syncthreads();
+                }
+                kept = after;
+            } while (waiting > CHUNK && kept < most);
+            __syncthreads();
         }
         done += take;
         bound = run[take - 1];
@@ -628,8 +906,9 @@ __device__ void suppress(
 
     if (thread == 0) out_count[image] = kept;
     for (int i = kept + thread; i < most; i += SUPPRESS_THREADS) {
-        for (int k = 0; k < Kind::BOX; ++k) out_boxes[i * Kind::BOX + k] = 0.0f;
-        out_scores[i] = 0.0f, out_labels[i] = -1, out_indices[i] = -1;
+        const long long at = static_cast<long long>(image) * most + i;
+        for (int k = 0; k < Kind::BOX; ++k) out_boxes[at * Kind::BOX + k] = 0.0f;
+        out_scores[at] = 0.0f, out_labels[i] = -1, out_indices[at] = -1;
     }
 }
 
@@ -642,7 +921,7 @@ __device__ void suppress(
 // TensorRT has to be given for its size.
 
 #define FUSENMS_SELECT(T, source, name)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(fusenms::SELECT_THREADS, 1) name(                                                 \
+    extern "C" __global__ void __launch_bounds__(fusenms::SELECT_THREADS, fusenms::SELECT_BLOCKS) name(                                                 \
         FUSENMS_ARGUMENT const T* classes, const T* objectness, const T* background, const T* boxes, const T* angles, FUSENMS_PICTURE \
         int candidates, int height, int width, fusenms::Key* keys, int* counts, float* decoded) {                                  \
         fusenms::select(                                                                                                           \

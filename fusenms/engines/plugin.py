@@ -73,7 +73,8 @@ def compile_ptx(source: str, architecture: str = ARCHITECTURE) -> bytes:
             f"the plugin's kernels cannot be compiled: {error}; install NVRTC with: pip install 'fusenms[plugin]'"
         ) from error
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"fused_nms.cu", 0, [], [])
-    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    # NVRTC 13.0 takes a lambda of a device function for a host function without the last option.
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--device-as-default-execution-space"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     kind = "ProgramLog" if int(status) else "PTX"
     size = getattr(nvrtc, f"nvrtcGet{kind}Size")(program)[1]

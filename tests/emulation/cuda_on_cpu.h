@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <csetjmp>
 #include <cmath>
 #include <cstdio>
@@ -44,7 +45,8 @@ struct Fiber {
     State state = READY;
     bool started = false, predicate = false;
     int line = 0;
-    unsigned ballot = 0;
+    unsigned ballot = 0, value = 0;
+    std::array<unsigned, WARP> values;  // of all lanes, at a shuffle
     std::vector<char> stack;
 };
 
@@ -104,7 +106,12 @@ inline bool settle_votes(std::mt19937& chance) {
     for (size_t first : complete) {
         unsigned ballot = 0;
         for (int lane = 0; lane < WARP; ++lane) ballot |= static_cast<unsigned>(fibers[first + lane].predicate) << lane;
-        for (int lane = 0; lane < WARP; ++lane) fibers[first + lane].ballot = ballot, fibers[first + lane].state = READY;
+        std::array<unsigned, WARP> values;
+        for (int lane = 0; lane < WARP; ++lane) values[lane] = fibers[first + lane].value;
+        for (int lane = 0; lane < WARP; ++lane) {
+            Fiber& fiber = fibers[first + lane];
+            fiber.ballot = ballot, fiber.values = values, fiber.state = READY;
+        }
     }
     return !complete.empty();
 }
@@ -126,9 +133,11 @@ inline void run_block(std::mt19937& chance) {
             if (!at_barrier && !at_vote) return;
             if (at_vote) fail("a vote that not all lanes of the warp take part in", line);
             if (at_barrier < static_cast<int>(fibers.size())) fail("a barrier that not all threads reach", fibers[0].line);
+            unsigned any = 0;
+            for (const Fiber& fiber : fibers) any |= fiber.predicate;
             for (Fiber& fiber : fibers) {
                 if (fiber.line != fibers[0].line) fail("threads wait at different barriers", fiber.line);
-                fiber.state = READY;
+                fiber.state = READY, fiber.ballot = any;
             }
             continue;
         }
@@ -162,16 +171,41 @@ inline unsigned vote(unsigned mask, bool predicate, int line) {
     return fibers[current].ballot;
 }
 
+inline int barrier(bool predicate, int line) {
+    fibers[current].predicate = predicate;
+    wait(AT_BARRIER, line);
+    return fibers[current].ballot != 0;
+}
+
+// The value of lane `from`, for each lane its own choice.
+template <typename T>
+inline T shuffle(unsigned mask, T value, int from, int line) {
+    static_assert(sizeof(T) == sizeof(unsigned), "a shuffle moves 32 bits");
+    std::memcpy(&fibers[current].value, &value, sizeof value);
+    vote(mask, false, line);
+    if (from < 0 || from >= WARP) return value;
+    std::memcpy(&value, &fibers[current].values[from], sizeof value);
+    return value;
+}
+
+inline int lane() {
+    return current % WARP;
+}
+
 }  // namespace emulation
 
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
 #define gridDim emulation::grid_size
 #define blockDim emulation::block_size
-#define __syncthreads() emulation::wait(emulation::AT_BARRIER, __LINE__)
+#define __syncthreads() static_cast<void>(emulation::barrier(false, __LINE__))
+#define __syncthreads_or(predicate) emulation::barrier(predicate, __LINE__)
 #define __syncwarp() static_cast<void>(emulation::vote(0xffffffffu, false, __LINE__))
 #define __ballot_sync(mask, predicate) emulation::vote(mask, predicate, __LINE__)
 #define __any_sync(mask, predicate) (emulation::vote(mask, predicate, __LINE__) != 0)
+#define __shfl_sync(mask, value, from) emulation::shuffle(mask, value, from, __LINE__)
+#define __shfl_up_sync(mask, value, step) emulation::shuffle(mask, value, emulation::lane() - (step), __LINE__)
+#define __shfl_xor_sync(mask, value, step) emulation::shuffle(mask, value, emulation::lane() ^ (step), __LINE__)
 
 inline int atomicAdd(int* at, int value) {
     const int before = *at;
@@ -179,9 +213,15 @@ inline int atomicAdd(int* at, int value) {
     return before;
 }
 
-inline unsigned atomicAnd(unsigned* at, unsigned value) {
+inline unsigned atomicOr(unsigned* at, unsigned value) {
     const unsigned before = *at;
-    *at &= value;
+    *at |= value;
+    return before;
+}
+
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+    const unsigned before = *at;
+    *at = std::max(before, value);
     return before;
 }
 
