@@ -210,10 +210,10 @@ def test_readme_has_the_numbers_of_the_pages():
     assert "325 of 325" in PAGES["docs/performance.md"]
 
 
-def test_only_readme_says_what_has_not_run():
+def test_only_readme_and_the_page_on_gpus_say_what_has_not_run():
     pattern = r"not (been )?run( yet| there|;|,|\.)|for want of|not proven"
     where = [name for name in HAND_WRITTEN if re.search(pattern, PAGES[name], re.I)]
-    assert [name for name in where if name != "docs/development/add-a-backend.md"] == ["README.md"]
+    assert [name for name in where if name != "docs/development/add-a-backend.md"] == ["README.md", "docs/gpu.md"]
 
 
 PRIVATE = re.compile(r"\b(pictures?|strangers?)\b", re.I)

@@ -1,6 +1,6 @@
-"""Time ONNX files as TensorRT engines on a GPU, in turn: the raw model, say, and the fused one.
+"""Time ONNX files on a GPU, in turn, as TensorRT engines or in ONNX Runtime: the raw model, say, and the fused one.
 
-    python tests/benchmarks/engine_times.py raw.onnx fused.onnx [--module tensorrt_rtx] [--batch 1 8] [--runs 20]
+    python tests/benchmarks/engine_times.py raw.onnx fused.onnx [--module tensorrt_rtx] [--batch 1 8]
 
 Needs TensorRT (8.5 or newer) or TensorRT-RTX, cuda-python and numpy, and nothing of fusenms: an old TensorRT has an old Python.
 Engines are built anew for each batch size, from the files as they are; what is timed is the engine alone, without copies to and
@@ -10,14 +10,31 @@ from the host. Inputs are random numbers from 0 to 1, or arrays by name.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 REPEAT = 16  # runs that are timed together
+
+
+DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "INT8": "i1", "UINT8": "u1", "BOOL": "?"}
+
+Arrays = dict[str, np.ndarray]
+
+
+def _filled(path: Path, name: str, shape: tuple, given: Arrays, rng: Any) -> np.ndarray:
+    """An input: random numbers, or what was given, again and again until the batch is full."""
+    if name not in given:
+        return rng.random(shape)
+    array = given[name]
+    if array.shape[1:] != shape[1:]:
+        raise SystemExit(f"{path}: input {name} is {shape}, given was {array.shape}")
+    return np.ascontiguousarray(array[np.arange(shape[0]) % len(array)])
 
 
 def call(function: Any, *arguments: Any) -> Any:
@@ -30,7 +47,9 @@ def call(function: Any, *arguments: Any) -> Any:
 class Timed:
     """An engine of a file, ready to run."""
 
-    def __init__(self, trt: Any, cuda: Any, path: Path, batch: int, given: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, trt: Any, cuda: Any, path: Path, batch: int, given: Arrays, half: bool, no_libraries: bool
+    ) -> None:
         logger = trt.Logger(trt.Logger.ERROR)
         if hasattr(trt, "init_libnvinfer_plugins"):
             trt.init_libnvinfer_plugins(logger, "")
@@ -49,6 +68,11 @@ class Timed:
                 raise SystemExit(f"{path}: input {entry.name} has open sides; fuse it at one size")
             profile.set_shape(entry.name, *[shapes[entry.name]] * 3)
         config.add_optimization_profile(profile)
+        if no_libraries and hasattr(trt, "TacticSource"):
+            sources = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
+            config.set_tactic_sources(sum(1 << int(source) for source in sources))
+        if half:
+            config.set_flag(trt.BuilderFlag.FP16)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise SystemExit(f"{path}: no engine is built of it")
@@ -61,13 +85,10 @@ class Timed:
         rng = np.random.default_rng(0)
         for i in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(i)
-            dtype = np.dtype(trt.nptype(self.engine.get_tensor_dtype(name)))
+            dtype = np.dtype(DTYPES[self.engine.get_tensor_dtype(name).name])
             if name in shapes:
                 self.context.set_input_shape(name, shapes[name])
-                array = given[name] if name in given else rng.random(shapes[name])
-                array = np.ascontiguousarray(array, dtype)
-                if array.shape != shapes[name]:
-                    raise SystemExit(f"{path}: input {name} is {shapes[name]}, given was {array.shape}")
+                array = _filled(path, name, shapes[name], given, rng).astype(dtype)
             else:
                 array = np.empty(tuple(self.context.get_tensor_shape(name)), dtype)
             place = call(cuda.cudaMalloc, max(array.nbytes, 1))
@@ -103,27 +124,72 @@ class Timed:
         return {name: array for name, (_, array) in self.outputs.items()}
 
 
+class InOnnxRuntime:
+    """A file in ONNX Runtime on CUDA, with inputs and outputs bound on the GPU."""
+
+    def __init__(self, path: Path, batch: int, given: Arrays, tf32: bool) -> None:
+        import onnxruntime as ort
+
+        options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "EXHAUSTIVE"}
+        self.session = ort.InferenceSession(
+            str(path), providers=[("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+        )
+        if self.session.get_providers()[0] != "CUDAExecutionProvider":
+            raise SystemExit("ONNX Runtime does not run on CUDA here; onnxruntime-gpu and an NVIDIA GPU are needed")
+        self.binding, rng = self.session.io_binding(), np.random.default_rng(0)
+        for entry in self.session.get_inputs():
+            shape = tuple(
+                batch if at == 0 and not isinstance(side, int) else side for at, side in enumerate(entry.shape)
+            )
+            kind = {"tensor(float16)": np.float16, "tensor(float)": np.float32}[entry.type]
+            array = _filled(path, entry.name, shape, given, rng).astype(kind)
+            self.binding.bind_ortvalue_input(entry.name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+        for entry in self.session.get_outputs():
+            self.binding.bind_output(entry.name, "cuda", 0)
+        self.microseconds()
+
+    def microseconds(self) -> float:
+        """Of one run, on the host's clock, since ONNX Runtime has streams of its own."""
+        self.binding.synchronize_outputs()
+        start = time.perf_counter()
+        for _ in range(REPEAT):
+            self.session.run_with_iobinding(self.binding)
+        self.binding.synchronize_outputs()
+        return 1e6 * (time.perf_counter() - start) / REPEAT
+
+    def results(self) -> Arrays:
+        self.session.run_with_iobinding(self.binding)
+        names = [entry.name for entry in self.session.get_outputs()]
+        return dict(zip(names, self.binding.copy_outputs_to_cpu(), strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--module", default="tensorrt", help="tensorrt or tensorrt_rtx")
+    parser.add_argument("--module", default="tensorrt", help="tensorrt, tensorrt_rtx or onnxruntime")
+    parser.add_argument("--half", action="store_true", help="TensorRT may compute in float16 (before strong typing)")
+    parser.add_argument("--no-libraries", action="store_true", help="TensorRT 8 does without cuBLAS and cuDNN")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--inputs", type=Path, help=".npz with the inputs by name")
+    parser.add_argument("--inputs", type=Path, help=".npz with the inputs by name, repeated to fill the batch")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="all of the last batch size, in one line")
     args = parser.parse_args()
-    import importlib
-
-    trt = importlib.import_module(args.module)
-    try:
-        from cuda.bindings import runtime as cuda
-    except ImportError:
-        from cuda import cudart as cuda  # cuda-python before 12.6
-    call(cuda.cudaSetDevice, 0)
     given = dict(np.load(args.inputs)) if args.inputs else {}
-    library = f"{args.module} {trt.__version__}"
+    module = importlib.import_module(args.module)
+    library = f"{args.module} {module.__version__}"
+    if args.module != "onnxruntime":
+        try:
+            from cuda.bindings import runtime as cuda
+        except ImportError:
+            from cuda import cudart as cuda  # cuda-python before 12.6
+        call(cuda.cudaSetDevice, 0)
     for batch in args.batch:
-        engines = {path.name: Timed(trt, cuda, path, batch, given) for path in args.files}
+        engines: dict[str, Any] = {}
+        for path in args.files:
+            if args.module == "onnxruntime":
+                engines[path.name] = InOnnxRuntime(path, batch, given, tf32=True)
+            else:
+                engines[path.name] = Timed(module, cuda, path, batch, given, args.half, args.no_libraries)
         times: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(args.runs):
             for name, engine in engines.items():

@@ -1,6 +1,7 @@
 """Time the plugin's kernels on a GPU beside their floor and their peers, in one run: the tables of docs/benchmarks-gpu.md.
 
     python tests/benchmarks/gpu.py [--batch 1 32] [--runs 20] [--tensorrt PYTHON] [--out docs]
+    ncu --set full python tests/benchmarks/gpu.py --launch crowded --batch 1
 
 Needs an NVIDIA GPU, cuda-python and NVRTC. Peers are what else is there: PyTorch with torchvision, and a TensorRT with
 EfficientNMS_TRT, for which PYTHON is a command that runs a Python with it (any version from 8.5 on).
@@ -137,6 +138,22 @@ def check(outputs: Arrays, head: Arrays) -> float:
     return worst
 
 
+def launch(gpu: Gpu, case: str, batch: int, half: bool) -> None:
+    """The kernels of one case, three times, for a profiler."""
+    kernels = OnGpu(gpu, *_node(SYNTHETIC_HEADS[case](batch), half), (SIZE, SIZE))
+    for _ in range(3):
+        kernels.launch()
+    gpu.synchronize()
+
+
+def _node(head: Arrays, half: bool) -> tuple[Any, Arrays]:
+    """Settings and inputs of a node that reads the head."""
+    if half:
+        head = {name: values.astype(np.float16) for name, values in head.items()}
+    given = dict.fromkeys(INPUTS, head["logits"]) | {"boxes": head["dist"]}
+    return settings_of(Head(LAYOUT, STAGE.image, WIDTHS, None), CONFIG), given
+
+
 def bandwidth(gpu: Gpu, runs: int) -> float:
     """Bytes that a copy on the GPU reads and writes per microsecond."""
     there, here = gpu.allocate(COPY), gpu.allocate(COPY)
@@ -149,11 +166,8 @@ def time_kernels(
     gpu: Gpu, case: str, batch: int, half: bool, runs: int, speed: float
 ) -> tuple[Result, Arrays, float, int]:
     """Our kernels and their floor, in turn; the head, the worst box error, and how many rows the first image has."""
-    head = SYNTHETIC_HEADS[case](batch)
-    if half:
-        head = {name: values.astype(np.float16) for name, values in head.items()}
-    given = dict.fromkeys(INPUTS, head["logits"]) | {"boxes": head["dist"]}
-    settings = settings_of(Head(LAYOUT, STAGE.image, WIDTHS, None), CONFIG)
+    settings, given = _node(SYNTHETIC_HEADS[case](batch), half)
+    head = {"logits": given["classes"], "dist": given["boxes"]}
     first = OnGpu(gpu, settings, given, (SIZE, SIZE))
     first.launch()
     outputs = first.outputs()
@@ -269,7 +283,7 @@ def time_efficient(python: str, head: Arrays, runs: int, work: Path) -> tuple[li
         "--inputs",
         str(work / "given.npz"),
     ]
-    done = subprocess.run([*command, "--runs", str(runs), "--json"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--runs", str(runs), "--json", "--no-libraries"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -320,11 +334,17 @@ def main() -> None:
         "--tensorrt", metavar="PYTHON", help="a command that runs a Python with a TensorRT that has EfficientNMS_TRT"
     )
     parser.add_argument("--out", type=Path, help="folder for benchmarks-gpu.md")
+    parser.add_argument(
+        "--launch", choices=SYNTHETIC_HEADS, help="launch the kernels of one case and nothing else, for a profiler"
+    )
     args = parser.parse_args()
     try:
         gpu = Gpu()
     except (AssertionError, ImportError, RuntimeError) as error:
         raise SystemExit(f"these times need an NVIDIA GPU, its driver and cuda-python: {error}") from error
+    if args.launch:
+        launch(gpu, args.launch, args.batch[0], args.half)
+        return
     speed = bandwidth(gpu, args.runs)
     kind = "float16" if args.half else "float32"
     lines = [f"{gpu.name()}, a head in {kind}; a copy moves {speed / 1e3:.0f} GB/s", f"Python {sys.version.split()[0]}"]

@@ -1,83 +1,154 @@
-"""What only a GPU can show; `make test-gpu` runs it, and where there is none it fails: nothing here is skipped.
+"""What only a GPU can show; `make test-gpu` runs it, and where there is none it fails.
 
-It has not been run on a GPU yet.
+Only TensorRT-RTX is skipped, on a GPU that it does not run on.
+
+docs/gpu.md says on which GPU it ran, with which versions, and what it found.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from driver import Gpu
 from kernels import KernelRunner, on_gpu
+from on_engines import on_cuda, on_library, replayed, verified_on, verify_on
 from raw_heads import LAYOUTS, fused_model
 
-from fusenms import PostprocessConfig, fuse
+from fusenms import FusedModel, PostprocessConfig, fuse
 from fusenms.artifacts.raw import ImageInput
+from fusenms.artifacts.report import Report
 from fusenms.engines.base import EngineSettings
+from fusenms.engines.nvidia import Library
 from fusenms.engines.rtx import build_rtx, load_rtx
 from fusenms.engines.running import EngineRunner, compare_engine
-from fusenms.fusion.backends import BACKENDS
-from fusenms.fusion.backends.plugin import INPUTS, PLUGGED, settings_of
+from fusenms.engines.tensorrt import build_tensorrt, load_tensorrt
+from fusenms.fusion.backends.plugin import INPUTS, settings_of
 from fusenms.fusion.candidates import Head
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import Rows, candidates, postprocess
 from fusenms.runtime.images import letterbox, read_image, to_tensor
-from fusenms.verification import checks as verification
+from fusenms.verification import verify
 from fusenms.verification.agreement import agreement_of
 from fusenms.verification.synthetic_heads import Stage, heads
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT.parent / "shared" / "zoo"
-SHAPES = ROOT / "models" / "shapes"
 BATCH = EngineSettings(batch=(1, 2, 8), compute_capabilities=("current",))
-WEIGHTS = ["yolov8-p", "yolo26-p", "rtdetr-p", "yolov8-p-seg", "yolov8-p-pose", "yolov8-p-obb"]
+PRECISIONS = ["fp32", "fp16"]
+WEIGHTS = {
+    **{f"shapes/{name}": 256 for name in ("yolov8-p", "yolo26-p", "rtdetr-p", "yolov8-p-seg", "yolov8-p-pose", "yolov8-p-obb")},
+    "yolov5n": 640, "derived/yolov8n": 640, "derived/yolov8n-seg": 640,
+}  # fmt: skip
 
 
-def shape_images(size: int) -> np.ndarray:
-    files = sorted((ZOO / "shapes" / "images").glob("val*.jpg"))
-    return to_tensor([letterbox(read_image(file), size, size)[0] for file in files])
+@pytest.fixture(scope="module")
+def rtx() -> Library:
+    """TensorRT-RTX. It does not run on GPUs of compute capability 9.0, for one: data centers have TensorRT."""
+    gpu = Gpu()
+    capability = tuple(gpu.attribute(f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
+    gpu.close()
+    library = load_rtx()
+    known = [name for name in library.module.ComputeCapability.__members__ if name.startswith("SM")]
+    if capability < (12, 0) and f"SM{capability[0]}{capability[1]}" not in known:
+        pytest.skip(
+            f"{library.name} does not run on compute capability {capability[0]}.{capability[1]}: {', '.join(known)}"
+        )
+    return library
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_rtx_engine_finds_what_its_file_finds(tmp_path, name, precision):
-    fused = fuse(ZOO / "shapes" / f"{name}.pt", size=256, backend="portable", precision=precision, unverified=True)
-    build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH).save(tmp_path / "m.rtx")
-    for batch, found in compare_engine(tmp_path / "m.rtx", images=shape_images(256)):
-        assert found.before > 5 * batch, found.summary
+def fused_from(name: str, backend: str, precision: str = "fp32", **settings: object) -> FusedModel:
+    return fuse(
+        ZOO / f"{name}.pt", size=WEIGHTS[name], backend=backend, precision=precision, unverified=True, **settings
+    )
+
+
+def images_for(name: str) -> np.ndarray:
+    """Images with objects that the weights know, ``[n, 3, size, size]``."""
+    folder = ZOO / ("shapes/images" if "shapes" in name else "photos")
+    files = sorted(folder.glob("val*.jpg" if "shapes" in name else "*.jpg"))
+    return to_tensor([letterbox(read_image(file), WEIGHTS[name], WEIGHTS[name])[0] for file in files])
+
+
+def nearly_all_the_same(path: Path, name: str) -> None:
+    """An engine and its file find the same objects at each batch size."""
+    for batch, found in compare_engine(path, images=images_for(name)):
+        assert found.before >= 2 * batch, found.summary
         assert found.same >= 0.98 * found.before, f"batch {batch}: {found.summary}"
         assert found.worst_box < 2, f"batch {batch}: {found.summary}"
 
 
-def test_engine_with_rounds_needs_no_control_flow_and_finds_the_same(tmp_path):
-    fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend="portable", rounds=12, unverified=True)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_rtx_engine_finds_what_its_file_finds(rtx, tmp_path, name, precision):
+    fused = fused_from(name, "portable", precision)
+    build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH).save(tmp_path / "m.rtx")
+    nearly_all_the_same(tmp_path / "m.rtx", name)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_rtx_engine_is_verified(rtx, name, precision):
+    report = verify_on(fused_from(name, "portable", precision), on_library(rtx), images_for(name))
+    assert report, str(report)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rtx_engine_is_verified_for_every_layout(rtx, layout):
+    report = verify_on(fused_model(LAYOUTS[layout](), "portable"), on_library(rtx))
+    assert report, str(report)
+
+
+def test_engine_with_rounds_runs_as_a_cuda_graph(rtx, tmp_path):
+    name = "shapes/yolov8-p"
+    fused = fused_from(name, "portable", rounds=12)
     engine = build_rtx(str(fused.save(tmp_path / "m.onnx", unverified=True)), BATCH)
-    runner = EngineRunner(engine, load_rtx())
-    images = shape_images(256)
-    found = agreement_of(fused, images, fused, runner.infer(images))
-    assert found.before == found.after == found.same > 40, found.summary
+    runner, images = EngineRunner(engine, rtx), images_for(name)[:8]
+    for outputs in (runner.infer(images), replayed(runner, images)):
+        found = agreement_of(fused, images, fused, outputs)
+        assert found.before == found.after == found.same > 20, found.summary
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_onnxruntime_on_cuda_finds_the_same(precision):
-    fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, precision=precision, unverified=True)
-    images = shape_images(256)
-    got = OnnxRuntimeRunner(fused.model, ("CUDAExecutionProvider",)).infer(images)
-    found = agreement_of(fused, images, fused, got)
-    assert found.same >= 0.98 * found.before > 40, found.summary
+def equal_but_for_ties(report: Report) -> bool:
+    """Whether all that differs is the order of equal scores, which ONNX Runtime's TopK on CUDA does not keep."""
+    for check in report.checks:
+        for problem in check.problems:
+            scores = re.findall(r"score (-?[0-9.]+)", problem)
+            counts = re.search(r"\((\d+) detections, expected (\d+)\)", problem)
+            if not ((len(scores) == 2 and scores[0] == scores[1]) or (counts and counts[1] == counts[2])):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", ["ort", "portable"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_onnxruntime_on_cuda_is_verified(name, backend, precision):
+    fused, images = fused_from(name, backend, precision), images_for(name)
+    report = verify_on(fused, on_cuda, images)
+    assert equal_but_for_ties(report), str(report)
+    found = agreement_of(fused, images[:8], fused, on_cuda(fused.model).infer(images[:8]))
+    assert found.same >= 0.98 * found.before > 4, found.summary
+
+
+@pytest.mark.parametrize("backend", ["ort", "portable"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_onnxruntime_on_cuda_is_verified_for_every_layout(layout, backend):
+    report = verify_on(fused_model(LAYOUTS[layout](), backend), on_cuda)
+    assert equal_but_for_ties(report), str(report)
 
 
 @pytest.mark.parametrize(("backend", "precision"), [("trt", "fp32"), ("plugin", "fp32"), ("plugin", "fp16")])
 def test_tensorrt_engine_with_a_plugin_finds_what_its_file_finds(tmp_path, backend, precision):
-    from fusenms.engines.tensorrt import build_tensorrt
-
-    fused = fuse(ZOO / "shapes" / "yolov8-p.pt", size=256, backend=backend, precision=precision, unverified=True)
+    name = "shapes/yolov8-p"
+    fused = fused_from(name, backend, precision)
     path = fused.save(tmp_path / "m.onnx", unverified=True)
     build_tensorrt(str(path), EngineSettings(batch=(1, 2, 8))).save(tmp_path / "m.engine")
-    for batch, found in compare_engine(tmp_path / "m.engine", images=shape_images(256)):
-        assert found.same >= 0.98 * found.before > 5 * batch, f"batch {batch}: {found.summary}"
+    nearly_all_the_same(tmp_path / "m.engine", name)
+    report = verify_on(fused, on_library(load_tensorrt()), images_for(name))
+    assert report, str(report)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -106,15 +177,13 @@ def test_plugin_kernels_equal_the_reference_at_640_pixels(half, settings):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if LAYOUTS[name]().suppress])
-def test_plugin_kernels_equal_the_reference(monkeypatch, layout):
-    run, plain = on_gpu(), verification.OnnxRuntimeRunner
-    monkeypatch.setitem(BACKENDS, "plugin", replace(PLUGGED, to_standard=lambda model, _: model))
-    monkeypatch.setattr(
-        verification,
-        "OnnxRuntimeRunner",
-        lambda model: (
-            KernelRunner(model, run) if any(n.op_type == "FusedNMS" for n in model.graph.node) else plain(model)
-        ),
-    )
-    report = verification.verify(fused_model(LAYOUTS[layout](), "plugin", indices=True))
+def test_plugin_kernels_equal_the_reference(layout):
+    run = on_gpu()
+
+    def opened(model):
+        has_node = any(node.op_type == "FusedNMS" for node in model.graph.node)
+        return KernelRunner(model, run) if has_node else OnnxRuntimeRunner(model)
+
+    with verified_on("plugin", opened):
+        report = verify(fused_model(LAYOUTS[layout](), "plugin", indices=True))
     assert report, str(report)

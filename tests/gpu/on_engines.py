@@ -1,0 +1,158 @@
+"""Runs fused models on a GPU where the verification runs ONNX Runtime on the CPU, so that the same proof is about an engine.
+
+    python tests/gpu/on_engines.py FUSED.onnx… [--on tensorrt|tensorrt_rtx|cuda]
+
+As a program it needs fusenms, ONNX Runtime and the library, not PyTorch or pytest: an old TensorRT has an old Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+
+from fusenms import load_fused
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.report import Report
+from fusenms.engines import nvidia
+from fusenms.engines.base import EngineSettings
+from fusenms.engines.nvidia import Library, build
+from fusenms.engines.rtx import load_rtx
+from fusenms.engines.running import DTYPES, EngineRunner
+from fusenms.engines.tensorrt import load_tensorrt
+from fusenms.fusion.backends import BACKENDS
+from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.verification import checks as verification
+
+BATCHES = (1, 2, 7, 8)
+"""Minimum, two between of which one is odd, maximum."""
+
+
+class OnEngine:
+    """Runs a model as an engine of TensorRT or TensorRT-RTX, with the interface of `OnnxRuntimeRunner`."""
+
+    def __init__(self, model: onnx.ModelProto, library: Library) -> None:
+        self.inputs = [entry.name for entry in model.graph.input]
+        self.outputs = [entry.name for entry in model.graph.output]
+        settings = EngineSettings(batch=(BATCHES[0], BATCHES[1], BATCHES[-1]))
+        if library.title == "TensorRT-RTX":
+            settings = replace(settings, compute_capabilities=("current",))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            onnx.save(model, path)
+            self._runner = EngineRunner(build(library, str(path), settings), library)
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self._runner.run(inputs)
+        return {name: found[name] for name in self.outputs}
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def on_library(library: Library) -> Callable[[onnx.ModelProto], Any]:
+    """Open models as engines of a library."""
+    return lambda model: OnEngine(model, library)
+
+
+def on_cuda(model: onnx.ModelProto) -> Any:
+    """Open a model in ONNX Runtime on CUDA."""
+    return OnnxRuntimeRunner(model, ("CUDAExecutionProvider", "CPUExecutionProvider"))
+
+
+@contextlib.contextmanager
+def verified_on(backend: str, opened: Callable[[onnx.ModelProto], Any]) -> Iterator[None]:
+    """The verification runs files of this backend as they are, by ``opened``."""
+    as_it_is = replace(BACKENDS[backend], to_standard=lambda model, _: model)
+    with (
+        mock.patch.dict(BACKENDS, {backend: as_it_is}),
+        mock.patch.object(verification, "OnnxRuntimeRunner", lambda model, **_: opened(model)),
+    ):
+        yield
+
+
+def verify_on(fused: FusedModel, opened: Callable[[onnx.ModelProto], Any], images: np.ndarray | None = None) -> Report:
+    """`fusenms.verify` with all of the model's runs by ``opened``."""
+    with verified_on(fused.backend, opened):
+        return verification.verify(fused, images=images, batches=BATCHES if fused.image.batch is None else None)
+
+
+def replayed(runner: EngineRunner, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Run images by a CUDA graph, captured while the engine ran on other images (all zero)."""
+    runner.infer(np.zeros_like(images))  # sizes, buffers, and kernels that are made for the shapes
+    cuda, stream = runner._cuda, runner._stream
+    mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    runner._check("cudaStreamBeginCapture", stream, mode)
+    assert runner._context.execute_async_v3(stream), "the engine does not run while a graph is captured"
+    graph = runner._check("cudaStreamEndCapture", stream)
+    made = runner._check("cudaGraphInstantiate", graph, 0)
+    address, _ = runner._buffers[runner._image]
+    images = np.ascontiguousarray(images, np.float32)
+    kinds = cuda.cudaMemcpyKind
+    runner._check("cudaMemcpy", address, images.ctypes.data, images.nbytes, kinds.cudaMemcpyHostToDevice)
+    runner._check("cudaGraphLaunch", made, stream)
+    runner._check("cudaStreamSynchronize", stream)
+    outputs = {}
+    for name in (n for n in runner._buffers if n != runner._image):
+        dtype = DTYPES[runner._engine.get_tensor_dtype(name).name]
+        array = np.empty(tuple(runner._context.get_tensor_shape(name)), dtype)
+        runner._check(
+            "cudaMemcpy", array.ctypes.data, runner._buffers[name][0], array.nbytes, kinds.cudaMemcpyDeviceToHost
+        )
+        outputs[name] = array
+    return outputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--on", choices=("tensorrt", "tensorrt_rtx", "cuda"), default="tensorrt")
+    parser.add_argument("--images", type=Path, help=".npy of float32 [n, 3, height, width]")
+    parser.add_argument("--no-libraries", action="store_true", help="TensorRT 8 does without cuBLAS and cuDNN")
+    args = parser.parse_args()
+    if args.no_libraries:
+        configure = nvidia.configure
+
+        def without_libraries(library: Library, config: Any, *more: Any) -> None:
+            configure(library, config, *more)
+            sources = library.module.TacticSource
+            config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
+
+        nvidia.configure = without_libraries
+    opened = {
+        "tensorrt": lambda model: OnEngine(model, load_tensorrt()),
+        "tensorrt_rtx": lambda model: OnEngine(model, load_rtx()),
+        "cuda": on_cuda,
+    }[args.on]
+    failed = 0
+    for path in args.files:
+        start = time.perf_counter()
+        try:
+            fused = load_fused(path)
+            images = None if args.images is None else np.load(args.images)
+            report = verify_on(
+                fused, opened, images if images is not None and images.shape[2] == fused.image.height else None
+            )
+            text, good = str(report), bool(report)
+        except Exception as error:  # the other files are still of interest
+            text, good = f"{type(error).__name__}: {error}", False
+        failed += not good
+        print(
+            f"{'ok' if good else 'FAILED'} {args.on} {path.name} {time.perf_counter() - start:.1f} s: {text}",
+            flush=True,
+        )
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
