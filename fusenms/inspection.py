@@ -18,6 +18,7 @@ from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading.files import read_metadata, read_onnx
+from fusenms.runtime.example_images import example_images
 from fusenms.sources import load
 from fusenms.transforms.dynamic_batch import open_batch
 
@@ -127,7 +128,8 @@ def _with_head(found: Inspection, raw: RawModel) -> Inspection:
         except SourceError as error:
             opened = f"no: {error}"
     try:
-        meaning = check_meaning(raw, raw_head(raw, layout))
+        examples = example_images(raw.image.height, raw.image.width)
+        meaning = check_meaning(raw, raw_head(raw, layout), [] if examples is None else [examples])
     except (HeadError, SourceError) as error:
         return replace(found, reason=str(error), opened=opened)
     return replace(found, layout=layout, meaning=meaning, opened=opened)

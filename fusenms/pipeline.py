@@ -23,6 +23,7 @@ from fusenms.fusion.tail import fuse_head
 from fusenms.heads import HeadSpec, check_tensors, raw_head, recognize
 from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
+from fusenms.runtime.example_images import example_images
 from fusenms.runtime.images import list_images, load_tensor
 from fusenms.sources import LoadFields, LoadOptions, load, options_from
 from fusenms.transforms.dynamic_batch import open_batch
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 log = logging.getLogger("fusenms")
+MOST_IMAGES = 8
+"""Images of the user that are looked at for what a head means."""
 
 
 class FuseFields(LoadFields, ConfigFields, total=False):
@@ -49,6 +52,7 @@ def fuse(
     precision: str = "fp32",
     images: np.ndarray | str | os.PathLike[str] | None = None,
     unverified: bool = False,
+    strict: bool = False,
     config: PostprocessConfig | None = None,
     options: LoadOptions | None = None,
     on_event: OnEvent | None = None,
@@ -62,8 +66,10 @@ def fuse(
         family: name of the detector family, if more than one fits the file.
         heads: families to try in addition to those of fusenms and of installed packages.
         precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says how the detections in the images change.
-        images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images.
+        images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images. The first eight are also
+            looked at, beside the package's own, for what the head means.
         unverified: skip the verification; the result can then be saved only with ``unverified=True``.
+        strict: refuse weights that find no objects in the images, and find them again in their mirror images.
         config: settings of the post-processing.
         options: how the weights are loaded.
         on_event: called after each step with an event of `fusenms.events`.
@@ -101,12 +107,12 @@ def fuse(
     check_tensors(raw, layout)
     raw = open_batch(raw, layout)
     head = raw_head(raw, layout, heads)
-    meaning = check_meaning(raw, head)
+    arrays = _arrays(raw, head, images)
+    meaning = check_meaning(raw, head, _looked_at(raw, arrays), strict)
     raw = replace(raw, notes=(*raw.notes, *meaning))
     tell(Recognized(raw=raw, layout=layout, meaning=meaning))
     fused, full = _fuse(raw, head, settings, backend, precision)
     tell(Fused(raw=raw, model=fused))
-    arrays = _arrays(fused, images, raw)
     if full is not None:
         found = agreement(full, fused, images_for(fused, arrays))
         fused = replace(fused, notes=(*fused.notes, found.summary))
@@ -150,11 +156,19 @@ def _fuse(
     return fuse_head(to_half(raw, head.layout), head, config, backend), fused
 
 
-def _arrays(fused: FusedModel, images: np.ndarray | str | os.PathLike[str] | None, raw: RawModel) -> np.ndarray | None:
+def _arrays(raw: RawModel, head: RawHead, images: np.ndarray | str | os.PathLike[str] | None) -> np.ndarray | None:
     if images is None or isinstance(images, np.ndarray):
         return images
-    size = fused.image
-    return load_tensor(Path(images), size.height, size.width, size.stretch, raw.limits)
+    return load_tensor(Path(images), raw.image.height, raw.image.width, head.stretch, raw.limits)
+
+
+def _looked_at(raw: RawModel, arrays: np.ndarray | None) -> list[np.ndarray]:
+    """Images of real objects: the package's own, if OpenCV is there, and the first of the user's, if they fit (else refused later)."""
+    size = raw.image.height, raw.image.width
+    examples = example_images(*size)
+    fit = isinstance(arrays, np.ndarray) and arrays.dtype == np.float32 and arrays.shape[1:] == (3, *size)
+    own = arrays[:MOST_IMAGES] if arrays is not None and fit else ()
+    return [*([] if examples is None else [examples]), *(image[None] for image in own)]
 
 
 def _proven(fused: FusedModel, report: Report) -> FusedModel:

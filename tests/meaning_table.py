@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from fusenms import load, recognize
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.artifacts.raw import RawModel
@@ -20,6 +22,8 @@ from fusenms.heads import raw_head
 from fusenms.heads.meaning import check_meaning
 from fusenms.heads.motion import measure_motion, other_readings, slide
 from fusenms.layout import Activation, AnchorBoxes, Decoded, Distances, GridOffsets, Layout
+from fusenms.runtime.example_images import example_images
+from fusenms.runtime.images import letterbox, read_image, to_tensor
 
 ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
 FILES = (
@@ -64,11 +68,22 @@ def wrong_pixels(head: RawHead) -> Iterator[tuple[str, RawHead]]:
             yield "pixels", replace(head, pixels=PIXELS[name])
 
 
+def images_for(raw: RawModel) -> list[np.ndarray]:
+    """The example images; for a detector of shapes some images of shapes, as a user would give."""
+    size = raw.image.height, raw.image.width
+    if raw.source != "rtdetr-p.pt":
+        return [example_images(*size)]
+    files = sorted((ZOO / "shapes" / "images").glob("val*.jpg"))[:4]
+    return [to_tensor([letterbox(read_image(file), *size)[0]]) for file in files]
+
+
 def verdict(raw: RawModel, head: RawHead) -> str:
     """What tells this reading from the right one."""
     try:
-        lines = check_meaning(raw, head)
+        lines = check_meaning(raw, head, images_for(raw))
     except LayoutContradictedError as error:
+        if "mirror images" in str(error):
+            return "images"
         return "motion" if "do not move with the image" in str(error) else "values"
     except FusenmsError as error:
         return type(error).__name__
@@ -87,15 +102,17 @@ def main() -> int:
             found = verdict(raw, head)
             if wrong != "right":
                 caught.setdefault(wrong, Counter())[found] += 1
-            if found not in ("values", "said"):
+            if found not in ("values", "images", "said"):
                 motion = measure_motion(slide(raw, head))
                 text = "; ".join(map(str, motion.levels)) or motion.reason
                 print(f"| `{name}` | {wrong} | {text} |")
-    print("\n| wrong reading | caught by values | by motion | said | not caught |\n|---|---|---|---|---|")
+    print(
+        "\n| wrong reading | caught by values | by motion | by images | said | not caught |\n|---|---|---|---|---|---|"
+    )
     for wrong, counts in caught.items():
         print(
             f"| {wrong} | "
-            + " | ".join(str(counts[kind]) for kind in ("values", "motion", "said", "not caught"))
+            + " | ".join(str(counts[kind]) for kind in ("values", "motion", "images", "said", "not caught"))
             + " |"
         )
     return 0

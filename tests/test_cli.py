@@ -45,14 +45,15 @@ def test_main_job_says_each_step_and_writes(tmp_path, capsys):
     assert main([WEIGHTS, "--size", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("load", "export", "head", "head", "fuse", "settings", "verify", "wrote"),
+        *("load", "export", "head", "head", "head", "fuse", "settings", "verify", "wrote"),
         *("next", "next"),
     ]
     assert "no code executed" in lines[0]
     assert lines[2].split(maxsplit=1)[1].startswith("geometry assumed: ")
     assert lines[3].split(maxsplit=1)[1] == "pixels assumed for yolov8: RGB from 0 to 1"
-    assert "IoU > 0.45 suppressed" in lines[5]
-    assert "0 mismatches" in lines[6]
+    assert lines[4].split(maxsplit=1)[1].startswith("not shown on images: ")
+    assert "IoU > 0.45 suppressed" in lines[6]
+    assert "0 mismatches" in lines[7]
     assert [path.name for path in tmp_path.iterdir()] == ["shapes.ort.onnx"]
     onnx.checker.check_model(onnx.load("shapes.ort.onnx"))
 

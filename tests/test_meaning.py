@@ -521,7 +521,9 @@ def test_channels_without_evidence_are_refused(tmp_path, module, message):
 def test_inspect_says_what_is_shown(tmp_path):
     found = inspect(write(YoloNas(), tmp_path / "m.onnx"))
     assert found.layout is not None
-    assert [line.split(":")[0] for line in found.meaning] == ["geometry shown", "pixels assumed for corners"]
+    assert [line.split(":")[0] for line in found.meaning] == [
+        *("geometry shown", "pixels assumed for corners", "not shown on images"),
+    ]
 
 
 # The files of other people: no false alarm, and every wrong reading seen.

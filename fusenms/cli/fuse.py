@@ -56,7 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=["auto", "none", *BUILDERS], default="auto",
         help="also build an engine from the file (default: with TensorRT, if it is installed and the backend is trt or plugin)",
     )  # fmt: skip
-    parser.add_argument("--images", type=Path, metavar="DIR", help="also verify on the images of this folder")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="also verify on the images of this folder, and look at eight of them for what the head means",
+    )
+    parser.add_argument(
+        "--strict", action="store_true",
+        help="refuse weights that find no objects in the example images or those of --images, and again in their mirror images",
+    )  # fmt: skip
     parser.add_argument(
         "--unverified", action="store_true", help="skip the verification, and mark the file as unverified"
     )
@@ -181,6 +190,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             images=args.images,
             unverified=args.unverified,
+            strict=args.strict,
             config=config,
             options=LoadOptions(
                 **fields_of(args, LoadOptions, LOADING) | {"pixels": pixels_of(args)},

@@ -6,12 +6,15 @@ agree on a wrong one too. What is checked here needs no objects in an image and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
-from fusenms.errors import LayoutContradictedError
+from fusenms.errors import HeadError, LayoutContradictedError
 from fusenms.heads.accounting import channels_left_over
+from fusenms.heads.mirror import check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, sum_to_one
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Tap, cells_along
@@ -27,17 +30,24 @@ FAR = 4.0
 """Most normalized boxes lie within this many sides of the image."""
 
 
-def check_meaning(raw: RawModel, head: RawHead) -> tuple[str, ...]:
+def check_meaning(
+    raw: RawModel, head: RawHead, images: Sequence[np.ndarray] = (), strict: bool = False
+) -> tuple[str, ...]:
     """Compare a layout with what the network gives. Return what is shown and what is assumed, a line for each.
+
+    Args:
+        images: images of real objects: ``[1, 3, height, width]`` float32 each, RGB, 0 to 1, of the model's size.
+        strict: refuse what finds no objects again in the mirror images of these.
 
     Raises:
         LayoutContradictedError: the network contradicts the layout.
+        HeadError: ``strict``, and no object is found again.
         SourceError: the model does not run.
     """
     with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
         if reason := _wrong_count(raw, head):
             raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
-        found = slide(raw, head)
+        found = slide(raw, head, mirrored(images))
         if reason := _contradiction(found):
             raise LayoutContradictedError(
                 f"{raw.source}: read as {head.layout.family}, but {reason}; give another family, or a layout that says so"
@@ -49,7 +59,18 @@ def check_meaning(raw: RawModel, head: RawHead) -> tuple[str, ...]:
             f"({'; '.join(map(str, motion.levels))}).{_fitting(motion)}"
         )
     left = channels_left_over(head.layout, found.before)
-    return (_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else []))
+    lines = [_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else [])]
+    if images:
+        with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
+            seen = check_mirror(found, images)
+        lines.append(seen.line)
+    if strict and not (images and seen.shown):
+        why = f" ({seen.line})" if images else ""
+        raise HeadError(
+            f"{raw.source}: read as {head.layout.family}, but that is not shown on images{why}; give images of objects that it knows "
+            "(images), or leave out strict"
+        )
+    return tuple(lines)
 
 
 def _wrong_count(raw: RawModel, head: RawHead) -> str | None:

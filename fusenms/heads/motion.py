@@ -130,18 +130,29 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Slide:
-    """Values of a head's tensors ``[1, …]`` in two windows of an image, ``step`` pixels apart in both axes, and its possible grids."""
+    """Values of a head's tensors ``[1, …]`` in two windows of an image, ``step`` pixels apart in both axes, and its possible grids.
 
-    raw: RawModel
+    ``more`` are the values on other images.
+    """
+
+    probe: Probe
     head: RawHead
     grids: tuple[Grid, ...]
     step: int
     before: Head
     after: Head
+    more: tuple[Head, ...] = ()
+
+    @property
+    def raw(self) -> RawModel:
+        return self.probe.raw
 
 
-def slide(raw: RawModel, head: RawHead) -> Slide:
+def slide(raw: RawModel, head: RawHead, more: Sequence[np.ndarray] = ()) -> Slide:
     """Run a model on a window of an image before and after it moves by one step of the coarsest level.
+
+    Args:
+        more: other images ``[1, 3, height, width]`` float32 (RGB, 0 to 1) to run it on.
 
     Raises:
         SourceError: the model does not run.
@@ -151,8 +162,8 @@ def slide(raw: RawModel, head: RawHead) -> Slide:
     step = max((max(grid.strides) for grid in grids), default=image.stride)
     canvas = probe_image(image.height + step, image.width + step)
     windows = canvas[:, :, step:, step:], canvas[:, :, :-step, :-step]
-    before, after = probe.heads_on([head.pixels.apply(window) for window in windows], head.layout)
-    return Slide(raw=raw, head=head, grids=grids, step=step, before=before, after=after)
+    before, after, *others = probe.heads_on([head.pixels.apply(one) for one in (*windows, *more)], head.layout)
+    return Slide(probe=probe, head=head, grids=grids, step=step, before=before, after=after, more=tuple(others))
 
 
 def measure_motion(found: Slide) -> Motion:

@@ -5,9 +5,9 @@ Names of nodes and tensors are ignored. The samples come from one run in ONNX Ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import onnx
@@ -125,15 +125,23 @@ class Probe:
         Raises:
             SourceError: the model does not run.
         """
-        names, batch = list(dict.fromkeys(layout.sources)), self.raw.frozen_batch or 1
-        model = with_only_outputs(self.raw.model, names)
-        session = Session(model, source=self.raw.source, max_seconds=self.raw.limits.max_run_seconds)
-        heads = []
+        names, batch = tuple(dict.fromkeys(layout.sources)), self.raw.frozen_batch or 1
+        session, heads = self._sessions(names), []
         for image in images:
             got = session.run({self.raw.image.tensor: np.repeat(image, batch, 0)}, names)
             values = {name: first_copy(value, batch) for name, value in zip(names, got, strict=True)}
             heads.append(values | {join.tensor: joined(values, join) for join in layout.joins})
         return heads
+
+    @cached_property
+    def _sessions(self) -> Callable[[tuple[str, ...]], Session]:
+        """Opens the model with only these outputs, once."""
+        raw = self.raw
+        return cache(
+            lambda names: Session(
+                with_only_outputs(raw.model, names), source=raw.source, max_seconds=raw.limits.max_run_seconds
+            )
+        )
 
     def values(self, tensors: Sequence[str]) -> dict[str, np.ndarray]:
         """Values ``[1, …]`` of any tensors of the model on the test image.

@@ -1,0 +1,267 @@
+"""What a detector finds in images of real objects, and finds again in their mirror images: evidence for a layout and for its pixels.
+
+A trained detector that is read rightly finds a few objects, and finds them again, at the mirrored places, in the mirror image. With wrong
+pixels or another box format it finds nothing, or much that is not there again. A constant offset of all boxes, such as half a cell, shows
+as twice that offset. What is found in noise too is no object.
+
+This needs a detector that knows something in the images. One that finds nothing there contradicts nothing: it is not shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusenms.artifacts.preprocessing import PIXELS, Pixels
+from fusenms.boxes import pairwise_iou, pairwise_probiou
+from fusenms.config import PostprocessConfig
+from fusenms.errors import LayoutContradictedError
+from fusenms.heads.motion import Slide, other_readings
+from fusenms.heads.probe import probe_image
+from fusenms.layout import AnchorBoxes, Decoded, Layout, cells_along
+from fusenms.reference import Rows, candidates, postprocess
+
+CONFIG = PostprocessConfig(max_detections=100)
+SAME_IOU = 0.5
+"""Two boxes of one class with at least this IoU are the same object."""
+STEADY, VERY_STEADY = 0.5, 0.75
+"""Part of the detections that must be found again, of the layout and its pixels, and of others. Measured on 13 detectors: at least 0.59
+with the right pixels; with values 255 times too large, at most 0.34."""
+MOST_FOUND = 40
+"""Detections of one image from which on they are no objects. Right readings find 3 to 21 in the example images."""
+MOST_PASSING = 2000
+"""Candidates above the threshold from which on they are no objects: right readings have 60 to 300 in the example images."""
+FEWEST = 4
+"""Objects found again without which nothing is contradicted."""
+SURE = 0.4
+"""Mean score of what is found again, without which nothing is contradicted."""
+MOST_IN_NOISE = 1 / 3
+"""Limit on the detections in noise, relative to those in the images."""
+CLEARLY, MORE = 1.5, 1.0
+"""Another reading is better if what it finds again has this many times the sum of scores, and this much more."""
+MOST_OFFSET = 0.5
+"""Limit on the median offset of what is found again, in strides of its level: an offset of half a cell gives 1."""
+
+Head = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What one reading of a head finds in some images.
+
+    Attributes:
+        found: detections, the mean of images and mirror images.
+        again: detections that are found again.
+        score: sum of the scores of those.
+        offset: median offset of those to the right, in strides of their level; None if the candidates have no cells.
+        images: how many images there are.
+    """
+
+    found: float
+    again: int
+    score: float
+    offset: float | None
+    images: int
+
+    @property
+    def worth(self) -> float:
+        """The sum of scores, or 0 if too much is not found again, or too much is found."""
+        return self.score if self._part(STEADY) else 0.0
+
+    @property
+    def convincing(self) -> bool:
+        """Whether what is found again can contradict another reading."""
+        return self.again >= FEWEST and self._part(VERY_STEADY) and self.score >= SURE * self.again
+
+    def _part(self, least: float) -> bool:
+        return self.again >= least * self.found and self.found <= MOST_FOUND * self.images
+
+    def beats(self, other: Seen) -> bool:
+        """Whether this reading is clearly the better one."""
+        return self.convincing and self.score > max(CLEARLY * other.worth, other.worth + MORE)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Result: a line for the user, and whether objects were found again."""
+
+    line: str
+    shown: bool
+
+
+def mirrored(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Each image, and its mirror image."""
+    return [side for image in images for side in (image, np.ascontiguousarray(image[..., ::-1]))]
+
+
+def check_mirror(found: Slide, images: Sequence[np.ndarray]) -> Shown:
+    """Compare a layout and its pixels with what the network finds in images and in their mirror images.
+
+    Args:
+        found: values of the head, as ``more`` those on each image of `mirrored`.
+        images: ``[1, 3, height, width]`` float32 each, RGB, 0 to 1, of the model's size.
+
+    Raises:
+        LayoutContradictedError: another box format, or other pixels, find clearly more objects again, or boxes have a constant offset.
+        SourceError: the model does not run.
+    """
+    raw, head = found.raw, found.head
+    read_as = f"{raw.source}: read as {head.layout.family}, but"
+    look, pairs = _Look(found, head.layout, head.pixels), _two_by_two(found.more)
+    own = look.judge(pairs)
+    offset = abs(own.offset or 0.0)
+    if own.again >= FEWEST and own.worth and offset > MOST_OFFSET and not look.imagines(own):
+        raise LayoutContradictedError(
+            f"{read_as} what it finds lies {offset:.2g} cells beside what it finds in mirror images, so that its boxes are measured from "
+            "another point of the cell; give another family, or a layout that says so"
+        )
+    if isinstance(head.layout.decode, Decoded):
+        for name, layout in other_readings(head.layout):
+            reading = _Look(found, layout, head.pixels)
+            other = reading.judge(pairs)
+            if other.beats(own) and not reading.imagines(other):
+                raise LayoutContradictedError(
+                    f"{read_as} it finds objects again in mirror images only if its boxes are {name}; give another family, or a layout "
+                    "that says so"
+                )
+    if raw.pixels is None and raw.layout is None and (better := _better_pixels(found, images, own)):
+        raise LayoutContradictedError(
+            f"{read_as} with {head.pixels}, assumed for that family, it finds {own.again} of {own.found:g} objects again in mirror "
+            f"images, and with pixels {' or '.join(better)} clearly more; give pixels={better[0]!r}, or those that it was trained with"
+        )
+    if own.again and own.worth and not look.imagines(own):
+        return Shown(f"shown on images: {own.again} objects found again in mirror images", True)
+    many = (
+        f"{own.found:g} detections, {own.again} of them found again in mirror images" if own.found else "no detections"
+    )
+    return Shown(f"not shown on images: {many}", False)
+
+
+def _better_pixels(found: Slide, images: Sequence[np.ndarray], own: Seen) -> list[str]:
+    """Names of other pixels that find clearly more, the best first.
+
+    Detectors find nearly the same with red and blue exchanged, so pixels are told apart by their range alone: one of each range is tried.
+    """
+    ranges: dict[int, list[str]] = {}
+    for name, pixels in PIXELS.items():
+        ranges.setdefault(_range(pixels), []).append(name)
+    ranges.pop(_range(found.head.pixels), None)
+    better = {}
+    for names in ranges.values():
+        looks = {name: _Look(found, found.head.layout, PIXELS[name]) for name in names}
+        if looks[names[0]].most(images) <= max(CLEARLY * own.worth, own.worth + MORE):
+            continue  # cannot be better, whatever the mirror images show
+        for name, look in looks.items():
+            other = look.judge(_two_by_two(look.values(mirrored(images))))
+            if other.beats(own) and not look.imagines(other):
+                better[name] = other.score
+    return sorted(better, key=better.__getitem__, reverse=True)
+
+
+def _range(pixels: Pixels) -> int:
+    """A number for pixels of about the same range of values."""
+    factor, _ = pixels.terms
+    return round(float(np.log2(factor.mean())))
+
+
+def _two_by_two(heads: Sequence[Head]) -> list[tuple[Head, Head]]:
+    return list(zip(heads[::2], heads[1::2], strict=True))
+
+
+class _Look:
+    """One reading of a head, with some pixels."""
+
+    def __init__(self, found: Slide, layout: Layout, pixels: Pixels) -> None:
+        self._found, self._layout, self._pixels = found, layout, pixels
+        self._size = found.raw.image.height, found.raw.image.width
+
+    def values(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Values of the head on images ``[1, 3, height, width]`` (RGB, 0 to 1)."""
+        return self._found.probe.heads_on([self._pixels.apply(image) for image in images], self._layout)
+
+    def judge(self, pairs: Iterable[tuple[Head, Head]]) -> Seen:
+        """What is found in those images where enough is found again in the mirror image; in all of them if there is none."""
+        each = [self._compared(self._rows(plain), self._rows(mirror)[0]) for plain, mirror in pairs]
+        seen = [one for one, _ in each if one.worth] or [one for one, _ in each]
+        offsets = [offset for one, some in each if one in seen for offset in some]
+        return Seen(
+            found=sum(one.found for one in seen),
+            again=sum(one.again for one in seen),
+            score=sum(one.score for one in seen),
+            offset=None if isinstance(self._layout.decode, Decoded) or not offsets else float(np.median(offsets)),
+            images=len(seen),
+        )
+
+    def _compared(self, found: tuple[Rows, np.ndarray], two: Rows) -> tuple[Seen, list[float]]:
+        """One image and its mirror image; the second result are the offsets of what is found again."""
+        one, places = found
+        back = _mirrored(two.boxes, self._size[1])
+        score, offsets = 0.0, []
+        for i, j in _pairs(one, two, back):
+            score += float(min(one.scores[i], two.scores[j]))
+            stride = _stride(self._layout, self._size, int(places[i]))
+            offsets.append((_middle(back[j]) - _middle(one.boxes[i])) / stride)
+        seen = Seen(found=(len(one) + len(two)) / 2, again=len(offsets), score=score, offset=None, images=1)
+        return seen, offsets
+
+    def imagines(self, seen: Seen) -> bool:
+        """Whether noise and a plain image both hold nearly as much as the images do, on average, so that what is found are no objects.
+
+        Noise alone does not tell: it is made of patches, which may be objects to a detector of shapes.
+        """
+        most = MOST_IN_NOISE * seen.found / seen.images
+        plain = np.random.default_rng(0).normal(0.45, 0.02, (1, 3, *self._size)).astype(np.float32)
+        return all(len(self._rows(*self.values([image]))[0]) > most for image in (probe_image(*self._size), plain))
+
+    def most(self, images: Sequence[np.ndarray]) -> float:
+        """Sum of the scores in some images, without those that hold so much that it is no objects."""
+        total = 0.0
+        for values in self.values(images):
+            scores = candidates(values, 0, self._layout, self._size).scores
+            if (scores.max(1) > CONFIG.score_threshold).sum() <= MOST_PASSING:
+                total += float(self._rows(values)[0].scores.sum())
+        return total
+
+    def _rows(self, values: Head) -> tuple[Rows, np.ndarray]:
+        expected = postprocess(candidates(values, 0, self._layout, self._size), CONFIG)
+        return expected.rows, expected.indices
+
+
+def _mirrored(boxes: np.ndarray, width: int) -> np.ndarray:
+    back = boxes.copy()
+    if boxes.shape[1] == 5:
+        back[:, 0], back[:, 4] = width - boxes[:, 0], -boxes[:, 4]
+    else:
+        back[:, 0], back[:, 2] = width - boxes[:, 2], width - boxes[:, 0]
+    return back
+
+
+def _pairs(one: Rows, two: Rows, back: np.ndarray) -> Iterable[tuple[int, int]]:
+    """Pairs of one class, the best first; each row is in one at most."""
+    if not len(one) or not len(two):
+        return
+    iou = (pairwise_probiou if back.shape[1] == 5 else pairwise_iou)(one.boxes, back)
+    iou = np.where(one.labels[:, None] == two.labels, iou, 0.0)
+    while iou.max() > SAME_IOU:
+        i, j = np.unravel_index(iou.argmax(), iou.shape)
+        iou[i], iou[:, j] = 0.0, 0.0
+        yield int(i), int(j)
+
+
+def _middle(box: np.ndarray) -> float:
+    return float(box[0] if len(box) == 5 else (box[0] + box[2]) / 2)
+
+
+def _stride(layout: Layout, size: tuple[int, int], candidate: int) -> float:
+    """Stride of the level of a candidate; 1 if candidates have no cells."""
+    decode = layout.decode
+    if isinstance(decode, Decoded):
+        return 1.0
+    anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
+    for stride in decode.strides:
+        candidate -= anchors * cells_along(size[0], stride) * cells_along(size[1], stride)
+        if candidate < 0:
+            break
+    return float(stride)
