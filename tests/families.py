@@ -7,6 +7,7 @@ and an engine of TensorRT-RTX from the portable graph. `test_families.py` holds 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,9 @@ small ones that we trained, and are not part of the repository. Ultralytics 8.4.
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 NOTES = """
-- **meaning**: *motion*: the boxes move with the image, which shows format, strides and order of levels; *assumed*: nothing shows them
-  ([what a head means](concepts/meaning.md)). Checkpoints are tried at 320 x 320, where the cells of some see the edges of the image.
+- **meaning**: *motion*: the boxes move with the image, which shows format, strides and order of levels; *images*: objects are found again
+  in mirror images of the package's photos; *assumed*: nothing shows them ([what a head means](concepts/meaning.md)). Checkpoints are tried
+  at 320 x 320, where the cells of some see the edges of the image.
 - **raw outputs**: boxes (with angles) and scores equal to Ultralytics' own on the same input, within 0.01 px and 1e-4 of a score;
   *detections*: no raw outputs came with the file, so it is compared by its detections (`tests/test_detector.py`). Masks and keypoints:
   `tests/test_tasks.py`.
@@ -68,6 +70,12 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
+def how_shown(notes: Iterable[str]) -> str:
+    """What shows the meaning of the head, by the notes of a fused model."""
+    said = {"geometry shown": "motion", "shown on images": "images"}
+    return ", ".join(how for start, how in said.items() if any(note.startswith(start) for note in notes)) or "assumed"
+
+
 def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     """Try one file; ``work`` is a folder for what it writes."""
     from fusenms import fuse, load, recognize
@@ -82,8 +90,7 @@ def row(folder: Path, file: str, work: Path, engines: bool = True) -> Row:
     equal = tuple("equal" if model.report else "DIFFERS" for model in fused.values())
     engine = _engine(fused["portable"].save(work / "m.portable.onnx")) if engines else ""
     batch = "dynamic" if fused["ort"].image.independent else "mixed"
-    shown = any(note.startswith("geometry shown") for note in fused["ort"].notes)
-    meaning = "motion" if shown else "assumed"
+    meaning = how_shown(fused["ort"].notes)
     return Row(
         file, layout.task, layout.family, meaning, layout.decode_stage, _parity(folder, file), equal, batch, engine
     )
