@@ -195,7 +195,28 @@ def test_every_family_gives_its_reason_when_none_fits(tmp_path):
 
     with pytest.raises(HeadNotRecognizedError) as error:
         recognize(load(write(Classifier(), tmp_path / "m.onnx")))
-    assert all(f"\n  {head.name}: found" in str(error.value) for head in HEADS)
+    first, *reasons, last = str(error.value).splitlines()
+    assert first == "m.onnx: no known detector head fits its outputs out [1, 3]:"
+    assert sorted(reason.split(": expected ")[0].strip() for reason in reasons) == sorted(head.name for head in HEADS)
+    assert last == "  none of them: describe it by a layout"
+
+
+def test_families_with_such_outputs_come_first(tmp_path):
+    import torch
+
+    class NoScores(torch.nn.Module):
+        """Two outputs as those of levels joined, whose scores are no probabilities of objects."""
+
+        def forward(self, images):
+            mean = images.mean((1, 2, 3), keepdim=True)[:, 0]
+            return mean + torch.full((1, 84, 16), 3.0), mean * 0 + torch.full((1, 84, 1), 0.5)
+
+    with pytest.raises(HeadNotRecognizedError) as error:
+        recognize(load(write(NoScores(), tmp_path / "m.onnx")))
+    reasons = str(error.value).splitlines()[1:-1]
+    other = [": expected " in reason for reason in reasons]
+    assert other == sorted(other)
+    assert not all(other)
 
 
 def test_error_says_how_to_choose_when_two_fit(tmp_path, monkeypatch):

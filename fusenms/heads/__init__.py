@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -123,8 +124,21 @@ def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadS
         return next(iter(layouts.values()))
     if layouts:
         raise AmbiguousHeadError(f"{raw.source}: fits {' and '.join(layouts)}; choose one with family=NAME")
-    reasons = "".join(f"\n  {name}: {result.reason}" for name, result in found.items() if isinstance(result, Mismatch))
-    raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits:{reasons}")
+    with untrusted(raw.source, "recognizing its head"):
+        outputs = ", ".join(f"{sample.tensor} {list(sample.value.shape)}" for sample in probe.samples)
+    reasons = {name: result.reason for name, result in found.items() if isinstance(result, Mismatch)}
+    raise HeadNotRecognizedError(f"{raw.source}: no known detector head fits its outputs {outputs}:{_listed(reasons)}")
+
+
+_OTHER_OUTPUTS = re.compile(r"found (?:an |\d+ )?outputs?\b[^;]*; (expected .*)", re.DOTALL)
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    """The reasons, a line each: first of the families that have such outputs, then what outputs the others have."""
+    other = {name: match[1] for name, reason in reasons.items() if (match := _OTHER_OUTPUTS.fullmatch(reason))}
+    near = {name: reason for name, reason in reasons.items() if name not in other}
+    lines = [f"\n  {name}: {reason}" for name, reason in (near | other).items()]
+    return "".join(lines) + "\n  none of them: describe it by a layout"
 
 
 def _match(head: HeadSpec, probe: Probe, certain: bool) -> Layout | Mismatch:
