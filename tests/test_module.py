@@ -255,6 +255,7 @@ ROWS_LAYOUT = Layout(
 )
 
 
+@pytest.mark.filterwarnings("error:The .grad attribute")
 @pytest.mark.parametrize("kind", ["traced", "scripted", "frozen", "inner"])
 def test_traced_and_scripted_modules_are_taken(kind):
     module, example = Plain().eval(), torch.rand(1, 3, SIZE, SIZE)

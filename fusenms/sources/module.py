@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,7 +112,9 @@ def load_module(module: nn.Module, options: LoadOptions) -> Network:
 
 def _copied(title: str, module: nn.Module, tensors: tuple[str, ...]) -> _Head:
     try:
-        head = _Head(copy.deepcopy(module), tensors).cpu().float().eval()
+        with warnings.catch_warnings():  # PyTorch asks a scripted module's parameters for gradients that nobody wants
+            warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
+            head = _Head(copy.deepcopy(module), tensors).cpu().float().eval()
     except Exception as error:  # modules of others can hold what cannot be copied or moved
         raise SourceError(
             f"{title}: cannot be copied for the export ({type(error).__name__}: {first_line(error)}); expected an nn.Module in float32 "
