@@ -141,7 +141,7 @@ def test_each_example_image_has_credits():
     assert sum(path.stat().st_size for path in Path(shipped.FOLDER).iterdir()) < 200_000
 
 
-GOOD = Seen(found=6.5, again=6, score=5.0, offset=0.0, images=1)
+GOOD = Seen(found=6.5, again=6, score=5.0, classes=4, offset=0.0, images=1)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ MOST_PASSING = 2000
 """Candidates above the threshold from which on they are no objects: right readings have 60 to 300 in the example images."""
 FEWEST = 4
 """Objects found again without which nothing is contradicted."""
+CLASSES = 3
+"""Classes of these objects without which other pixels are no better. Detectors of something else take a plate for a circle, say, and may do
+so with the wrong pixels only."""
 SURE = 0.4
 """Mean score of what is found again, without which nothing is contradicted."""
 MOST_IN_NOISE = 1 / 3
@@ -55,6 +58,7 @@ class Seen:
         found: detections, the mean of images and mirror images.
         again: detections that are found again.
         score: sum of the scores of those.
+        classes: how many classes those have.
         offset: median offset of those to the right, in strides of their level; None if the candidates have no cells.
         images: how many images there are.
     """
@@ -62,6 +66,7 @@ class Seen:
     found: float
     again: int
     score: float
+    classes: int
     offset: float | None
     images: int
 
@@ -126,7 +131,10 @@ def check_mirror(found: Slide, images: Sequence[np.ndarray]) -> Shown:
                     f"{read_as} it finds objects again in mirror images only if its boxes are {name}; give another family, or a layout "
                     "that says so"
                 )
-    if raw.pixels is None and raw.layout is None and (better := _better_pixels(found, images, own)):
+    doubtful = (
+        raw.layout is None or not own.worth
+    )  # a checkpoint's pixels are known from its training, if it finds anything
+    if raw.pixels is None and doubtful and (better := _better_pixels(found, images, own)):
         raise LayoutContradictedError(
             f"{read_as} with {head.pixels}, assumed for that family, it finds {own.again} of {own.found:g} objects again in mirror "
             f"images, and with pixels {' or '.join(better)} clearly more; give pixels={better[0]!r}, or those that it was trained with"
@@ -155,7 +163,7 @@ def _better_pixels(found: Slide, images: Sequence[np.ndarray], own: Seen) -> lis
             continue  # cannot be better, whatever the mirror images show
         for name, look in looks.items():
             other = look.judge(_two_by_two(look.values(mirrored(images))))
-            if other.beats(own) and not look.imagines(other):
+            if other.beats(own) and other.classes >= CLASSES and not look.imagines(other):
                 better[name] = other.score
     return sorted(better, key=better.__getitem__, reverse=True)
 
@@ -184,27 +192,31 @@ class _Look:
     def judge(self, pairs: Iterable[tuple[Head, Head]]) -> Seen:
         """What is found in those images where enough is found again in the mirror image; in all of them if there is none."""
         each = [self._compared(self._rows(plain), self._rows(mirror)[0]) for plain, mirror in pairs]
-        seen = [one for one, _ in each if one.worth] or [one for one, _ in each]
-        offsets = [offset for one, some in each if one in seen for offset in some]
+        each = [one for one in each if one[0].worth] or each
+        seen = [one for one, _, _ in each]
+        offsets = [offset for _, some, _ in each for offset in some]
         return Seen(
             found=sum(one.found for one in seen),
             again=sum(one.again for one in seen),
             score=sum(one.score for one in seen),
+            classes=len(set().union(*(labels for _, _, labels in each))),
             offset=None if isinstance(self._layout.decode, Decoded) or not offsets else float(np.median(offsets)),
             images=len(seen),
         )
 
-    def _compared(self, found: tuple[Rows, np.ndarray], two: Rows) -> tuple[Seen, list[float]]:
-        """One image and its mirror image; the second result are the offsets of what is found again."""
+    def _compared(self, found: tuple[Rows, np.ndarray], two: Rows) -> tuple[Seen, list[float], set[int]]:
+        """One image and its mirror image; and offsets and classes of what is found again."""
         one, places = found
         back = _mirrored(two.boxes, self._size[1])
-        score, offsets = 0.0, []
+        score, offsets, labels = 0.0, [], set()
         for i, j in _pairs(one, two, back):
+            labels.add(int(one.labels[i]))
             score += float(min(one.scores[i], two.scores[j]))
             stride = _stride(self._layout, self._size, int(places[i]))
             offsets.append((_middle(back[j]) - _middle(one.boxes[i])) / stride)
-        seen = Seen(found=(len(one) + len(two)) / 2, again=len(offsets), score=score, offset=None, images=1)
-        return seen, offsets
+        found_here = (len(one) + len(two)) / 2
+        seen = Seen(found=found_here, again=len(offsets), score=score, classes=len(labels), offset=None, images=1)
+        return seen, offsets, labels
 
     def imagines(self, seen: Seen) -> bool:
         """Whether noise and a plain image both hold nearly as much as the images do, on average, so that what is found are no objects.
