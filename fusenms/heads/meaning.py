@@ -14,7 +14,7 @@ from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
 from fusenms.errors import HeadError, LayoutContradictedError
 from fusenms.heads.accounting import channels_left_over
-from fusenms.heads.mirror import check_mirror, mirrored
+from fusenms.heads.mirror import SMALLEST, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, sum_to_one
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Tap, cells_along
@@ -47,7 +47,8 @@ def check_meaning(
     with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
         if reason := _wrong_count(raw, head):
             raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
-        found = slide(raw, head, mirrored(images))
+        large = min(raw.image.height, raw.image.width) >= SMALLEST
+        found = slide(raw, head, mirrored(images) if large else ())
         if reason := _contradiction(found):
             raise LayoutContradictedError(
                 f"{raw.source}: read as {head.layout.family}, but {reason}; give another family, or a layout that says so"
@@ -60,9 +61,11 @@ def check_meaning(
         )
     left = channels_left_over(head.layout, found.before)
     lines = [_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else [])]
-    if images:
+    seen = Shown(f"not shown on images: they are smaller than {SMALLEST} pixels", False)
+    if images and large:
         with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
             seen = check_mirror(found, images)
+    if images:
         lines.append(seen.line)
     if strict and not (images and seen.shown):
         why = f" ({seen.line})" if images else ""

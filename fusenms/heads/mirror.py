@@ -35,6 +35,8 @@ MOST_PASSING = 2000
 """Candidates above the threshold from which on they are no objects: right readings have 60 to 300 in the example images."""
 FEWEST = 4
 """Objects found again without which nothing is contradicted."""
+SMALLEST = 160
+"""Pixels of the shorter side, below which nothing is looked at: objects in the quarters of an image are too small then."""
 CLASSES = 3
 """Classes of these objects without which other pixels are no better. Detectors of something else take a plate for a circle, say, and may do
 so with the wrong pixels only."""
@@ -113,38 +115,47 @@ def check_mirror(found: Slide, images: Sequence[np.ndarray]) -> Shown:
         SourceError: the model does not run.
     """
     raw, head = found.raw, found.head
-    read_as = f"{raw.source}: read as {head.layout.family}, but"
     look, pairs = _Look(found, head.layout, head.pixels), _two_by_two(found.more)
     own = look.judge(pairs)
-    offset = abs(own.offset or 0.0)
-    if own.again >= FEWEST and own.worth and offset > MOST_OFFSET and not look.imagines(own):
-        raise LayoutContradictedError(
-            f"{read_as} what it finds lies {offset:.2g} cells beside what it finds in mirror images, so that its boxes are measured from "
-            "another point of the cell; give another family, or a layout that says so"
-        )
-    if isinstance(head.layout.decode, Decoded):
-        for name, layout in other_readings(head.layout):
-            reading = _Look(found, layout, head.pixels)
-            other = reading.judge(pairs)
-            if other.beats(own) and not reading.imagines(other):
-                raise LayoutContradictedError(
-                    f"{read_as} it finds objects again in mirror images only if its boxes are {name}; give another family, or a layout "
-                    "that says so"
-                )
-    doubtful = (
-        raw.layout is None or not own.worth
-    )  # a checkpoint's pixels are known from its training, if it finds anything
-    if raw.pixels is None and doubtful and (better := _better_pixels(found, images, own)):
-        raise LayoutContradictedError(
-            f"{read_as} with {head.pixels}, assumed for that family, it finds {own.again} of {own.found:g} objects again in mirror "
-            f"images, and with pixels {' or '.join(better)} clearly more; give pixels={better[0]!r}, or those that it was trained with"
-        )
+    if reason := _contradiction(found, look, images, own, pairs):
+        raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
     if own.again and own.worth and not look.imagines(own):
         return Shown(f"shown on images: {own.again} objects found again in mirror images", True)
     many = (
         f"{own.found:g} detections, {own.again} of them found again in mirror images" if own.found else "no detections"
     )
     return Shown(f"not shown on images: {many}", False)
+
+
+def _contradiction(
+    found: Slide, look: _Look, images: Sequence[np.ndarray], own: Seen, pairs: list[tuple[Head, Head]]
+) -> str | None:
+    """How what is found contradicts the layout or its pixels, as a clause; None if it does not."""
+    raw, head = found.raw, found.head
+    offset = abs(own.offset or 0.0)
+    if own.again >= FEWEST and own.worth >= SURE * own.again and offset > MOST_OFFSET and not look.imagines(own):
+        return (
+            f"what it finds lies {offset:.2g} cells beside what it finds in mirror images, so that its boxes are measured from another "
+            "point of the cell; give another family, or a layout that says so"
+        )
+    if isinstance(head.layout.decode, Decoded):
+        for name, layout in other_readings(head.layout):
+            reading = _Look(found, layout, head.pixels)
+            other = reading.judge(pairs)
+            if other.beats(own) and not reading.imagines(other):
+                return (
+                    f"it finds objects again in mirror images only if its boxes are {name}; give another family, or a layout that "
+                    "says so"
+                )
+    doubtful = (
+        raw.layout is None or not own.worth
+    )  # a checkpoint's pixels are those of its training, if it finds anything
+    if raw.pixels is None and doubtful and (better := _better_pixels(found, images, own)):
+        return (
+            f"with {head.pixels}, assumed for that family, it finds {own.again} of {own.found:g} objects again in mirror images, and with "
+            f"pixels {' or '.join(better)} clearly more; give pixels={better[0]!r}, or those that it was trained with"
+        )
+    return None
 
 
 def _better_pixels(found: Slide, images: Sequence[np.ndarray], own: Seen) -> list[str]:
