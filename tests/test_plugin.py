@@ -241,6 +241,29 @@ def test_every_class_of_every_candidate_passes():
     assert_equal_to_reference(outputs, head, layout, config, side=320)
 
 
+@pytest.mark.parametrize("spread", ["scores apart", "scores alike", "one score far away"])
+def test_boxes_of_every_size_and_place(spread):
+    """Wider than all cells of the index, far outside of the image, more rows than the index has; buckets of the sort even and uneven."""
+    layout = LAYOUTS["decoded"](3)
+    rng, count = np.random.default_rng(4), 3000
+    sizes = np.exp(rng.uniform(0, np.log(30_000), (count, 2)))
+    scores = {
+        "scores apart": rng.permutation(np.linspace(0.3, 0.99, count)),
+        "scores alike": rng.choice([0.5, 0.75], count),
+        "one score far away": np.r_[1e30, rng.permutation(np.linspace(0.3, 0.31, count - 1))],
+    }[spread]
+    head = np.zeros((1, 7, count), np.float32)
+    head[0, :4] = np.concatenate((rng.uniform(-60_000, 60_000, (count, 2)), sizes), 1).T
+    head[0, 4 + rng.integers(3, size=count), np.arange(count)] = scores
+    config = PostprocessConfig(iou_threshold=0.05, max_detections=1500)
+    s = settings_of(Head(layout, ImageInput("images", 640, 640, 32), {"output0": 7}, None), config)
+    outputs = on_cpu()(s, dict.fromkeys(INPUTS, head), (640, 640))
+    found = outputs["num_detections"][0, 0]
+    expected = postprocess(candidates({"output0": head}, 0, layout, (640, 640)), config)
+    assert 600 < found == len(expected.rows)
+    np.testing.assert_array_equal(outputs["indices"][0, :found], expected.indices)
+
+
 def test_boxes_too_thin_to_overlap_are_all_kept():
     layout = LAYOUTS["oriented_decoded"]()
     boxes, classes, angle = layout.boxes, layout.classes, layout.angle.value
