@@ -577,14 +577,14 @@ __device__ inline void sort(Key* keys, int* histogram, int size, float least, fl
     least = fmaxf(least, most - 32.0f);  // a threshold of -infinity, say
     const float scale = most - least > 1e-6f ? BUCKETS / (most - least) : 0.0f;
     Key own[OWN];
-    int bucket[OWN], slot[OWN];
+    unsigned place[OWN];  // bucket and number in it; then where the bucket starts and how many it has; then the place of the key
 #pragma unroll
     for (int q = 0; q < OWN; ++q) {
         const int i = thread + q * SUPPRESS_THREADS;
         if (i >= size) break;
         own[q] = keys[i];
-        bucket[q] = static_cast<int>(fminf((most - score_of(own[q])) * scale, BUCKETS - 1.0f));
-        slot[q] = atomicAdd(&histogram[bucket[q]], 1);
+        const int bucket = static_cast<int>(fminf((most - score_of(own[q])) * scale, BUCKETS - 1.0f));
+        place[q] = static_cast<unsigned>(bucket) << 16 | static_cast<unsigned>(atomicAdd(&histogram[bucket], 1));
     }
     __syncthreads();
     const int count = histogram[thread];
@@ -609,29 +609,30 @@ __device__ inline void sort(Key* keys, int* histogram, int size, float least, fl
 #pragma unroll
     for (int step = 1; step < 32; step <<= 1) first += __shfl_xor_sync(EVERY_LANE, first, step);
     first += sum - count;
-    static_assert(CROWDED < 256, "a count has a byte");
+    static_assert(CROWDED < 256 && RUN <= 1 << 16, "a count has a byte, a number two");
     histogram[thread] = first << 8 | count;
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < OWN; ++q) {
         if (thread + q * SUPPRESS_THREADS >= size) break;
-        bucket[q] = histogram[bucket[q]];
-        keys[(bucket[q] >> 8) + slot[q]] = own[q];
+        const unsigned start = static_cast<unsigned>(histogram[place[q] >> 16]);
+        keys[(start >> 8) + (place[q] & 0xffffu)] = own[q];
+        place[q] = start;
     }
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < OWN; ++q) {
         if (thread + q * SUPPRESS_THREADS >= size) break;
-        const int begin = bucket[q] >> 8, end = begin + (bucket[q] & 255);
-        slot[q] = begin;
+        const unsigned begin = place[q] >> 8, end = begin + (place[q] & 255u);
+        place[q] = begin;
 #pragma unroll 1
-        for (int i = begin; i < end; ++i) slot[q] += keys[i] > own[q];
+        for (unsigned i = begin; i < end; ++i) place[q] += keys[i] > own[q];
     }
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < OWN; ++q) {
         if (thread + q * SUPPRESS_THREADS >= size) break;
-        keys[slot[q]] = own[q];
+        keys[place[q]] = own[q];
     }
     __syncthreads();
 }
@@ -783,20 +784,21 @@ __device__ void suppress(
 
         // A thread for each of SUPPRESS_THREADS candidates.
         for (int start = 0; start < take && kept < most; start += SUPPRESS_THREADS) {
-            Key key = 0;
-            Shape own = {};
             bool open = start + thread < take;
-            if (open) {
-                key = run[start + thread];
-                const Box box = read_box<Kind>(decoded, static_cast<int>(number_of(key) / s.num_classes));
-                float reach = 0.0f;
-                for (int k = 0; k < Kind::BOX; ++k) reach += fabsf(box.v[k]);
-                open = reach < s.farthest;  // false for NaN
-                own = Kind::shape(box);
-            }
-            const int own_label = static_cast<int>(number_of(key) % s.num_classes), label = s.class_agnostic ? 0 : own_label;
             int compared = 0, waiting;
             do {
+                // Read anew in each round: 64 registers a thread are too few to keep it while the chunk is decided.
+                Key key = 0;
+                Shape own = {};
+                if (open) {
+                    key = run[start + thread];
+                    const Box box = read_box<Kind>(decoded, static_cast<int>(number_of(key) / s.num_classes));
+                    float reach = 0.0f;
+                    for (int k = 0; k < Kind::BOX; ++k) reach += fabsf(box.v[k]);
+                    open = reach < s.farthest;  // false for NaN
+                    own = Kind::shape(box);
+                }
+                const int label = s.class_agnostic ? 0 : static_cast<int>(number_of(key) % s.num_classes);
                 // What was kept since the last time settles whom it suppresses.
                 const Mask mask = mask_of<Kind>(own, label);
                 const int indexed = kept < INDEXED ? kept : INDEXED;
@@ -872,22 +874,18 @@ __device__ void suppress(
                     row += __popc(keep[word] & mask), after += __popc(keep[word]);
                 }
                 if (member && (keep[place / 32] >> place % 32 & 1u) && row < most) {
-                    const float score = score_of(key);
+                    const Key mine = run[start + thread];
+                    const float score = score_of(mine);
                     const bool logit = s.activation == ACTIVATION_SIGMOID && s.objectness[0] == 0;
-                    const int candidate = static_cast<int>(number_of(key) / s.num_classes);
-                    Box box;
-                    if (Kind::BOUNDED) {
-                        for (int k = 0; k < 4; ++k) box.v[k] = own.v[k];
-                    } else {
-                        box = read_box<Kind>(decoded, candidate);
-                    }
+                    const int candidate = static_cast<int>(number_of(mine) / s.num_classes);
+                    const Box box = read_box<Kind>(decoded, candidate);
                     const long long at = static_cast<long long>(image) * most + row;
                     for (int k = 0; k < Kind::BOX; ++k) out_boxes[at * Kind::BOX + k] = box.v[k];
-                    for (int k = 0; k < Kind::NUMBERS; ++k) kept_shapes[k * most + row] = own.v[k];
+                    for (int k = 0; k < Kind::NUMBERS; ++k) kept_shapes[k * most + row] = scratch.chunk.shapes[k][place];
                     out_scores[at] = logit ? sigmoid(score) : score;
-                    out_labels[row] = own_label;
+                    out_labels[row] = static_cast<int>(number_of(mine) % s.num_classes);
                     out_indices[at] = candidate;
-                    masks[row - kept] = mask_of<Kind>(own, label);
+                    masks[row - kept] = mask_of<Kind>(read_shape<Kind>(&scratch.chunk.shapes[0][0], CHUNK, place), scratch.chunk.labels[place]);
                 }
                 after = after < most ? after : most;
                 __syncthreads();

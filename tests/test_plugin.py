@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -431,10 +430,7 @@ def test_nvcc_compiles_the_kernels(tmp_path, architecture):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # 1024 threads have 64 registers each. What the second kernel spills was there when it was timed on a GPU (docs/gpu.md).
-    spilled = re.findall(r"Function properties for (\S+)\n.* (\d+) bytes spill stores", done.stderr)
-    assert len(spilled) >= 4
-    assert all(int(count) <= (48 if name.startswith("fused_nms_suppress") else 0) for name, count in spilled), spilled
+    assert done.stderr.count(" 0 bytes spill stores, 0 bytes spill loads") == done.stderr.count("spill stores") >= 4
     shared = [int(word.split()[0]) for word in done.stderr.split(", ") if word.split("\n")[0].endswith("bytes smem")]
     assert max(shared) <= 48 << 10  # what a launch gets without asking for more
 
