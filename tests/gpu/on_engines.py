@@ -8,34 +8,29 @@ As a program it needs fusenms, ONNX Runtime and the library, not PyTorch or pyte
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import onnx
 
 from fusenms import load_fused
-from fusenms.artifacts.fused import FusedModel
-from fusenms.artifacts.report import Report
 from fusenms.engines import nvidia
 from fusenms.engines.base import EngineSettings
 from fusenms.engines.nvidia import Library, build
 from fusenms.engines.rtx import load_rtx
 from fusenms.engines.running import DTYPES, EngineRunner
 from fusenms.engines.tensorrt import load_tensorrt
-from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.session import OnnxRuntimeRunner
-from fusenms.verification import checks as verification
 
-BATCHES = (1, 2, 7, 8)
-"""Minimum, two between of which one is odd, maximum."""
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from other_runtimes import BATCHES, verify_on
 
 
 class OnEngine:
@@ -68,23 +63,6 @@ def on_library(library: Library) -> Callable[[onnx.ModelProto], Any]:
 def on_cuda(model: onnx.ModelProto) -> Any:
     """Open a model in ONNX Runtime on CUDA."""
     return OnnxRuntimeRunner(model, ("CUDAExecutionProvider", "CPUExecutionProvider"))
-
-
-@contextlib.contextmanager
-def verified_on(backend: str, opened: Callable[[onnx.ModelProto], Any]) -> Iterator[None]:
-    """The verification runs files of this backend as they are, by ``opened``."""
-    as_it_is = replace(BACKENDS[backend], to_standard=lambda model, _: model)
-    with (
-        mock.patch.dict(BACKENDS, {backend: as_it_is}),
-        mock.patch.object(verification, "OnnxRuntimeRunner", lambda model, **_: opened(model)),
-    ):
-        yield
-
-
-def verify_on(fused: FusedModel, opened: Callable[[onnx.ModelProto], Any], images: np.ndarray | None = None) -> Report:
-    """`fusenms.verify` with all of the model's runs by ``opened``."""
-    with verified_on(fused.backend, opened):
-        return verification.verify(fused, images=images, batches=BATCHES if fused.image.batch is None else None)
 
 
 def replayed(runner: EngineRunner, images: np.ndarray) -> dict[str, np.ndarray]:
