@@ -315,6 +315,20 @@ def test_score_above_float32_never_wins(backend):
 
 @pytest.mark.covering(quick=0)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["sigmoid_queries", "distances"])
+def test_every_finite_logit_passes_a_threshold_of_zero(layout, backend):
+    layout = HEADS[layout](CLASSES)
+    head = plain(layout, PostprocessConfig(), np.random.default_rng(0))
+    values = head[layout.classes.tensor]
+    rows = values.T if layout.classes.channel_axis == 1 else values
+    logits = rows[:, layout.classes.start : layout.classes.stop]
+    logits[:] = -np.inf
+    logits[:4, 0] = [-1e20, -3e38, -3.2e38, np.finfo(np.float32).min]
+    assert indices_of(layout, backend, head, score_threshold=0.0, iou_threshold=1.0, max_detections=8) == [0, 1, 2, 3]
+
+
+@pytest.mark.covering(quick=0)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_unusable_class_is_not_hidden_by_a_weight_of_zero(backend):
     layout = HEADS["objectness_alone"](CLASSES)
     head = plain(layout, PostprocessConfig(), np.random.default_rng(0))
