@@ -246,7 +246,7 @@ def test_backend_equals_the_oracle_on_many_scenes(backend, layout):
 
 @pytest.mark.slow
 @pytest.mark.covering(default=0)
-@pytest.mark.parametrize("settings", [name for name in SETTINGS if name != "everything"])
+@pytest.mark.parametrize("settings", [*SETTINGS])
 @pytest.mark.parametrize("layout", [name for name in HEADS if HEADS[name](CLASSES).suppress])
 def test_kernels_of_the_plugin_equal_the_oracle(layout, settings):
     """Run on this CPU, from their own source."""
