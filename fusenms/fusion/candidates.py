@@ -22,7 +22,8 @@ from fusenms.layout import MOST_CHANNELS, Activation, Layout, Tap, other_axis
 NEVER = -3e38
 """Score of candidates that do not pass. It is finite, and above float32's lowest value, because ONNX Runtime's TopK on CUDA takes what is
 not above the lowest value for no element: it returns the lowest value and a place outside of the tensor. Logits down to it, which pass a
-score threshold of 0, are raised above it: they come last, in the order of their numbers, with a score of 0."""
+score threshold of 0, are raised to `LOWEST`: they come last, in the order of their numbers, with a score of 0."""
+LOWEST = float(np.nextafter(np.float32(NEVER), np.float32(0)))
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,8 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
         pool = pool.take(origin)
     scores, activation = _scores(g, pool, multi_label)
     threshold = strict_threshold(config.score_threshold, activation)
-    passes = g.op("And", g.op("Greater", scores, g.floats(threshold)), g.op("Less", scores, g.floats(np.inf)))
-    above = (
-        scores if threshold > NEVER else g.op("Max", scores, g.floats(np.nextafter(np.float32(NEVER), np.float32(0))))
-    )
+    passes = g.op("And", g.op("Greater", scores, g.floats(float(threshold))), g.op("Less", scores, g.floats(np.inf)))
+    above = scores if threshold > NEVER else g.op("Max", scores, g.floats(LOWEST))
     eligible = g.where(passes, above, g.floats(NEVER))
     if adaptive:
         count = None
