@@ -47,11 +47,13 @@ from fusenms.layout import (
     LARGEST,
     Activation,
     AnchorBoxes,
+    AnchorDeltas,
     BoxFormat,
     Decoded,
     Distances,
-    GridOffsets,
+    Gridded,
     Layout,
+    PointOffsets,
     TanhOffsets,
     Tap,
 )
@@ -270,11 +272,13 @@ def keypoints(
     found = _channels(head, image, points.values)[numbers].reshape(len(numbers), points.count, points.dims)
     if points.factor is None:
         return found
-    assert isinstance(layout.decode, Distances | GridOffsets)
-    cells, strides, _ = _grid(layout.decode.strides, size, 1)
-    found[..., :2] = (points.factor * found[..., :2] + cells[numbers][:, None] + points.point) * strides[numbers][
-        :, None, None
-    ]
+    assert isinstance(layout.decode, Gridded)
+    cells, strides, _ = _grid(layout.decode, size)
+    cell, stride = cells[numbers][:, None], strides[numbers][:, None, None]
+    if points.pixels:
+        found[..., :2] = points.factor * found[..., :2] + (cell + points.point) * stride
+    else:
+        found[..., :2] = (points.factor * found[..., :2] + cell + points.point) * stride
     found[..., 2:] = _sigmoid(found[..., 2:])
     return found
 
@@ -398,26 +402,30 @@ def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
     if isinstance(decode, Decoded):
         boxes = cxcywh_to_xyxy(terms) if decode.format is BoxFormat.CXCYWH else terms
         return boxes * sides if decode.normalized else boxes
+    cells, strides, anchors = _grid(decode, size)
+    steps = strides[:, None]
     if isinstance(decode, Distances):
-        cells, strides, _ = _grid(decode.strides, size, 1)
         spread = terms.reshape(len(terms), 4, decode.bins)
         distance = spread[:, :, 0] if decode.bins == 1 else (_softmax(spread) * np.array(decode.bin_values)).sum(2)
-        center = cells + decode.point
-        return np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * strides[:, None]
-    if isinstance(decode, (GridOffsets, TanhOffsets)):
-        cells, strides, _ = _grid(decode.strides, size, 1)
-        if isinstance(decode, GridOffsets):
-            with np.errstate(over="ignore"):
-                offset, extent = terms[:, :2], np.exp(terms[:, 2:]) * strides[:, None]
-        else:
-            offset, extent = np.tanh(terms[:, :2]), _sigmoid(terms[:, 2:]) * sides[:2]
-        return cxcywh_to_xyxy(np.concatenate(((offset + cells) * strides[:, None], extent), 1))
-    assert isinstance(decode, AnchorBoxes)
-    table = np.array(decode.anchors)
-    cells, strides, slots = _grid(decode.strides, size, table.shape[1])
-    t = _sigmoid(terms)
-    center = (2 * t[:, :2] - 0.5 + cells) * strides[:, None]
-    extent = (2 * t[:, 2:]) ** 2 * table.reshape(-1, 2)[slots]
+        center, unit = cells + decode.point, steps
+        if decode.pixels:
+            center, unit = center * steps, np.ones_like(steps)
+        return np.concatenate((center - distance[:, :2], center + distance[:, 2:]), 1) * unit
+    if isinstance(decode, AnchorBoxes):
+        t = _sigmoid(terms)
+        center, extent = (2 * t[:, :2] - 0.5 + cells) * steps, (2 * t[:, 2:]) ** 2 * anchors
+    elif isinstance(decode, AnchorDeltas):
+        t = terms[:, [1, 0, 3, 2]] if decode.y_first else terms
+        center = t[:, :2] * decode.variances[0] * anchors + (cells + decode.point) * steps
+        with np.errstate(over="ignore"):
+            extent = np.exp(t[:, 2:] * decode.variances[1]) * anchors
+    elif isinstance(decode, PointOffsets):
+        center, extent = terms[:, :2] + (cells + decode.point) * steps, terms[:, 2:]
+    elif isinstance(decode, TanhOffsets):
+        center, extent = (np.tanh(terms[:, :2]) + cells) * steps, _sigmoid(terms[:, 2:]) * sides[:2]
+    else:
+        with np.errstate(over="ignore"):
+            center, extent = (terms[:, :2] + cells) * steps, np.exp(terms[:, 2:]) * steps
     return cxcywh_to_xyxy(np.concatenate((center, extent), 1))
 
 
@@ -429,7 +437,7 @@ def _oriented(terms: Floats, angle: Floats, layout: Layout, size: tuple[int, int
     if isinstance(layout.decode, Decoded):
         return np.concatenate((terms, angle), 1)
     assert isinstance(layout.decode, Distances)
-    cells, strides, _ = _grid(layout.decode.strides, size, 1)
+    cells, strides, _ = _grid(layout.decode, size)
     spread = terms.reshape(len(terms), 4, layout.decode.bins)
     left, top, right, bottom = (
         spread[:, :, 0] if layout.decode.bins == 1 else (_softmax(spread) * np.array(layout.decode.bin_values)).sum(2)
@@ -441,13 +449,24 @@ def _oriented(terms: Floats, angle: Floats, layout: Layout, size: tuple[int, int
     return np.concatenate((np.concatenate((center, extent), 1) * strides[:, None], angle), 1)
 
 
-def _grid(strides: tuple[int, ...], size: tuple[int, int], anchors: int) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Cell (column, row), stride and slot (level * anchors + anchor) of every candidate, in candidate order."""
-    cells, steps, slots = [], [], []
-    for level, stride in enumerate(strides):
-        shape = (anchors, math.ceil(size[0] / stride), math.ceil(size[1] / stride))
-        anchor, row, column = (i.ravel() for i in np.indices(shape))
+def _grid(decode: Gridded, size: tuple[int, int]) -> tuple[Floats, Floats, Floats]:
+    """Cell (column, row), stride and anchor box (width, height; NaN if the head has none) of every candidate, in candidate order."""
+    cells, steps, anchors = [], [], []
+    for level, stride in enumerate(decode.strides):
+        sizes = _anchors(decode, level)
+        shape = (math.ceil(size[0] / stride), math.ceil(size[1] / stride), len(sizes))
+        order = (0, 1, 2) if getattr(decode, "anchors_last", False) else (2, 0, 1)
+        row, column, anchor = (i.transpose(order).ravel() for i in np.indices(shape))
         cells.append(np.stack((column, row), 1).astype(np.float64))
         steps.append(np.full(len(anchor), float(stride)))
-        slots.append(level * anchors + anchor)
-    return np.concatenate(cells), np.concatenate(steps), np.concatenate(slots)
+        anchors.append(sizes[anchor])
+    return np.concatenate(cells), np.concatenate(steps), np.concatenate(anchors)
+
+
+def _anchors(decode: Gridded, level: int) -> Floats:
+    """Anchor boxes ``[A, 2]`` of a level; NaN for candidates without one."""
+    if isinstance(decode, (AnchorBoxes, AnchorDeltas)):
+        return np.array(decode.anchors[level], np.float64)
+    if isinstance(decode, PointOffsets):
+        return np.full((decode.anchors[level], 2), np.nan)
+    return np.full((decode.anchors if isinstance(decode, Distances) else 1, 2), np.nan)

@@ -149,7 +149,7 @@ __device__ inline unsigned number_of(Key key) {
 // Score of a class of a candidate, from its class value and its objectness. `values` are raw; with a softmax, probabilities.
 __device__ inline float combined(const Settings& s, float value, float objectness) {
     if (s.objectness[0] == 0) return value;
-    if (s.activation == ACTIVATION_SIGMOID) return sigmoid(value) * objectness;
+    if (s.activation == ACTIVATION_SIGMOID) value = sigmoid(value);
     if (s.objectness_weight < 0) return value * objectness;
     return powf(fmaxf(value, 0.0f), 1.0f - s.objectness_weight) * powf(fmaxf(objectness, 0.0f), s.objectness_weight);
 }
@@ -298,7 +298,7 @@ __device__ void select(
         object = channel(objectness, s.objectness, candidates, image, candidate, 0);
         if (s.activation == ACTIVATION_SIGMOID) {
             object = sigmoid(object);
-            open = object > s.score_threshold;  // the other factor is at most 1
+            open = s.objectness_weight >= 0 || object > s.score_threshold;  // in a product, the other factor is at most 1
         }
     }
 

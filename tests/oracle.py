@@ -35,11 +35,13 @@ from fusenms.config import PostprocessConfig
 from fusenms.layout import (
     Activation,
     AnchorBoxes,
+    AnchorDeltas,
     BoxFormat,
     Decoded,
     Distances,
     GridOffsets,
     Layout,
+    PointOffsets,
     TanhOffsets,
     Tap,
 )
@@ -170,14 +172,26 @@ class Scene:
         decode, (height, width) = self.layout.decode, self.size
         if isinstance(decode, Decoded):
             return []
-        anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
-        cells = []
+        cells, before = [], 0
         for level, stride in enumerate(decode.strides):
             rows, columns = -(-height // stride), -(-width // stride)
-            for anchor in range(anchors):
-                for row in range(rows):
-                    for column in range(columns):
-                        cells.append((column, row, stride, level * anchors + anchor))
+            count = 1
+            if isinstance(decode, (AnchorBoxes, AnchorDeltas)):
+                count = len(decode.anchors[level])
+            elif isinstance(decode, PointOffsets):
+                count = decode.anchors[level]
+            elif isinstance(decode, Distances):
+                count = decode.anchors
+            if isinstance(decode, (Distances, AnchorDeltas, PointOffsets)) and decode.anchors_last:
+                for n in range(rows * columns * count):
+                    cell, anchor = divmod(n, count)
+                    cells.append((cell % columns, cell // columns, stride, before + anchor))
+            else:
+                for anchor in range(count):
+                    for row in range(rows):
+                        for column in range(columns):
+                            cells.append((column, row, stride, before + anchor))
+            before += count
         return cells
 
     def _box(self, index: int, cell: tuple[int, int, int, int]) -> tuple[tuple[float, ...] | None, float]:
@@ -189,8 +203,12 @@ class Scene:
         if isinstance(decode, Distances):
             left, top, right, bottom = self._distances(decode, terms)
             x, y = column + decode.point, row + decode.point
-            scale = stride * max(x, y, max(map(abs, decode.bin_values)) if decode.bins > 1 else 0, 1)
+            farthest = max(map(abs, decode.bin_values)) if decode.bins > 1 else 0
+            scale = max(stride * max(x, y, 1), farthest * (1 if decode.pixels else stride))
             direct = decode.bins == 1
+            if decode.pixels:
+                corners = [x * stride - left, y * stride - top, x * stride + right, y * stride + bottom]
+                return self._checked(corners, scale, direct)
             if not self.oriented:
                 corners = [(x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride]
                 return self._checked(corners, scale, direct)
@@ -213,6 +231,10 @@ class Scene:
                 terms = [terms[0] * width, terms[1] * height, terms[2] * width, terms[3] * height]
             return self._checked(terms, scale, True)
         tx, ty, tw, th = terms
+        if isinstance(decode, PointOffsets):
+            x, y = tx + (column + decode.point) * stride, ty + (row + decode.point) * stride
+            scale = max(float(abs(t)) for t in (x, y, tx, ty, tw, th))
+            return self._checked([x - tw / 2, y - th / 2, x + tw / 2, y + th / 2], scale, True)
         if isinstance(decode, GridOffsets):
             x, y = (tx + column) * stride, (ty + row) * stride
             w, h = np.exp(tw) * stride, np.exp(th) * stride
@@ -220,6 +242,15 @@ class Scene:
             x, y = (np.tanh(tx) + column) * stride, (np.tanh(ty) + row) * stride
             w, h = _sigmoid(tw) * width, _sigmoid(th) * height
             scale = max(width, height)
+        elif isinstance(decode, AnchorDeltas):
+            wide, tall = [pair for level in decode.anchors for pair in level][slot]
+            if decode.y_first:
+                tx, ty, tw, th = ty, tx, th, tw
+            near, far = decode.variances
+            x = tx * near * wide + (column + decode.point) * stride
+            y = ty * near * tall + (row + decode.point) * stride
+            w, h = np.exp(tw * far) * wide, np.exp(th * far) * tall
+            scale = max(float(abs(tx * near * wide)), float(abs(ty * near * tall)), stride * max(column + 1, row + 1))
         else:
             assert isinstance(decode, AnchorBoxes)
             anchor = [pair for level in decode.anchors for pair in level][slot]

@@ -22,6 +22,7 @@ from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.layout import (
     Activation,
     AnchorBoxes,
+    AnchorDeltas,
     AngleTerm,
     BoxFormat,
     Decoded,
@@ -30,8 +31,11 @@ from fusenms.layout import (
     KeypointTerms,
     Layout,
     MaskTerms,
+    PointOffsets,
     TanhOffsets,
     Tap,
+    anchors_per_cell,
+    has_anchors_last,
 )
 from fusenms.pipeline import fuse
 
@@ -132,6 +136,43 @@ def finished_rows(classes: int = 5) -> Layout:
     return Layout("rows", *taps, None, Activation.NONE, decode, suppress=False, labels=Tap("rows", 2, 5, 6))
 
 
+UNEVEN = (((12.0, 12.0), (20.0, 10.0)), ((24.0, 24.0),), ((40.0, 56.0), (48.0, 24.0), (64.0, 64.0)))
+
+
+def pixel_distances(classes: int = 5) -> Layout:
+    """FCOS: distances in pixels, and a centerness."""
+    taps = (Tap("dist", 1, 0, 4), Tap("logits", 1, 0, classes), Tap("centerness", 1, 0, 1))
+    return Layout("fcos", *taps, Activation.SIGMOID, Distances(STRIDES, 1, pixels=True), objectness_weight=0.5)
+
+
+def anchored_distances(classes: int = 5) -> Layout:
+    """SCRFD: two candidates for each low corner of a cell, side by side, with keypoints."""
+    boxes, scores = Tap("dist", 2, 0, 4), Tap("scores", 2, 0, classes)
+    decode = Distances(STRIDES, 1, point=0.0, anchors=2, anchors_last=True)
+    terms = KeypointTerms(Tap("points", 2, 0, 10), 2, factor=1.0)
+    return Layout("scrfd", boxes, scores, None, Activation.NONE, decode, keypoints=terms)
+
+
+def anchor_deltas(classes: int = 5) -> Layout:
+    """RetinaNet, with another number of anchors for each level."""
+    boxes, logits = Tap("deltas", 2, 0, 4), Tap("logits", 2, 0, classes)
+    return Layout("retinanet", boxes, logits, None, Activation.SIGMOID, AnchorDeltas(STRIDES, UNEVEN, point=0.0))
+
+
+def anchor_deltas_y_first(classes: int = 5) -> Layout:
+    """EfficientDet, with variances."""
+    boxes, logits = Tap("deltas", 1, 0, 4), Tap("logits", 1, 0, classes)
+    decode = AnchorDeltas(STRIDES, ANCHORS, variances=(0.1, 0.2), anchors_last=False, y_first=True)
+    return Layout("efficientdet", boxes, logits, None, Activation.SIGMOID, decode)
+
+
+def point_offsets(classes: int = 5) -> Layout:
+    """BlazeFace: offsets in pixels, with keypoints."""
+    taps = (Tap("raw", 2, 0, 4), Tap("logits", 2, 0, classes))
+    terms = KeypointTerms(Tap("raw", 2, 4, 16), 2, factor=1.0, point=0.5, pixels=True)
+    return Layout("blazeface", *taps, None, Activation.SIGMOID, PointOffsets(STRIDES, (2, 1, 3)), keypoints=terms)
+
+
 PROTOTYPES = 6
 MASKS = MaskTerms(Tap("coefficients", 1, 0, PROTOTYPES), "protos")
 
@@ -197,6 +238,7 @@ def oriented_decoded(classes: int = 5) -> Layout:
 TASK_LAYOUTS = (
     *(masks, masks_end_to_end, masks_decoded, masks_anchor_boxes, keypoints, keypoints_end_to_end, keypoints_decoded),
     *(masks_and_keypoints, oriented, oriented_end_to_end, oriented_decoded),
+    *(anchored_distances, point_offsets),
 )
 """Heads with task outputs."""
 
@@ -205,13 +247,16 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {
     for f in (
         *(distances, end_to_end, anchor_boxes, decoded, decoded_objectness, corners_rows, queries, sigmoid_queries),
         *(background_first, grid_offsets, weighted, low_corners, finished_rows),
+        *(pixel_distances, anchor_deltas, anchor_deltas_y_first),
         *TASK_LAYOUTS,
     )
 }
 
 
 def candidates_of(layout: Layout) -> int:
-    return CELLS * (len(ANCHORS[0]) if isinstance(layout.decode, AnchorBoxes) else 1)
+    if isinstance(layout.decode, Decoded):
+        return CELLS
+    return sum((SIZE // s) ** 2 * count for s, count in zip(STRIDES, anchors_per_cell(layout.decode), strict=True))
 
 
 def shapes_of(layout: Layout) -> dict[str, tuple[int, int]]:
@@ -251,13 +296,19 @@ def raw_model(layout: Layout, opset: int = 17, limited: bool = True) -> RawModel
         nodes.append(helper.make_node("Conv", ["images", "protos_w"], [layout.masks.prototypes], strides=[4, 4]))
     for tensor in dict.fromkeys(tap.tensor for tap in layout.taps):
         width = max(tap.stop for tap in layout.taps if tap.tensor == tensor)
-        anchors = len(ANCHORS[0]) if isinstance(layout.decode, AnchorBoxes) else 1
-        levels = []
-        for stride in STRIDES:
+        decode, levels = layout.decode, []
+        each = (1,) * len(STRIDES) if isinstance(decode, Decoded) else anchors_per_cell(decode)
+        for stride, anchors in zip(STRIDES, each, strict=True):
             kernel = rng.normal(0, 3 / stride, (width * anchors, 3, stride, stride)).astype(np.float32)
             weights.append(numpy_helper.from_array(kernel, f"{tensor}_w{stride}"))
             conv, flat = f"{tensor}_conv{stride}", f"{tensor}_flat{stride}"
             nodes.append(helper.make_node("Conv", ["images", f"{tensor}_w{stride}"], [conv], strides=[stride] * 2))
+            if anchors > 1 and not isinstance(decode, Decoded) and has_anchors_last(decode):
+                apart, turned = f"{tensor}_apart{stride}", f"{tensor}_turned{stride}"
+                weights.append(numpy_helper.from_array(np.array([0, width, anchors, -1], np.int64), f"{apart}_shape"))
+                nodes.append(helper.make_node("Reshape", [conv, f"{apart}_shape"], [apart]))
+                nodes.append(helper.make_node("Transpose", [apart], [turned], perm=[0, 1, 3, 2]))
+                conv = turned
             nodes.append(helper.make_node("Reshape", [conv, f"{tensor}_shape"], [flat]))
             levels.append(flat)
         weights.append(numpy_helper.from_array(np.array([0, width, -1], np.int64), f"{tensor}_shape"))

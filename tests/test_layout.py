@@ -108,7 +108,7 @@ DISTANCES = ("any", Tap("b", 1, 0, 64), Tap("c", 1, 0, 3), None, Activation.SIGM
         ),
         (
             lambda: Layout("any", Tap("b", 1, 0, 4), *DISTANCES[2:5], Decoded(BoxFormat.XYXY), angle=AngleTerm(Tap("a", 1, 0, 1))),
-            "an angle requires Distances, or Decoded boxes as BoxFormat.CXCYWH",
+            "an angle requires Distances in strides, or Decoded boxes as BoxFormat.CXCYWH",
         ),
         (
             lambda: Layout("any", Tap("b", 1, 0, 4), *DISTANCES[2:5], Decoded(BoxFormat.XYXY), keypoints=KeypointTerms(TAP, 3, 2.0)),

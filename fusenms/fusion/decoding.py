@@ -9,15 +9,18 @@ import numpy as np
 from fusenms.artifacts.raw import ImageInput
 from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
 from fusenms.layout import (
-    AnchorBoxes,
+    AnchorDeltas,
     BoxFormat,
     Decoded,
     Distances,
     Gridded,
     GridOffsets,
     Layout,
+    PointOffsets,
     TanhOffsets,
+    anchors_per_cell,
     cells_along,
+    has_anchors_last,
 )
 
 
@@ -43,8 +46,21 @@ def decode_boxes(
         return g.op("Mul", boxes, _sides(g, image, 4)) if decode.normalized else boxes
     cell, stride, slot = _locate(g, decode, image, index)
     if isinstance(decode, Distances):
-        return _around(g, cell, _distances(g, decode, terms), stride, decode.point)
+        return _around(g, decode, cell, _distances(g, decode, terms), stride)
     offset, extent = g.slice(terms, 2, 0, 2), g.slice(terms, 2, 2, 4)
+    if isinstance(decode, PointOffsets):
+        return _corners(g, g.concat([g.op("Add", offset, _points(g, cell, decode.point, stride)), extent], 2))
+    if isinstance(decode, AnchorDeltas):
+        if decode.y_first:
+            offset, extent = (g.op("Gather", pair, g.const([1, 0], np.int32), axis=2) for pair in (offset, extent))
+        sizes = np.array([pair for level in decode.anchors for pair in level])
+        anchor = g.op("Gather", g.const(sizes, np.float32), slot, axis=0)
+        offset, extent = (
+            pair if variance == 1 else g.op("Mul", pair, g.floats(variance))
+            for pair, variance in zip((offset, extent), decode.variances, strict=True)
+        )
+        center = g.op("Add", g.op("Mul", offset, anchor), _points(g, cell, decode.point, stride))
+        return _corners(g, g.concat([center, g.op("Mul", g.op("Exp", extent), anchor)], 2))
     if isinstance(decode, GridOffsets):
         size = g.op("Mul", g.op("Exp", extent), stride)
     elif isinstance(decode, TanhOffsets):
@@ -64,7 +80,9 @@ def order_corners(g: Graph, layout: Layout, boxes: Tensor) -> Tensor:
 
     This hides a high corner of -infinity: whether a box is finite has to be asked before.
     """
-    if layout.angle is not None or not isinstance(layout.decode, (Decoded, Distances)):  # no negative sizes
+    if layout.angle is not None or not isinstance(
+        layout.decode, (Decoded, Distances, PointOffsets)
+    ):  # no negative sizes
         return boxes
     low = g.slice(boxes, 2, 0, 2)
     return g.concat([low, g.op("Max", low, g.slice(boxes, 2, 2, 4))], 2)
@@ -85,13 +103,16 @@ def decode_keypoints(g: Graph, layout: Layout, image: ImageInput, terms: Tensor,
     values = g.reshape(terms, 0, 0, points.count, points.dims)
     if points.factor is None:
         return values
-    assert isinstance(layout.decode, Distances | GridOffsets)
+    assert isinstance(layout.decode, Distances | GridOffsets | PointOffsets)
     cell, stride, _ = _locate(g, layout.decode, image, index)
     places = g.slice(values, 3, 0, 2)
     if points.factor != 1:
         places = g.op("Mul", places, g.floats(points.factor))
-    origin = g.op("Add", cell, g.floats(points.point)) if points.point else cell
-    places = g.op("Mul", g.op("Add", places, g.unsqueeze(origin, 2)), g.unsqueeze(stride, 2))
+    if points.pixels:
+        places = g.op("Add", places, g.unsqueeze(_points(g, cell, points.point, stride), 2))
+    else:
+        origin = g.op("Add", cell, g.floats(points.point)) if points.point else cell
+        places = g.op("Mul", g.op("Add", places, g.unsqueeze(origin, 2)), g.unsqueeze(stride, 2))
     return places if points.dims == 2 else g.concat([places, g.op("Sigmoid", g.slice(values, 3, 2, 3))], 3)
 
 
@@ -205,12 +226,21 @@ def _distances(g: Graph, decode: Distances, terms: Tensor) -> Tensor:
     return g.reduce("ReduceSum", g.op("Mul", spread, bins), 3)
 
 
-def _around(g: Graph, cell: Tensor, distance: Tensor, stride: Tensor, point: float) -> Tensor:
+def _around(g: Graph, decode: Distances, cell: Tensor, distance: Tensor, stride: Tensor) -> Tensor:
     """Convert distances from a point of the cell to corners."""
-    center = g.op("Add", cell, g.floats(point)) if point else cell
+    if decode.pixels:
+        center = _points(g, cell, decode.point, stride)
+    else:
+        center = g.op("Add", cell, g.floats(decode.point)) if decode.point else cell
     low = g.op("Sub", center, g.slice(distance, 2, 0, 2))
     high = g.op("Add", center, g.slice(distance, 2, 2, 4))
-    return g.op("Mul", g.concat([low, high], 2), stride)
+    corners = g.concat([low, high], 2)
+    return corners if decode.pixels else g.op("Mul", corners, stride)
+
+
+def _points(g: Graph, cell: Tensor, point: float, stride: Tensor) -> Tensor:
+    """The point of each cell, in pixels."""
+    return g.op("Mul", g.op("Add", cell, g.floats(point)) if point else cell, stride)
 
 
 def _corners(g: Graph, boxes: Tensor) -> Tensor:
@@ -228,21 +258,21 @@ def _sides(g: Graph, image: ImageInput, count: int) -> Tensor:
 
 
 def _locate(g: Graph, decode: Gridded, image: ImageInput, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Locate each candidate on the grid.
-
-    Candidates are numbered by level, anchor, row, column.
+    """Locate each candidate on the grid, in the order that `fusenms.layout` defines.
 
     Returns:
-        cell ``[B, k, 2]`` float32 (column, row); stride ``[B, k, 1]`` float32; slot ``[B, k]`` int32 (level * anchors + anchor).
+        cell ``[B, k, 2]`` float32 (column, row); stride ``[B, k, 1]`` float32; slot ``[B, k]`` int32, the anchor counted through the
+        levels.
     """
-    anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
+    anchors = anchors_per_cell(decode)
     columns, cells = _level_sizes(g, decode.strides, image)
     level: Tensor | None = None
     start: Tensor = g.ints(0)
     starts = [start]
     for i in range(1, len(decode.strides)):
         count = g.op("Gather", cells, g.ints(i - 1), axis=0)
-        start = g.op("Add", start, g.op("Mul", count, g.ints(anchors)) if anchors > 1 else count)
+        several = anchors[i - 1]
+        start = g.op("Add", start, g.op("Mul", count, g.ints(several)) if several > 1 else count)
         starts.append(start)
         reached = g.cast(g.op("Not", g.op("Less", index, start)), INT32)
         level = reached if level is None else g.op("Add", level, reached)
@@ -251,17 +281,24 @@ def _locate(g: Graph, decode: Gridded, image: ImageInput, index: Tensor) -> tupl
     first = g.op("Gather", g.concat([g.reshape(s, 1) for s in starts], 0), level, axis=0)
     local = g.op("Sub", index, first)
     slot = level
-    if anchors > 1:
-        per_anchor = g.op("Gather", cells, level, axis=0)
-        anchor = g.op("Div", local, per_anchor)
-        local = g.op("Sub", local, g.op("Mul", anchor, per_anchor))
-        slot = g.op("Add", g.op("Mul", level, g.ints(anchors)), anchor)
-    width = g.op("Gather", columns, level, axis=0)
-    row = g.op("Div", local, width)
-    column = g.op("Sub", local, g.op("Mul", row, width))
+    if max(anchors) > 1:
+        if has_anchors_last(decode):
+            each = g.op("Gather", g.const(anchors, np.int32), level, axis=0)
+            local, anchor = _divided(g, local, each)
+        else:
+            anchor, local = _divided(g, local, g.op("Gather", cells, level, axis=0))
+        before = g.const(np.cumsum([0, *anchors[:-1]]), np.int32)
+        slot = g.op("Add", g.op("Gather", before, level, axis=0), anchor)
+    row, column = _divided(g, local, g.op("Gather", columns, level, axis=0))
     cell = g.concat([g.unsqueeze(g.cast(x, FLOAT), 2) for x in (column, row)], 2)
     stride = g.op("Gather", g.const(decode.strides, np.float32), level, axis=0)
     return cell, g.unsqueeze(stride, 2), slot
+
+
+def _divided(g: Graph, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Quotient and rest of a division of int32, neither of them negative."""
+    quotient = g.op("Div", a, b)
+    return quotient, g.op("Sub", a, g.op("Mul", quotient, b))
 
 
 def _level_sizes(g: Graph, strides: tuple[int, ...], image: ImageInput) -> tuple[Tensor, Tensor]:

@@ -212,5 +212,7 @@ def _join(g: Graph, layout: Layout, types: list[int]) -> None:
         parts = []
         for part in join.parts:
             whole = g.tensor(part) if next(kinds) in (0, FLOAT) else g.cast(g.tensor(part), FLOAT)
+            if join.anchors > 1:
+                whole = g.op("Transpose", g.reshape(whole, 0, join.anchors, join.channels, -1), perm=[0, 1, 3, 2])
             parts.append(g.reshape(whole, *join.part_shape))
         g.name(g.concat(parts, join.candidate_axis), join.tensor)

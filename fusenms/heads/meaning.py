@@ -17,7 +17,7 @@ from fusenms.heads.accounting import channels_left_over
 from fusenms.heads.mirror import SMALLEST, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, sum_to_one
-from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Tap, cells_along
+from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Tap, anchors_per_cell, candidates_per_level
 from fusenms.onnx_reading import untrusted
 
 ROUNDING = 1e-3
@@ -81,14 +81,12 @@ def _wrong_count(raw: RawModel, head: RawHead) -> str | None:
     decode, image = head.layout.decode, raw.image
     if isinstance(decode, Decoded):
         return None
-    anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
-    cells = [cells_along(image.height, stride) * cells_along(image.width, stride) for stride in decode.strides]
-    count, expected = head.candidates(head.layout.boxes), anchors * sum(cells)
+    count, expected = head.candidates(head.layout.boxes), sum(candidates_per_level(decode, image.height, image.width))
     if count == expected:
         return None
-    strides = ", ".join(map(str, decode.strides))
+    strides, each = ", ".join(map(str, decode.strides)), sorted(set(anchors_per_cell(decode)))
     return (
-        f"it has {count} candidates, and {anchors} for each cell of strides {strides} are {expected} at "
+        f"it has {count} candidates, and {' or '.join(map(str, each))} for each cell of strides {strides} are {expected} at "
         f"{image.height}x{image.width}; give a layout with the strides of its levels"
     )
 
@@ -171,12 +169,16 @@ def _wrong_distances(found: Slide, decode: Distances) -> str | None:
     terms, image = _channels(found, found.head.layout.boxes), found.raw.image
     if (middle := float(np.median(terms))) < 0:
         return f"most of its distances are below 0 (median {middle:.3g})"
-    cells = [cells_along(image.height, stride) * cells_along(image.width, stride) for stride in decode.strides]
-    parts = np.split(terms, np.cumsum(cells)[:-1])
+    counts = candidates_per_level(decode, image.height, image.width)
+    parts = np.split(terms, np.cumsum(counts)[:-1])
     medians = [float(np.median(np.abs(part))) for part in parts]
     if len(medians) > 1 and min(medians) > 0:
         slope = float(np.polyfit(np.log(decode.strides), np.log(medians), 1)[0])
-        if slope > MOST_SLOPE and medians[-1] * decode.strides[-1] > max(image.height, image.width):
+        if (
+            not decode.pixels
+            and slope > MOST_SLOPE
+            and medians[-1] * decode.strides[-1] > max(image.height, image.width)
+        ):
             each = ", ".join(f"{value:.3g}" for value in medians)
             return f"its distances grow with the stride (medians {each}), so that they are in pixels, not in strides"
     return None

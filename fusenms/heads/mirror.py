@@ -20,7 +20,7 @@ from fusenms.config import PostprocessConfig
 from fusenms.errors import LayoutContradictedError
 from fusenms.heads.motion import Slide, other_readings
 from fusenms.heads.probe import probe_image
-from fusenms.layout import AnchorBoxes, Decoded, Layout, cells_along
+from fusenms.layout import Decoded, Layout, candidates_per_level
 from fusenms.reference import Rows, candidates, postprocess
 
 CONFIG = PostprocessConfig(max_detections=100)
@@ -282,9 +282,5 @@ def _stride(layout: Layout, size: tuple[int, int], candidate: int) -> float:
     decode = layout.decode
     if isinstance(decode, Decoded):
         return 1.0
-    anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
-    for stride in decode.strides:
-        candidate -= anchors * cells_along(size[0], stride) * cells_along(size[1], stride)
-        if candidate < 0:
-            break
-    return float(stride)
+    ends = np.cumsum(candidates_per_level(decode, *size))
+    return float(decode.strides[int(np.searchsorted(ends, candidate, side="right"))])

@@ -17,7 +17,18 @@ import numpy as np
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
 from fusenms.heads.probe import USUAL_STRIDES, Probe, cell_centers, probe_image
-from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Layout, Tap, cells_along
+from fusenms.layout import (
+    Activation,
+    BoxFormat,
+    Decoded,
+    Gridded,
+    Layout,
+    Tap,
+    anchors_per_cell,
+    cells_along,
+    has_anchors_last,
+    turned_around,
+)
 from fusenms.reference import candidates
 
 MOST_CENTER = 0.25
@@ -106,10 +117,10 @@ class Motion:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of a head's candidates: levels in order, ``anchors`` per cell, which lie before the rows or after the columns."""
+    """Cells of a head's candidates: levels in order, with ``anchors`` per cell of each, which lie before the rows or after the columns."""
 
     strides: tuple[int, ...]
-    anchors: int
+    anchors: tuple[int, ...]
     anchors_last: bool
     height: int
     width: int
@@ -117,14 +128,14 @@ class Grid:
     def levels(self, boxes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Stride and boxes ``[anchors, rows, columns, 4]`` of each level."""
         start = 0
-        for stride in self.strides:
+        for stride, anchors in zip(self.strides, self.anchors, strict=True):
             rows, columns = cells_along(self.height, stride), cells_along(self.width, stride)
-            stop = start + self.anchors * rows * columns
+            stop = start + anchors * rows * columns
             level = boxes[start:stop]
             if self.anchors_last:
-                yield stride, level.reshape(rows, columns, self.anchors, -1).transpose(2, 0, 1, 3)
+                yield stride, level.reshape(rows, columns, anchors, -1).transpose(2, 0, 1, 3)
             else:
-                yield stride, level.reshape(self.anchors, rows, columns, -1)
+                yield stride, level.reshape(anchors, rows, columns, -1)
             start = stop
 
 
@@ -209,27 +220,25 @@ def other_readings(layout: Layout) -> Iterator[tuple[str, Layout]]:
                     name = f"{form.value} {'normalized' if normalized else 'in pixels'}"
                     yield name, replace(layout, decode=replace(decode, format=form, normalized=normalized))
     elif not isinstance(decode, Decoded) and len(decode.strides) > 1:
-        strides = decode.strides[::-1]
-        turned = (
-            AnchorBoxes(strides, decode.anchors[::-1])
-            if isinstance(decode, AnchorBoxes)
-            else replace(decode, strides=strides)
-        )
-        yield f"strides {', '.join(map(str, strides))}", replace(layout, decode=turned)
+        turned = turned_around(decode)
+        yield f"strides {', '.join(map(str, turned.strides))}", replace(layout, decode=turned)
 
 
 def _grids(probe: Probe, layout: Layout, count: int) -> Iterator[Grid]:
     """Grids that a head's candidates may have."""
     decode, image = layout.decode, probe.raw.image
     if not isinstance(decode, Decoded):
-        anchors = len(decode.anchors[0]) if isinstance(decode, AnchorBoxes) else 1
-        yield Grid(decode.strides, anchors, False, image.height, image.width)
+        yield _grid_of(decode, image.height, image.width)
         return
     for anchors in (1, 2, 3):
         for strides in USUAL_STRIDES:
             if anchors * sum(probe.cells(strides)) == count:
                 for last in (False, True)[: 1 + (anchors > 1)]:
-                    yield Grid(strides, anchors, last, image.height, image.width)
+                    yield Grid(strides, (anchors,) * len(strides), last, image.height, image.width)
+
+
+def _grid_of(decode: Gridded, height: int, width: int) -> Grid:
+    return Grid(decode.strides, anchors_per_cell(decode), has_anchors_last(decode), height, width)
 
 
 def _has_places(terms: np.ndarray, grid: Grid) -> bool:
@@ -296,7 +305,7 @@ def _best(before: Head, after: Head, layout: Layout, size: tuple[int, int], grid
     if isinstance(decode, Decoded):
         found = [_motion(boxes, scores, grid, step, True) for grid in grids]
     else:
-        found = [_motion(boxes, scores, replace(grid, strides=decode.strides), step, False) for grid in grids]
+        found = [_motion(boxes, scores, _grid_of(decode, *size), step, False)]
     return min(found, key=lambda motion: max((level.center for level in motion.levels), default=np.inf))
 
 

@@ -358,8 +358,10 @@ def first_copy(value: np.ndarray, batch: int) -> np.ndarray:
 
 def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:
     """Join the parts ``[1, …]`` of a `Join`."""
-    shape = (1, *join.part_shape[1:])
-    return np.concatenate([values[part].astype(np.float32).reshape(shape) for part in join.parts], join.candidate_axis)
+    parts = [values[part].astype(np.float32) for part in join.parts]
+    if join.anchors > 1:
+        parts = [part.reshape(1, join.anchors, join.channels, -1).transpose(0, 1, 3, 2) for part in parts]
+    return np.concatenate([part.reshape(1, *join.part_shape[1:]) for part in parts], join.candidate_axis)
 
 
 def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

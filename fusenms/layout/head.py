@@ -13,7 +13,7 @@ from fusenms import contract
 from fusenms.config import PostprocessConfig
 from fusenms.contract import Output
 from fusenms.errors import ConfigError, SourceError
-from fusenms.layout.box_decodes import BOX_DECODES, BoxDecode, BoxFormat, Decoded, Distances, GridOffsets
+from fusenms.layout.box_decodes import BOX_DECODES, BoxDecode, BoxFormat, Decoded, Distances, GridOffsets, PointOffsets
 from fusenms.layout.taps import Join, Tap, check_tap, is_finite, is_name, named, other_axis
 from fusenms.layout.task_terms import AngleTerm, KeypointTerms, MaskTerms
 
@@ -119,20 +119,20 @@ class Layout:
         softmax = self.activation is Activation.SOFTMAX
         if (self.background is not None and not softmax) or (self.objectness is not None and softmax):
             raise ConfigError("background requires Activation.SOFTMAX, and objectness excludes it")
-        cells = isinstance(self.decode, Distances | GridOffsets)
+        cells = isinstance(self.decode, Distances | GridOffsets | PointOffsets)
         if self.keypoints is not None and self.keypoints.factor is not None and not cells:
             raise ConfigError(
-                "keypoints with a factor require the cells of Distances or GridOffsets; decoded ones have no factor"
+                "keypoints with a factor require the cells of Distances, GridOffsets or PointOffsets; decoded ones have no factor"
             )
         if self.angle is not None and not (
-            isinstance(self.decode, Distances)
+            (isinstance(self.decode, Distances) and not self.decode.pixels)
             or (
                 isinstance(self.decode, Decoded)
                 and self.decode.format is BoxFormat.CXCYWH
                 and not self.decode.normalized
             )
         ):
-            raise ConfigError("an angle requires Distances, or Decoded boxes as BoxFormat.CXCYWH in pixels")
+            raise ConfigError("an angle requires Distances in strides, or Decoded boxes as BoxFormat.CXCYWH in pixels")
 
     @property
     def num_classes(self) -> int:

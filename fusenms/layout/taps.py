@@ -54,16 +54,18 @@ class Tap:
 
 @dataclass(frozen=True)
 class Join:
-    """A head tensor that fusing builds from tensors of the model, usually one per level, only by reshaping and concatenating.
+    """A head tensor that fusing builds from tensors of the model, usually one per level, only by moving values.
 
     With ``channel_axis`` 2, a part is ``[B, anchors, rows, columns, C]`` or ``[B, n, C]``; with 1, it is ``[B, C, rows, columns]`` or
-    ``[B, C, n]``. Parts of another dtype are cast to float32.
+    ``[B, C, n]``. With several ``anchors`` (and ``channel_axis`` 2), a part is ``[B, anchors * C, rows, columns]``, the channels of an
+    anchor side by side. Parts of another dtype are cast to float32.
     """
 
     tensor: str
     parts: tuple[str, ...]
     channel_axis: int
     channels: int
+    anchors: int = 1
 
     def __post_init__(self) -> None:
         parts = isinstance(self.parts, tuple) and self.parts and all(map(is_name, self.parts))
@@ -77,6 +79,10 @@ class Join:
                 f"join of {self.tensor!r}: axis {self.channel_axis!r}, {self.channels!r} channels; expected axis 1 or 2, and 1 to "
                 f"{MOST_CHANNELS} channels"
             )
+        if type(self.anchors) is not int or not 1 <= self.anchors * self.channels <= MOST_CHANNELS:
+            raise ConfigError(f"join of {self.tensor!r}: anchors is {self.anchors!r}; expected a whole number from 1")
+        if self.anchors > 1 and self.channel_axis != 2:
+            raise ConfigError(f"join of {self.tensor!r}: {self.anchors} anchors require channel_axis 2")
 
     @property
     def candidate_axis(self) -> int:
@@ -85,7 +91,7 @@ class Join:
 
     @property
     def part_shape(self) -> tuple[int, int, int]:
-        """Shape that each part is reshaped to: 0 copies the batch, -1 is inferred."""
+        """Shape that each part is brought to: 0 copies the batch, -1 is inferred."""
         return (0, -1, self.channels) if self.channel_axis == 2 else (0, self.channels, -1)
 
 

@@ -31,14 +31,16 @@ class MaskTerms:
 class KeypointTerms:
     """Keypoints: the channels of ``values`` hold x, y and, with ``dims`` 3, the visibility of each point in turn.
 
-    With a ``factor``: position = (factor * t + cell + point) * stride, with the cells of the layout's box decode; the visibility is the
-    sigmoid of its channel. Without a factor: positions are in pixels of the input, and the visibility is a probability.
+    With a ``factor``: position = (factor * t + cell + point) * stride, with the cells of the layout's box decode; with ``pixels`` it is
+    factor * t + (cell + point) * stride. The visibility is the sigmoid of its channel. Without a factor: positions are in pixels of the
+    input, and the visibility is a probability.
     """
 
     values: Tap
     dims: int
     factor: float | None = None
     point: float = 0.0
+    pixels: bool = False
 
     def __post_init__(self) -> None:
         check_tap("values", self.values)
@@ -50,6 +52,10 @@ class KeypointTerms:
             value = getattr(self, name)
             if not (name == "factor" and value is None) and not is_finite(value):
                 raise ConfigError(f"{name} of keypoints is {value!r}; expected a finite number")
+        if not isinstance(self.pixels, bool) or (self.pixels and self.factor is None):
+            raise ConfigError(
+                f"pixels of keypoints is {self.pixels!r}; expected True or False, and True only with a factor"
+            )
 
     @property
     def count(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from fusenms.fusion.backends.iou import SLACK, farthest_overlapping
 from fusenms.fusion.backends.ort import ORT
 from fusenms.fusion.backends.portable import PORTABLE
 from fusenms.fusion.candidates import Head, strict_threshold
-from fusenms.graph.builder import FLOAT, Graph, Tensor
+from fusenms.fusion.decoding import decode_boxes
+from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 from fusenms.graph.model import sorted_model
 from fusenms.layout import (
     Activation,
@@ -43,6 +45,8 @@ VERSION = "1"
 INPUTS = ("image", "classes", "boxes", "objectness", "background", "angle")
 """Inputs of the node. `classes` is given again in place of an input that the head does not have, and of the image if its size is fixed."""
 OUTPUTS = ("num_detections", "boxes", "scores", "labels", "indices")
+BOXES = "fusenms/boxes"
+"""Boxes of all candidates, decoded in the graph, for a head whose decode the kernels do not know."""
 IN_HALF = "/float16"
 """Suffix of a head tensor's name: the same tensor as a half-precision network gives it, before the cast to float32."""
 
@@ -166,6 +170,32 @@ def settings_of(head: Head, config: PostprocessConfig) -> Settings:
     return s
 
 
+def _in_kernels(layout: Layout) -> Layout:
+    """The layout as the kernels read it: unchanged, or with the decoded boxes `BOXES`."""
+    decode = layout.decode
+    if isinstance(decode, DECODES) and not (isinstance(decode, Distances) and (decode.pixels or decode.anchors > 1)):
+        return layout
+    return replace(layout, boxes=Tap(BOXES, 2, 0, 4), decode=Decoded(BoxFormat.XYXY), keypoints=None)
+
+
+def _decode_all(g: Graph, head: Head) -> Head:
+    """Emit what the kernels do not know: the decode of the boxes of all candidates. Return the head as they read it."""
+    layout = _in_kernels(head.layout)
+    if layout is head.layout:
+        return head
+    tap = head.layout.boxes
+    terms: Tensor = g.slice(g.tensor(tap.tensor), tap.channel_axis, tap.start, tap.stop)
+    terms = g.op("Transpose", terms, perm=[0, 2, 1]) if tap.channel_axis == 1 else terms
+    if head.total is None:
+        count = g.op("Gather", g.op("Shape", terms), g.const(1, np.int64), axis=0)
+        numbers = g.cast(g.op("Range", g.const(0, np.int64), count, g.const(1, np.int64)), INT32)
+        index: Tensor = g.reshape(numbers, 1, -1)
+    else:
+        index = g.const(np.arange(head.total)[None], np.int32)
+    g.name(decode_boxes(g, head.layout, head.image, terms, index), BOXES)
+    return replace(head, layout=layout, widths={**head.widths, BOXES: 4})
+
+
 def _taps(layout: Layout) -> dict[str, Tap | None]:
     angle = None if layout.angle is None else layout.angle.value
     taps = (layout.classes, layout.boxes, layout.objectness, layout.background, angle)
@@ -207,6 +237,7 @@ def find(g: Graph, head: Head, config: PostprocessConfig) -> DetectionTensors:
     Raises:
         UnsupportedByBackendError: the head exceeds a fixed size of the kernels.
     """
+    head = _decode_all(g, head)
     settings = settings_of(head, config)
     g.import_domain(DOMAIN, 1)
     names = _inputs(head.layout, settings, head.image)
@@ -270,7 +301,7 @@ def to_standard(model: onnx.ModelProto, fused: FusedModel) -> onnx.ModelProto:
     node = next((node for node in model.graph.node if node.op_type == PLUGIN), None)
     if node is None:
         return model  # a head that needs no suppression
-    layout, config, written = fused.layout, fused.config, Settings.of_node(node)
+    layout, config, written = _in_kernels(fused.layout), fused.config, Settings.of_node(node)
     widths = {tap.tensor: getattr(written, name)[1] for name, tap in _taps(layout).items() if tap is not None}
     head = Head(layout, fused.image, widths, None)
     meant = settings_of(head, config)
