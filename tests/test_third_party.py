@@ -23,11 +23,12 @@ from third_party import (
     write,
 )  # fmt: skip
 from third_party_exports import AnchorDecoded
+from third_party_levels import AMBIGUOUS, LEVEL_STRANGERS, BlazeFace, Scrfd
 
 from fusenms import fuse, load, recognize
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.artifacts.raw import RawModel
-from fusenms.errors import HeadNotRecognizedError, SourceError
+from fusenms.errors import AmbiguousHeadError, HeadNotRecognizedError, SourceError
 from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
@@ -47,7 +48,7 @@ def assert_means(raw: RawModel, layout: Layout, module: Stranger) -> None:
     np.testing.assert_allclose(found.scores, scores, atol=1e-5)
 
 
-@pytest.mark.parametrize("module", STRANGERS)
+@pytest.mark.parametrize("module", [*STRANGERS, *LEVEL_STRANGERS])
 def test_head_is_read_as_it_is_meant(tmp_path, module):
     raw = load(write(module(), tmp_path / "m.onnx"))
     layout = recognize(raw)
@@ -58,7 +59,7 @@ def test_head_is_read_as_it_is_meant(tmp_path, module):
 @pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("metadata", [None, NAMES], ids=["unnamed", "named"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("module", STRANGERS)
+@pytest.mark.parametrize("module", [*STRANGERS, *LEVEL_STRANGERS])
 def test_names_and_order_play_no_part(tmp_path, module, seed, metadata):
     raw = load(write(module(), tmp_path / "m.onnx", seed=seed, metadata=metadata))
     layout = recognize(raw)
@@ -68,11 +69,37 @@ def test_names_and_order_play_no_part(tmp_path, module, seed, metadata):
 
 @pytest.mark.covering(default=1, quick=0)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("module", STRANGERS)
+@pytest.mark.parametrize("module", [*STRANGERS, *LEVEL_STRANGERS])
 def test_fused_file_equals_reference(tmp_path, module, backend):
     fused = fuse(write(module(), tmp_path / "m.onnx"), backend=backend, score_threshold=0.01, max_detections=50)
     assert fused.report, fused.report
     assert [entry.name for entry in fused.model.graph.input] == ["images"]
+
+
+@pytest.mark.parametrize("module", AMBIGUOUS)
+def test_implementations_of_fcos_are_asked_for(tmp_path, module):
+    raw = load(write(module(), tmp_path / "m.onnx"))
+    with pytest.raises(AmbiguousHeadError, match=r"fits fcos and .*fcos-mmdet; choose one with family=NAME"):
+        recognize(raw)
+    assert_means(raw, recognize(raw, family=module.family), module())
+    fused = fuse(tmp_path / "m.onnx", family=module.family, score_threshold=0.01, max_detections=50)
+    assert fused.report, fused.report
+
+
+@pytest.mark.parametrize("module", [Scrfd, BlazeFace])
+def test_landmarks_of_faces_are_read_as_they_are_meant(tmp_path, module):
+    path = write(module(), tmp_path / "m.onnx")
+    fused = fuse(path, score_threshold=0.0, iou_threshold=1.0, max_detections=200, pixels="rgb", indices=True)
+    image = probe_image(SIZE, SIZE)
+    with torch.no_grad():
+        boxes, scores = (t[0].numpy() for t in module().truth(torch.from_numpy(image)))
+        points = module().landmarks(torch.from_numpy(image))[0].numpy()
+    found = OnnxRuntimeRunner(fused.model).infer(image)
+    count, index = int(found["num_detections"][0, 0]), found["indices"][0]
+    assert count > 100
+    np.testing.assert_allclose(found["scores"][0, :count], scores[index[:count], 0], atol=1e-5)
+    np.testing.assert_allclose(found["boxes"][0, :count], boxes[index[:count]], atol=2e-3)
+    np.testing.assert_allclose(found["keypoints"][0, :count], points[index[:count]], atol=2e-3)
 
 
 @pytest.mark.parametrize("module", [Rows, RowsApart])

@@ -86,7 +86,8 @@ def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> o
     known = graph.tensors()
     for name, shape in tensors.items():
         tensor = known[name]
-        tensor.inputs.clear()
+        for node in list(tensor.inputs):  # a Split keeps its number of outputs
+            node.outputs[node.outputs.index(tensor)] = gs.Variable(f"{name}/cut")
         tensor.dtype, tensor.shape = np.dtype(np.float32), ["batch", *shape]
         graph.inputs.append(tensor)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()  # True would also remove inputs of loop bodies

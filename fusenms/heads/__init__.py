@@ -14,13 +14,18 @@ from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedErr
 from fusenms.graph.model import declared_shape
 from fusenms.heads.accounting import left_over
 from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.families.best_class import BEST_CLASS
+from fusenms.heads.families.blazeface import BLAZEFACE
 from fusenms.heads.families.corners import CORNERS
 from fusenms.heads.families.detr import DETR
 from fusenms.heads.families.fastestdet import FASTESTDET
+from fusenms.heads.families.fcos import FCOS, FCOS_MMDET, FCOS_TORCHVISION
 from fusenms.heads.families.levels import GFL, LEVELS
-from fusenms.heads.families.nanodet import NANODET
+from fusenms.heads.families.nanodet import NANODET, PICODET
 from fusenms.heads.families.rows import ROWS
 from fusenms.heads.families.rtdetr import RFDETR, RTDETR
+from fusenms.heads.families.rtmdet import RTMDET
+from fusenms.heads.families.scrfd import SCRFD
 from fusenms.heads.families.ssd import SSD, ULTRAFACE
 from fusenms.heads.families.yolov4 import YOLOV4
 from fusenms.heads.families.yolov5 import YOLOV5
@@ -32,7 +37,8 @@ from fusenms.layout import Layout
 from fusenms.onnx_reading import untrusted
 
 HEADS: tuple[HeadSpec, ...] = (
-    YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, SSD, ULTRAFACE, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, NANODET, FASTESTDET, YUNET,
+    YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, BEST_CLASS, SSD, ULTRAFACE, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, RTMDET, NANODET,
+    PICODET, FCOS, FCOS_TORCHVISION, FCOS_MMDET, FASTESTDET, YUNET, SCRFD, BLAZEFACE,
 )  # fmt: skip
 
 __all__ = [

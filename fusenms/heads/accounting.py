@@ -40,15 +40,23 @@ def left_over(probe: Probe, layout: Layout) -> str | None:
 def channels_left_over(layout: Layout, head: Mapping[str, np.ndarray]) -> str | None:
     """Return which channels of the head's tensors ``[1, …]`` a layout leaves over; None if it leaves none.
 
-    The background of scores that sum to 1 is computed from the others.
+    The background of scores that sum to 1 is computed from the others, and so are the best score of a candidate and its class.
     """
+    classes = head[layout.classes.tensor][0].T if layout.classes.channel_axis == 1 else head[layout.classes.tensor][0]
+    classes = classes[:, layout.classes.start : layout.classes.stop]
+    computed = (classes.max(1), classes.argmax(1))
     for tensor in layout.tensors:
         taps = [tap for tap in layout.taps if tap.tensor == tensor]
         if not taps:
             continue  # prototypes
         axis = taps[0].channel_axis
         rows = head[tensor][0].T if axis == 1 else head[tensor][0]
-        left = sorted(set(range(rows.shape[1])) - {channel for tap in taps for channel in range(tap.start, tap.stop)})
+        used = {channel for tap in taps for channel in range(tap.start, tap.stop)}
+        left = [
+            channel
+            for channel in range(rows.shape[1])
+            if channel not in used and not any(np.array_equal(rows[:, channel], values) for values in computed)
+        ]
         if left and not sum_to_one(rows[:, min(layout.classes.start, *left) : max(layout.classes.stop, left[-1] + 1)]):
             return f"channels {left[0]} to {left[-1]} of {tensor!r} would not be used"
     return None

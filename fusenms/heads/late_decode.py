@@ -247,8 +247,8 @@ def _same_rows(probe: Probe, rows: Layout, early: Layout) -> bool:
 
 
 def _count(probe: Probe, layout: Layout) -> int:
-    sample = next(s for s in probe.samples if s.tensor == layout.classes.tensor)
-    return int(sample.value.shape[layout.classes.candidate_axis])
+    values = probe.values([layout.classes.tensor])[layout.classes.tensor]
+    return int(values.shape[layout.classes.candidate_axis])
 
 
 def _behind(tensor: str, producers: dict[str, onnx.NodeProto], more: tuple[str, ...] = ()) -> Iterator[str]:

@@ -160,6 +160,8 @@ class Probe:
             SourceError: that part does not run.
         """
         model = cut_before(self.raw.model, {name: value.shape[1:] for name, value in taps.items()})
+        given = {entry.name for entry in model.graph.output}
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs if name not in given)
         return self._infer(model, list(outputs), taps)
 
     def _run(self, outputs: list[str], inner: list[str]) -> dict[str, np.ndarray]:
@@ -343,6 +345,32 @@ def box_format(boxes: np.ndarray, grid: np.ndarray, sides: np.ndarray) -> Decode
         return Decoded(BoxFormat.XYXY, normalized)
     if (pixels[:, 2:] >= 0).all() and follows_grid(pixels[:, :2], grid):
         return Decoded(BoxFormat.CXCYWH, normalized)
+    return None
+
+
+def map_before(probe: Probe, tensor: str, anchors: int, through_sigmoid: bool) -> tuple[str, bool] | None:
+    """Find the map ``[1, anchors * C, rows, columns]`` that rows ``[…, C]`` were made from by moving values, a cell's anchors side by side.
+
+    Returns:
+        its name, and whether a sigmoid lies between; None if there is no such map, or its values are others.
+    """
+    producers = producers_of(probe.raw.model.graph)
+    way, sigmoid = list[tuple[str, bool]](), False
+    name = tensor
+    while (node := producers.get(name)) is not None:
+        if node.op_type not in PASSES_THROUGH and not (through_sigmoid and node.op_type == "Sigmoid" and not sigmoid):
+            break
+        sigmoid, name = sigmoid or node.op_type == "Sigmoid", node.input[0]
+        way.append((name, sigmoid))
+    values = probe.values(list(dict.fromkeys([tensor, *(name for name, _ in way)])))
+    rows = values[tensor].reshape(-1, values[tensor].shape[-1])
+    for name, after in way:
+        value = values[name]
+        if value.ndim != 4 or value.shape[:2] != (1, anchors * rows.shape[1]) or value.size != rows.size:
+            continue
+        moved = value[0].reshape(anchors, rows.shape[1], -1).transpose(2, 0, 1).reshape(rows.shape)
+        if np.allclose(1 / (1 + np.exp(-moved.astype(np.float64))) if after else moved, rows, rtol=0, atol=1e-6):
+            return name, after
     return None
 
 

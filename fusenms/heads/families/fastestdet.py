@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.families.levels import STRIDES
+from fusenms.heads.level_outputs import STRIDES
 from fusenms.heads.probe import Probe, are_probabilities, sum_to_one
 from fusenms.layout import Activation, Join, Layout, TanhOffsets, Tap, cells_along
 

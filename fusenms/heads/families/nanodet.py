@@ -1,7 +1,8 @@
-"""NanoDet: distances in 8 bins and class probabilities, in separate levels (NanoDet-m) or in one output (NanoDet-Plus).
+"""NanoDet and PicoDet: distances in 8 bins and class probabilities, in separate levels or in one output (NanoDet-Plus).
 
 NanoDet-Plus gives ``[B, N, C + 32]``, classes first, and measures distances from the low corner of each cell. Earlier releases measure from
-the center. Sources: RangiLyu/nanodet, `get_single_level_center_point` (earlier) and `get_single_level_center_priors` (Plus).
+the center, as PicoDet does, which has a level more, flat levels, and takes RGB. Sources: RangiLyu/nanodet, `get_single_level_center_point`
+(earlier) and `get_single_level_center_priors` (Plus); PaddlePaddle/PaddleDetection, `PicoHead`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from fusenms.heads.families.levels import NANODET_BINS, is_nanodet, match_levels
 from fusenms.heads.probe import Probe, are_probabilities, width_of
 from fusenms.layout import Activation, Distances, Layout, Tap
 
-NAME = "nanodet"
+NAME, PICODET_NAME = "nanodet", "picodet"
+PICODET_STRIDES = (8, 16, 32, 64)
 CHANNELS = 4 * NANODET_BINS
 
 
@@ -23,7 +25,22 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     layout = match_levels(probe, certain, NAME)
     if isinstance(layout, Layout) and not is_nanodet(layout):
         return Mismatch(f"expected {NANODET_BINS} bins and class probabilities")
+    if isinstance(layout, Layout) and certain and _has_levels_of_picodet(layout):
+        return Mismatch(f"found the strides of {PICODET_NAME}, which takes other pixels")
     return layout
+
+
+def match_picodet(probe: Probe, certain: bool) -> Layout | Mismatch:
+    """Recognize four levels, whose classes are probabilities."""
+    layout = match_levels(probe, certain, PICODET_NAME)
+    if isinstance(layout, Layout) and not (is_nanodet(layout) and (not certain or _has_levels_of_picodet(layout))):
+        return Mismatch(f"expected {NANODET_BINS} bins, class probabilities and strides {list(PICODET_STRIDES)}")
+    return layout
+
+
+def _has_levels_of_picodet(layout: Layout) -> bool:
+    assert isinstance(layout.decode, Distances)
+    return layout.decode.strides == PICODET_STRIDES
 
 
 def _match_plus(probe: Probe, certain: bool) -> Layout | Mismatch:
@@ -51,3 +68,4 @@ def _match_plus(probe: Probe, certain: bool) -> Layout | Mismatch:
 
 
 NANODET = HeadSpec(NAME, match, pixels=PIXELS["bgr255-imagenet"])
+PICODET = HeadSpec(PICODET_NAME, match_picodet, pixels=PIXELS["imagenet"], stretch=True)

@@ -1,24 +1,31 @@
 """YOLOX and YOLOv6 (as its authors export it): one anchor per cell, with objectness, decoded in the file or not.
 
 One output ``[B, N, 5 + C]``: box, objectness, then C class probabilities. A decoded box is cx, cy, w, h in pixels of the input. The default
-export of YOLOX is not decoded: offsets to the cell and logarithms of the size, in units of the stride. The objectness of YOLOv6 is always
-1, and it takes RGB from 0 to 1.
+export of YOLOX is not decoded: offsets to the cell and logarithms of the size, in units of the stride. Exports for NPUs have three outputs
+for each level: 4 box terms, 1 objectness and C classes, as probabilities or as logits. The objectness of YOLOv6 is always 1, and it takes
+RGB from 0 to 1.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
+from fusenms.heads.level_outputs import activation_of, join_group, score_box_groups, values_of, whole_tap
 from fusenms.heads.probe import Probe, are_probabilities, box_format
 from fusenms.layout import Activation, GridOffsets, Layout, Tap
 
 NAME, V6 = "yolox", "yolov6"
+LEVEL_TENSORS = ("fusenms/head_boxes", "fusenms/head_classes", "fusenms/head_objectness")
 MAX_CELL_OFFSET, MAX_LOG_SIZE = 20.0, 8.0
 """Limits on raw offsets, in cells, and on logarithms of sizes, in strides. Values beyond them are not raw box terms."""
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
-    """Recognize an output with one candidate per cell and objectness."""
+    """Recognize an output with one candidate per cell and objectness, or three outputs for each level."""
+    if len(probe.samples) > 3:
+        return _match_levels(probe)
     layout = _match(probe, certain, NAME)
     if isinstance(layout, Layout) and certain and _objectness_is_one(probe):
         return Mismatch(f"the objectness is always 1, as in {V6}")
@@ -68,10 +75,34 @@ def _match(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
     decode = box_format(rows[:, :4], grid, probe.sides)
     if decode is not None:
         return Layout(name, boxes, scores, objectness, Activation.NONE, decode)
-    moves = (rows[:, :4].std(0) > 0).all()
-    if moves and abs(rows[:, :2]).max() <= MAX_CELL_OFFSET and abs(rows[:, 2:4]).max() <= MAX_LOG_SIZE:
+    if _are_offsets(rows[:, :4]):
         return Layout(name, boxes, scores, objectness, Activation.NONE, GridOffsets(strides))
     return Mismatch("the first four channels are neither boxes in pixels of the input nor offsets to the cells")
+
+
+def _match_levels(probe: Probe) -> Layout | Mismatch:
+    groups = score_box_groups(probe)
+    if isinstance(groups, str):
+        return Mismatch(groups)
+    classes, objectness, boxes = groups
+    terms, names, count = values_of(boxes), probe.raw.class_names, classes[0].values.shape[1]
+    if not (terms < 0).any() or not _are_offsets(terms):
+        return Mismatch(
+            "the four box channels are not offsets to the cells: none is below 0, or some are far too large"
+        )
+    if names and len(names) != count:
+        return Mismatch(f"found {count} classes, but {len(names)} class names in the metadata")
+    joins = tuple(map(join_group, LEVEL_TENSORS, (boxes, classes, objectness)))
+    activation = activation_of(np.concatenate([values_of(group) for group in (classes, objectness)], 1))
+    box_tap, class_tap, objectness_tap = map(whole_tap, joins)
+    decode = GridOffsets(tuple(level.stride for level in boxes))
+    return Layout(NAME, box_tap, class_tap, objectness_tap, activation, decode, joins)
+
+
+def _are_offsets(terms: np.ndarray) -> bool:
+    """Whether box terms ``[N, 4]`` may be offsets in cells, and logarithms of sizes in strides."""
+    moves = bool((terms.std(0) > 0).all())
+    return moves and abs(terms[:, :2]).max() <= MAX_CELL_OFFSET and abs(terms[:, 2:4]).max() <= MAX_LOG_SIZE
 
 
 YOLOX = HeadSpec(NAME, match, pixels=PIXELS["bgr255"])

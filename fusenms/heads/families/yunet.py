@@ -11,9 +11,9 @@ import numpy as np
 
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.families.levels import Level, read_level
+from fusenms.heads.level_outputs import group_levels, join_group, read_level, values_of, whole_tap
 from fusenms.heads.probe import Probe, are_probabilities
-from fusenms.layout import Activation, GridOffsets, Join, KeypointTerms, Layout, Tap
+from fusenms.layout import Activation, GridOffsets, KeypointTerms, Layout
 
 NAME = "yunet"
 WIDTHS = (1, 1, 4, 10)
@@ -25,28 +25,22 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     shapes = [list(sample.value.shape) for sample in probe.samples]
     expected = f"found outputs of shape {shapes}; expected for each level two of one channel, one of 4 and one of 10"
     found = [level for sample in probe.samples if (level := read_level(probe, sample)) is not None]
-    strides = sorted({level.stride for level in found})
-    by_stride = [sorted((x for x in found if x.stride == s), key=lambda x: x.values.shape[1]) for s in strides]
-    if len(found) != len(shapes) or any(tuple(x.values.shape[1] for x in level) != WIDTHS for level in by_stride):
+    groups = group_levels(found) if len(found) == len(shapes) else None
+    if groups is None or tuple(group[0].values.shape[1] for group in groups) != WIDTHS:
         return Mismatch(expected)
-    groups: list[tuple[Level, ...]] = list(zip(*by_stride, strict=True))
-    if any(len({level.axis for level in group}) > 1 for group in groups):
-        return Mismatch(expected)
-    scores = np.concatenate([level.values for group in groups[:2] for level in group])
+    scores = np.concatenate([values_of(group) for group in groups[:2]])
     if not are_probabilities(scores):
         return Mismatch(f"found scores from {scores.min():.3g} to {scores.max():.3g}; expected probabilities")
-    joins = tuple(
-        Join(name, tuple(level.tensor for level in group), group[0].axis, width)
-        for name, group, width in zip(NAMES, groups, WIDTHS, strict=True)
-    )
-    classes, objectness, boxes, landmarks = (Tap(join.tensor, join.channel_axis, 0, join.channels) for join in joins)
+    joins = tuple(join_group(name, group) for name, group in zip(NAMES, groups, strict=True))
+    classes, objectness, boxes, landmarks = map(whole_tap, joins)
+    strides = tuple(level.stride for level in groups[0])
     return Layout(
         NAME,
         boxes,
         classes,
         objectness,
         Activation.NONE,
-        GridOffsets(tuple(strides)),
+        GridOffsets(strides),
         joins,
         objectness_weight=0.5,
         keypoints=KeypointTerms(landmarks, 2, factor=1.0),

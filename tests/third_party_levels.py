@@ -1,0 +1,228 @@
+"""More of the networks of `third_party`: heads given level by level, or with several candidates a cell, undecoded."""
+
+from __future__ import annotations
+
+import torch
+from third_party import CLASSES, SIZE, Stranger, YoloNas, YoloxRaw, flat
+from torch import Tensor
+
+
+def around(module: Stranger, distance: Tensor, point: float, in_pixels: bool) -> Tensor:
+    """Corners ``[B, N, 4]`` from distances to left, top, right, bottom."""
+    center = (module.cells + point) * module.steps
+    distance = distance if in_pixels else distance * module.steps
+    return torch.cat((center - distance[..., :2], center + distance[..., 2:]), -1)
+
+
+class YoloxLevels(YoloxRaw):
+    """Box, objectness and classes of each level apart, all raw."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part for m in self.maps(images) for part in (m[:, :4], m[:, 4:5], m[:, 5:]))
+
+
+class YoloxLevelsInProbabilities(YoloxRaw):
+    """The same with the sigmoids in the file."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part for m in self.maps(images) for part in (m[:, :4], m[:, 4:5].sigmoid(), m[:, 5:].sigmoid()))
+
+
+class ModelOnly(Stranger):
+    """One output a level: classes, then distances in strides."""
+
+    family = "levels"
+
+    def __init__(self) -> None:
+        super().__init__()
+        for conv in self.levels:
+            conv.bias.data[:4] += 1
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.cat((m[:, 4:], m[:, :4].relu()), 1) for m in self.maps(images))
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = flat(self.maps(images))
+        return around(self, rows[..., :4].relu(), 0.5, False), rows[..., 4:].sigmoid()
+
+
+class RtmDet(Stranger):
+    """Distances in pixels, from the low corner of the cell."""
+
+    family = "rtmdet"
+
+    def distances(self, images: Tensor) -> list[Tensor]:
+        return [m[:, :4].exp() * s for m, s in zip(self.maps(images), self.strides, strict=True)]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (*(m[:, 4:] for m in self.maps(images)), *self.distances(images))
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return around(self, flat(self.distances(images)), 0.0, True), flat(self.maps(images))[..., 4:].sigmoid()
+
+
+class Fcos(RtmDet):
+    """FCOS as its authors have it: a centerness, the square root of whose product with the class is the score."""
+
+    family = "fcos"
+    channels = 5 + CLASSES
+    first_class = 5
+    point = 0.5
+    in_pixels = True
+
+    def distances(self, images: Tensor) -> list[Tensor]:
+        maps = self.maps(images)
+        return [m[:, :4].exp() * (s if self.in_pixels else 1) for m, s in zip(maps, self.strides, strict=True)]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps = self.maps(images)
+        return (*(m[:, 5:] for m in maps), *self.distances(images), *(m[:, 4:5] for m in maps))
+
+    def score(self, rows: Tensor) -> Tensor:
+        return (rows[..., 5:].sigmoid() * rows[..., 4:5].sigmoid()).sqrt()
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        boxes = around(self, flat(self.distances(images)), self.point, self.in_pixels)
+        return boxes, self.score(flat(self.maps(images)))
+
+
+class FcosMmdet(Fcos):
+    """As mmdetection has it: the product."""
+
+    family = "fcos-mmdet"
+
+    def score(self, rows: Tensor) -> Tensor:
+        return rows[..., 5:].sigmoid() * rows[..., 4:5].sigmoid()
+
+
+class FcosTorchvision(Fcos):
+    """Distances in strides, from the low corner."""
+
+    family = "fcos-torchvision"
+    point = 0.0
+    in_pixels = False
+
+
+class Scrfd(Stranger):
+    """Two candidates a cell; scores, distances and landmarks as rows, the candidates of a cell side by side."""
+
+    family = "scrfd"
+    first_class = 0
+    channels = 2 * 15
+
+    def __init__(self) -> None:
+        super().__init__()
+        for conv in self.levels:
+            conv.bias.data[:2] -= 4
+            conv.bias.data[2:10] += 1.2
+
+    def parts(self, images: Tensor) -> list[tuple[Tensor, ...]]:
+        return [(m[:, :2], m[:, 2:10], m[:, 10:]) for m in self.maps(images)]
+
+    def rows(self, part: Tensor) -> Tensor:
+        return part.permute(0, 2, 3, 1).unflatten(-1, (2, -1)).flatten(1, 3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        parts = self.parts(images)
+        scores = [self.rows(level[0]).sigmoid() for level in parts]
+        return (*scores, *(self.rows(level[1]) for level in parts), *(self.rows(level[2]) for level in parts))
+
+    def by_anchor(self, images: Tensor, index: int) -> Tensor:
+        """Rows ``[B, N, C]`` by level, candidate of the cell, row, column."""
+        maps = [level[index] for level in self.parts(images)]
+        return torch.cat([flat([some]) for m in maps for some in m.chunk(2, 1)], 1)
+
+    def twice(self, cells: Tensor) -> Tensor:
+        """What cells have, for each of their candidates."""
+        counts = [(SIZE // stride) ** 2 for stride in self.strides]
+        return torch.cat([part for level in cells.split(counts) for part in (level, level)])
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        center, steps = self.twice(self.cells * self.steps), self.twice(self.steps)
+        distance = self.by_anchor(images, 1) * steps
+        boxes = torch.cat((center - distance[..., :2], center + distance[..., 2:]), -1)
+        return torch.cat((boxes[..., :2], boxes[..., 2:].maximum(boxes[..., :2])), -1), self.by_anchor(
+            images, 0
+        ).sigmoid()
+
+    def landmarks(self, images: Tensor) -> Tensor:
+        """Five points of each candidate, ``[B, N, 5, 2]``."""
+        center, steps = self.twice(self.cells * self.steps), self.twice(self.steps)
+        return (self.by_anchor(images, 2) * steps).unflatten(-1, (5, 2)) + center[:, None]
+
+
+class ScrfdFlat(Scrfd):
+    """Without a batch axis, as InsightFace's own files are."""
+
+    def rows(self, part: Tensor) -> Tensor:
+        return part.permute(2, 3, 0, 1).reshape(-1, part.shape[1] // 2)
+
+
+class BlazeFace(Stranger):
+    """Two candidates in a cell of the finer level, six in one of the coarser, side by side; six landmarks."""
+
+    family = "blazeface"
+    strides = (8, 16)
+    anchors = (2, 6)
+    first_class = 0
+    channels = 6 * 17
+
+    def __init__(self) -> None:
+        super().__init__()
+        for conv in self.levels:
+            conv.weight.data *= 8
+            conv.bias.data += 20
+            for first in range(0, self.channels, 17):
+                conv.bias.data[first] = -2
+
+    def rows(self, images: Tensor) -> Tensor:
+        rows = []
+        for m, count in zip(self.maps(images), self.anchors, strict=True):
+            rows.append(m[:, : 17 * count].permute(0, 2, 3, 1).unflatten(-1, (count, 17)).flatten(1, 3))
+        return torch.cat(rows, 1)
+
+    def centers(self) -> Tensor:
+        """Center of the cell of each candidate, in pixels."""
+        points = ((self.cells + 0.5) * self.steps).split([(SIZE // stride) ** 2 for stride in self.strides])
+        return torch.cat([p.repeat_interleave(count, 0) for p, count in zip(points, self.anchors, strict=True)])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        rows = self.rows(images)
+        return rows[..., 1:], rows[..., :1]
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.rows(images)
+        center, half = rows[..., 1:3] + self.centers(), rows[..., 3:5] / 2
+        low, high = center - half, center + half
+        return torch.cat((low, high.maximum(low)), -1), rows[..., :1].sigmoid()
+
+    def landmarks(self, images: Tensor) -> Tensor:
+        """Six points of each candidate, ``[B, N, 6, 2]``."""
+        return self.rows(images)[..., 5:].unflatten(-1, (6, 2)) + self.centers()[:, None]
+
+
+class BestClass(YoloNas):
+    """The best class of each candidate, not suppressed; one output."""
+
+    family = "best_class"
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        boxes, scores = self.truth(images)
+        best, label = scores.max(-1, keepdim=True)
+        return torch.cat((boxes, best, label.to(boxes.dtype)), -1)
+
+
+class BestClassApart(BestClass):
+    """Three outputs."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        boxes, scores = self.truth(images)
+        best, label = scores.max(-1, keepdim=True)
+        return boxes, best, label.to(boxes.dtype)
+
+
+LEVEL_STRANGERS: tuple[type[Stranger], ...] = (
+    YoloxLevels, YoloxLevelsInProbabilities, ModelOnly, RtmDet, Scrfd, BlazeFace, BestClass, BestClassApart,
+)  # fmt: skip
+AMBIGUOUS: tuple[type[Stranger], ...] = (Fcos, FcosMmdet, FcosTorchvision)
+"""Nothing in these files shows which one they are."""
