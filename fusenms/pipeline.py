@@ -20,7 +20,7 @@ from fusenms.errors import ConfigError, VerificationError
 from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
 from fusenms.fusion.backends import get_backend
 from fusenms.fusion.tail import fuse_head
-from fusenms.heads import HeadSpec, check_tensors, raw_head, recognize
+from fusenms.heads import Anchors, HeadSpec, check_tensors, raw_head, recognize
 from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
 from fusenms.runtime.example_images import example_images
@@ -49,6 +49,7 @@ def fuse(
     backend: str = "ort",
     family: str | None = None,
     heads: Sequence[HeadSpec] = (),
+    anchors: Anchors | None = None,
     precision: str = "fp32",
     images: np.ndarray | str | os.PathLike[str] | None = None,
     unverified: bool = False,
@@ -65,6 +66,7 @@ def fuse(
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``.
         family: name of the detector family, if more than one fits the file.
         heads: families to try in addition to those of fusenms and of installed packages.
+        anchors: anchor boxes of an `.onnx` whose head is not decoded, as for `fusenms.recognize`.
         precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says how the detections in the images change.
         images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images. The first eight are also
             looked at, beside the package's own, for what the head means.
@@ -103,7 +105,9 @@ def fuse(
     if isinstance(images, (str, os.PathLike)):
         list_images(Path(images))  # fails early
     raw, layout = _load(weights, options, loading)
-    layout = layout or recognize(raw, family, heads=heads)
+    if layout is not None and anchors is not None:
+        raise ConfigError("found anchors and layout; a layout has its anchors itself: leave one of them out")
+    layout = layout or recognize(raw, family, heads=heads, anchors=anchors)
     check_tensors(raw, layout)
     raw = open_batch(raw, layout)
     head = raw_head(raw, layout, heads)

@@ -20,7 +20,8 @@ from fusenms.errors import BackendError, ConfigError, SourceError, first_line
 from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
 from fusenms.fusion.backends import BACKENDS, get_backend
 from fusenms.fusion.tail import NO_SUPPRESSION
-from fusenms.heads import known_heads
+from fusenms.heads import Anchors, known_heads
+from fusenms.heads.anchors import SETS
 from fusenms.layout import Layout
 from fusenms.onnx_reading.metadata import read_json
 from fusenms.pipeline import fuse
@@ -99,6 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="detector family, if several fit the file",
     )
     model.add_argument(
+        "--anchors",
+        type=anchors_argument,
+        metavar="W,H,…|SET",
+        help="anchor boxes of an .onnx whose head is not decoded: widths and heights in pixels, the finest level first, or one of "
+        + ", ".join(SETS),
+    )
+    model.add_argument(
         "--layout",
         type=Path,
         metavar="FILE.json",
@@ -130,6 +138,16 @@ def batch_argument(text: str) -> int | str:
     if text != DYNAMIC and not (text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"found {text!r}; expected {DYNAMIC} or a number of images")
     return text if text == DYNAMIC else int(text)
+
+
+def anchors_argument(text: str) -> Anchors:
+    """Parse anchors: numbers, or the name of a set."""
+    try:
+        return text if text in SETS else [float(number) for number in text.replace("/", ",").split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}; expected numbers W,H,W,H,… or one of {', '.join(SETS)}"
+        ) from None
 
 
 def pixels_of(args: argparse.Namespace) -> str | Pixels | None:
@@ -187,6 +205,7 @@ def run(args: argparse.Namespace) -> int:
             args.weights,
             backend=args.backend,
             family=args.family,
+            anchors=args.anchors,
             precision=args.precision,
             images=args.images,
             unverified=args.unverified,

@@ -13,6 +13,7 @@ from fusenms.artifacts.raw_head import RawHead
 from fusenms.errors import AmbiguousHeadError, ConfigError, HeadNotRecognizedError, SourceError, first_line
 from fusenms.graph.model import declared_shape
 from fusenms.heads.accounting import left_over
+from fusenms.heads.anchors import Anchors, flat_anchors
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.families.best_class import BEST_CLASS
 from fusenms.heads.families.blazeface import BLAZEFACE
@@ -22,6 +23,7 @@ from fusenms.heads.families.fastestdet import FASTESTDET
 from fusenms.heads.families.fcos import FCOS, FCOS_MMDET, FCOS_TORCHVISION
 from fusenms.heads.families.levels import GFL, LEVELS
 from fusenms.heads.families.nanodet import NANODET, PICODET
+from fusenms.heads.families.retinanet import EFFICIENTDET, RETINANET
 from fusenms.heads.families.rows import ROWS
 from fusenms.heads.families.rtdetr import RFDETR, RTDETR
 from fusenms.heads.families.rtmdet import RTMDET
@@ -38,12 +40,13 @@ from fusenms.onnx_reading import untrusted
 
 HEADS: tuple[HeadSpec, ...] = (
     YOLOV8, YOLOV5, YOLOV4, YOLOV6, YOLOX, CORNERS, BEST_CLASS, SSD, ULTRAFACE, DETR, RTDETR, RFDETR, ROWS, LEVELS, GFL, RTMDET, NANODET,
-    PICODET, FCOS, FCOS_TORCHVISION, FCOS_MMDET, FASTESTDET, YUNET, SCRFD, BLAZEFACE,
+    PICODET, FCOS, FCOS_TORCHVISION, FCOS_MMDET, FASTESTDET, YUNET, SCRFD, BLAZEFACE, RETINANET, EFFICIENTDET,
 )  # fmt: skip
 
 __all__ = [
     "ENTRY_POINTS",
     "HEADS",
+    "Anchors",
     "HeadSpec",
     "Mismatch",
     "Probe",
@@ -87,18 +90,22 @@ def _installed() -> tuple[tuple[str, Any], ...]:
     return tuple(found)
 
 
-def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadSpec] = ()) -> Layout:
+def recognize(
+    raw: RawModel, family: str | None = None, *, heads: Sequence[HeadSpec] = (), anchors: Anchors | None = None
+) -> Layout:
     """Find the layout of a raw model's head.
 
     Args:
         family: name of a family, to choose one if the probe fits more than one.
         heads: families to try in addition to those of fusenms and of installed packages.
+        anchors: anchor boxes of a head that is not decoded: widths and heights in pixels, the finest level first, or the name of a set of
+            `fusenms.heads.anchors.SETS` (``yolov5``, ``yolov7``, ``retinanet``, ``efficientdet``).
 
     Raises:
         SourceError: the model does not run, or exceeds its time limit.
         HeadNotRecognizedError: no family fits; the message lists the reason of each.
         AmbiguousHeadError: more than one family fits.
-        ConfigError: there is no family of that name.
+        ConfigError: there is no family of that name, no set of anchors of that name, or ``raw`` has a layout and needs no anchors.
 
     Example:
         >>> import fusenms
@@ -110,13 +117,16 @@ def recognize(raw: RawModel, family: str | None = None, *, heads: Sequence[HeadS
     known = [head.name for head in specs]
     if family is not None and family not in known:
         raise ConfigError(f"family is {family!r}; expected one of {', '.join(known)}")
+    given = None if anchors is None else flat_anchors(anchors)
     if raw.layout is not None:
+        if given is not None:
+            raise ConfigError(f"{raw.source}: its layout is known, so that anchors mean nothing; leave them out")
         if family not in (None, raw.layout.family):
             raise ConfigError(
                 f"{raw.source}: its layout is of family {raw.layout.family}, but family is {family!r}; leave the family out"
             )
         return raw.layout
-    probe = Probe(raw)
+    probe = Probe(raw, given)
     with untrusted(raw.source, "recognizing its head"):
         found = {
             head.name: _match(head, probe, family is None)

@@ -14,6 +14,7 @@ from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
 from fusenms.errors import HeadError, LayoutContradictedError
 from fusenms.heads.accounting import channels_left_over
+from fusenms.heads.anchors_agree import Agreement, compare_anchors
 from fusenms.heads.mirror import SMALLEST, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, sum_to_one
@@ -61,12 +62,21 @@ def check_meaning(
         )
     left = channels_left_over(head.layout, found.before)
     lines = [_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else [])]
+    anchors: Agreement | None = None
     seen = Shown(f"not shown on images: they are smaller than {SMALLEST} pixels", False)
     if images and large:
         with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
             seen = check_mirror(found, images)
+            anchors = compare_anchors(found.more[::2], head.layout, (raw.image.height, raw.image.width))
+    if anchors is not None and anchors.contradicted:
+        raise LayoutContradictedError(
+            f"{raw.source}: read as {head.layout.family}, but its anchors see the same objects in sizes that differ by a factor of "
+            f"{np.exp(anchors.unlike):.2g} ({anchors.compared} comparisons); give the anchors that it was trained with"
+        )
     if images:
         lines.append(seen.line)
+    if anchors is not None:
+        lines.append(str(anchors))
     if strict and not (images and seen.shown):
         why = f" ({seen.line})" if images else ""
         raise HeadError(

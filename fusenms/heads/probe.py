@@ -59,9 +59,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Probe:
-    """Everything that a family may inspect to recognize its head."""
+    """Everything that a family may inspect to recognize its head.
+
+    ``anchors`` are the anchor boxes that the user gives: width, height, width, height, … in pixels, the finest level first.
+    """
 
     raw: RawModel
+    anchors: tuple[float, ...] | None = None
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
