@@ -417,8 +417,10 @@ def _boxes(terms: Floats, layout: Layout, size: tuple[int, int]) -> Floats:
     elif isinstance(decode, AnchorDeltas):
         t = terms[:, [1, 0, 3, 2]] if decode.y_first else terms
         center = t[:, :2] * decode.variances[0] * anchors + (cells + decode.point) * steps
+        grown = t[:, 2:] * decode.variances[1]
+        grown = grown if decode.log_limit is None else np.minimum(grown, decode.log_limit)
         with np.errstate(over="ignore"):
-            extent = np.exp(t[:, 2:] * decode.variances[1]) * anchors
+            extent = np.exp(grown) * anchors
     elif isinstance(decode, PointOffsets):
         center, extent = terms[:, :2] + (cells + decode.point) * steps, terms[:, 2:]
     elif isinstance(decode, TanhOffsets):

@@ -247,6 +247,8 @@ class Scene:
             if decode.y_first:
                 tx, ty, tw, th = ty, tx, th, tw
             near, far = decode.variances
+            if decode.log_limit is not None:
+                tw, th = (decode.log_limit / far if t * far > decode.log_limit else t for t in (tw, th))
             x = tx * near * wide + (column + decode.point) * stride
             y = ty * near * tall + (row + decode.point) * stride
             w, h = np.exp(tw * far) * wide, np.exp(th * far) * tall

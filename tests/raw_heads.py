@@ -156,7 +156,9 @@ def anchored_distances(classes: int = 5) -> Layout:
 def anchor_deltas(classes: int = 5) -> Layout:
     """RetinaNet, with another number of anchors for each level."""
     boxes, logits = Tap("deltas", 2, 0, 4), Tap("logits", 2, 0, classes)
-    return Layout("retinanet", boxes, logits, None, Activation.SIGMOID, AnchorDeltas(STRIDES, UNEVEN, point=0.0))
+    return Layout(
+        "retinanet", boxes, logits, None, Activation.SIGMOID, AnchorDeltas(STRIDES, UNEVEN, point=0.0, log_limit=1.5)
+    )
 
 
 def anchor_deltas_y_first(classes: int = 5) -> Layout:

@@ -223,8 +223,7 @@ def test_distances_are_in_strides(tmp_path, factor, message):
             return tuple(p for f, m in zip(factor, maps, strict=True) for p in ((m[:, :4].abs() + 1) * f, m[:, 4:]))
 
     raw = load(write_new(Plain(), tmp_path / "m.onnx"))
-    layout = recognize(raw)
-    assert layout.decode == Distances((8, 16, 32), 1)
+    layout = replace(recognize(raw, family="levels"), decode=Distances((8, 16, 32), 1))
     if message is None:
         assert meaning(raw, layout)[0].startswith("geometry shown")
     else:
@@ -502,15 +501,30 @@ class ClassesFirst(LevelsApart):
     channels = 104
 
     def forward(self, images):
-        return tuple(torch.cat((m[:, 4:] - 5, m[:, :4].relu()), 1) for m in self.maps(images))
+        return tuple(torch.cat((m[:, 4:] - 5, (m[:, :4] + 1).relu()), 1) for m in self.maps(images))
+
+
+class ClassesFirstMoved(ClassesFirst):
+    """The same, but nothing shows where the classes end."""
+
+    def forward(self, images):
+        return tuple(m + 0.0 for m in super().forward(images))
+
+
+def test_classes_before_distances_are_shown_by_what_they_are_joined_from(tmp_path):
+    layout = recognize(load(write_new(ClassesFirst(), tmp_path / "m.onnx")))
+    assert (layout.boxes.start, layout.classes.stop, layout.decode) == (100, 100, Distances((8, 16, 32), 1))
 
 
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (OneConvolution, "levels: nothing shows that 255 channels per level are 64 of distances and 191 of classes"),
+        (
+            OneConvolution,
+            "levels: nothing shows that 255 channels per level are distances and classes, in which order",
+        ),
         (NineAnchors, "found 36 channels of boxes and 27 of classes, which may be those of several anchors"),
-        (ClassesFirst, r"levels: nothing shows that 104 .* joined from \[100, 4\] channels"),
+        (ClassesFirstMoved, r"levels: nothing shows that 104 .* joined from unknown channels"),
     ],
 )
 def test_channels_without_evidence_are_refused(tmp_path, module, message):

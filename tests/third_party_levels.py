@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from third_party import CLASSES, SIZE, Stranger, YoloNas, YoloxRaw, flat
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def around(module: Stranger, distance: Tensor, point: float, in_pixels: bool) -> Tensor:
@@ -219,6 +221,80 @@ class BestClassApart(BestClass):
         boxes, scores = self.truth(images)
         best, label = scores.max(-1, keepdim=True)
         return boxes, best, label.to(boxes.dtype)
+
+
+class AnchorLevels(nn.Module):
+    """YOLOv5 before its decode: per level ``[B, 3 * (5 + C), rows, columns]``, or ``[B, 3, rows, columns, 5 + C]``."""
+
+    anchors = (((10, 13), (16, 30), (33, 23)), ((30, 61), (62, 45), (59, 119)), ((116, 90), (156, 198), (373, 326)))
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.apart = apart
+        self.levels = nn.ModuleList(nn.Conv2d(3, 3 * (5 + CLASSES), s, s) for s in (8, 16, 32))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps = [level(images) for level in self.levels]
+        return tuple(m.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2) if self.apart else m for m in maps)
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, scores = [], []
+        for level, stride, anchors in zip(self.levels, (8, 16, 32), self.anchors, strict=True):
+            for i, (wide, tall) in enumerate(anchors):
+                t = level(images)[0].unflatten(0, (3, -1))[i].sigmoid()
+                for row in range(SIZE // stride):
+                    for column in range(SIZE // stride):
+                        cell = t[:, row, column]
+                        x, y = (2 * cell[0] - 0.5 + column) * stride, (2 * cell[1] - 0.5 + row) * stride
+                        w, h = (2 * cell[2]) ** 2 * wide, (2 * cell[3]) ** 2 * tall
+                        boxes.append(torch.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2)))
+                        scores.append(cell[4] * cell[5:])
+        return torch.stack(boxes)[None], torch.stack(scores)[None]
+
+
+class Deltas(nn.Module):
+    """RetinaNet or EfficientDet: five levels, nine anchors a cell, side by side; or by level, as maps."""
+
+    size = 128
+    strides = (8, 16, 32, 64, 128)
+
+    def __init__(self, point: float, y_first: bool, by_level: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.point, self.y_first, self.by_level = point, y_first, by_level
+        self.boxes = nn.ModuleList(nn.Conv2d(3, 36, 1) for _ in self.strides)
+        self.classes = nn.ModuleList(nn.Conv2d(3, 9 * CLASSES, 1) for _ in self.strides)
+        for conv in self.classes:
+            conv.bias.data -= 5
+
+    def maps(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        pooled = [nn.functional.avg_pool2d(images, s) for s in self.strides]
+        return [(b(x), c(x)) for x, b, c in zip(pooled, self.boxes, self.classes, strict=True)]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps = self.maps(images)
+        if self.by_level:
+            return tuple(m for pair in maps for m in pair)
+        rows = [[m.unflatten(1, (9, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in pair] for pair in maps]
+        return torch.cat([pair[0] for pair in rows], 1), torch.cat([pair[1] for pair in rows], 1)
+
+    def truth(
+        self, images: Tensor, sides: Callable[[int, int], tuple[float, float]]
+    ) -> dict[tuple[float, ...], Tensor]:
+        """Box of each candidate, by the center of its cell, its level and its anchor. ``sides(level, anchor)`` are width and height."""
+        found = {}
+        for level, ((deltas, _), stride) in enumerate(zip(self.maps(images), self.strides, strict=True)):
+            for anchor in range(9):
+                wide, tall = sides(level, anchor)
+                for row in range(self.size // stride):
+                    for column in range(self.size // stride):
+                        t = deltas[0].unflatten(0, (9, 4))[anchor, :, row, column]
+                        x, y, w, h = t[[1, 0, 3, 2]] if self.y_first else t
+                        x, y = x * wide + (column + self.point) * stride, y * tall + (row + self.point) * stride
+                        w, h = w.exp() * wide, h.exp() * tall
+                        found[level, row, column, anchor] = torch.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+        return found
 
 
 LEVEL_STRANGERS: tuple[type[Stranger], ...] = (

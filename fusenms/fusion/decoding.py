@@ -59,6 +59,9 @@ def decode_boxes(
             pair if variance == 1 else g.op("Mul", pair, g.floats(variance))
             for pair, variance in zip((offset, extent), decode.variances, strict=True)
         )
+        if decode.log_limit is not None:  # no Min, which may ignore NaN
+            limit = g.floats(decode.log_limit)
+            extent = g.where(g.op("Less", limit, extent), limit, extent)
         center = g.op("Add", g.op("Mul", offset, anchor), _points(g, cell, decode.point, stride))
         return _corners(g, g.concat([center, g.op("Mul", g.op("Exp", extent), anchor)], 2))
     if isinstance(decode, GridOffsets):

@@ -67,7 +67,8 @@ def check_meaning(
     if images and large:
         with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
             seen = check_mirror(found, images)
-            anchors = compare_anchors(found.more[::2], head.layout, (raw.image.height, raw.image.width))
+            if seen.shown:
+                anchors = compare_anchors(found.more[::2], head.layout, (raw.image.height, raw.image.width))
     if anchors is not None and anchors.contradicted:
         raise LayoutContradictedError(
             f"{raw.source}: read as {head.layout.family}, but its anchors see the same objects in sizes that differ by a factor of "

@@ -104,7 +104,8 @@ class AnchorDeltas:
     """Deltas to anchor boxes: center = t * v0 * anchor + (cell + point) * stride; size = exp(t * v1) * anchor, with ``variances`` (v0, v1).
 
     ``anchors[level]`` lists (width, height) in pixels; their number may differ between levels. With ``anchors_last``, the anchors of a cell
-    lie side by side. With ``y_first``, the channels are y, x, height, width (EfficientDet).
+    lie side by side. With ``y_first``, the channels are y, x, height, width (EfficientDet). A t * v1 above ``log_limit`` counts as that
+    (RetinaNet); None: no limit.
     Sources: Ren et al., "Faster R-CNN", 2015; variances: Liu et al., "SSD", 2016; Lin et al., "RetinaNet", 2017.
     """
 
@@ -115,6 +116,7 @@ class AnchorDeltas:
     variances: tuple[float, float] = (1.0, 1.0)
     anchors_last: bool = True
     y_first: bool = False
+    log_limit: float | None = None
 
     def __post_init__(self) -> None:
         _check_strides(self.strides)
@@ -126,6 +128,8 @@ class AnchorDeltas:
             is_finite(value) and np.float32(value) > 0 for value in self.variances
         ):
             raise ConfigError(f"variances is {self.variances!r}; expected two finite numbers above 0")
+        if self.log_limit is not None and not is_finite(self.log_limit):
+            raise ConfigError(f"log_limit is {self.log_limit!r}; expected a finite number or None")
 
 
 @dataclass(frozen=True)

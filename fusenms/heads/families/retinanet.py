@@ -9,6 +9,8 @@ Sources: pytorch/vision `RetinaNet`; google/automl and zylo117/Yet-Another-Effic
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
 
 from fusenms.artifacts.preprocessing import PIXELS
@@ -21,12 +23,14 @@ from fusenms.layout import AnchorDeltas, Join, Layout, Tap, candidates_per_level
 DELTAS, CLASSES = "fusenms/head_deltas", "fusenms/head_classes"
 
 
-def match(probe: Probe, certain: bool, *, name: str, point: float, y_first: bool) -> Layout | Mismatch:
+def match(
+    probe: Probe, certain: bool, *, name: str, point: float, y_first: bool, log_limit: float | None
+) -> Layout | Mismatch:
     """Recognize deltas and class scores, in two outputs or in two for each level."""
     sizes = by_level(probe.anchors or SETS[name], len(PYRAMID))
     if isinstance(sizes, str):
         return Mismatch(sizes)
-    decode = AnchorDeltas(PYRAMID, sizes, point=point, y_first=y_first)
+    decode = AnchorDeltas(PYRAMID, sizes, point=point, y_first=y_first, log_limit=log_limit)
     found = (
         _match_levels(probe, name, decode)
         if len(probe.samples) > 2
@@ -72,7 +76,7 @@ def _match_levels(probe: Probe, name: str, decode: AnchorDeltas) -> Layout | Mis
         return Mismatch(reason)
     joins = (anchor_join(DELTAS, deltas[0], anchors), anchor_join(CLASSES, scores[0], anchors))
     boxes, class_tap = (Tap(join.tensor, 2, 0, join.channels) for join in joins)
-    decode = AnchorDeltas(PYRAMID, decode.anchors, decode.point, anchors_last=False, y_first=decode.y_first)
+    decode = replace(decode, anchors_last=False)
     return Layout(name, boxes, class_tap, None, activation_of(values_of(scores[0])), decode, joins)
 
 
@@ -90,7 +94,13 @@ def _not_named(probe: Probe, classes: int) -> str | None:
     )
 
 
-RETINANET = HeadSpec("retinanet", partial(match, name="retinanet", point=0.0, y_first=False), pixels=PIXELS["imagenet"])
+RETINANET = HeadSpec(
+    "retinanet",
+    partial(match, name="retinanet", point=0.0, y_first=False, log_limit=math.log(1000 / 16)),
+    pixels=PIXELS["imagenet"],
+)
 EFFICIENTDET = HeadSpec(
-    "efficientdet", partial(match, name="efficientdet", point=0.5, y_first=True), pixels=PIXELS["imagenet"]
+    "efficientdet",
+    partial(match, name="efficientdet", point=0.5, y_first=True, log_limit=None),
+    pixels=PIXELS["imagenet"],
 )
