@@ -82,7 +82,7 @@ def verdict(raw: RawModel, head: RawHead) -> str:
     try:
         lines = check_meaning(raw, head, images_for(raw))
     except LayoutContradictedError as error:
-        if "mirror images" in str(error):
+        if "mirror images" in str(error) or "see the same objects" in str(error):
             return "images"
         return "motion" if "do not move with the image" in str(error) else "values"
     except FusenmsError as error:
