@@ -146,6 +146,15 @@ def test_broken_graph_is_caught_and_named(break_it, layout, backend):
     assert IN_THE_GRAPH[break_it] in str(report), report
 
 
+@pytest.mark.parametrize("layout", ["anchored_distances", "pixel_distances"])
+def test_equal_overlap_of_plain_distances_is_caught_and_named(layout):
+    fused = fused_model(LAYOUTS[layout](), "ort", **SETTINGS)
+    assert verify(fused)
+    report = verify(drop_equal_overlap(fused))
+    assert not report
+    assert IN_THE_SETTINGS[drop_equal_overlap] in str(report), report
+
+
 @pytest.mark.covering(default=2, quick=0)
 @pytest.mark.parametrize("backend", ["ort", "trt"])
 @pytest.mark.parametrize("layout", ["distances", "decoded"])

@@ -91,13 +91,12 @@ def in_pixels(distances: Sequence[np.ndarray], strides: Sequence[int], image: Im
     """Whether distances, given by level, are in pixels (True) or in strides (False); None if nothing shows it.
 
     On the coarsest level, the two differ the most: distances in pixels, taken for strides, reach far beyond the image, and distances in
-    strides, taken for pixels, lie within the cell.
+    strides, taken for pixels, lie within the cell. Only one of these can be so.
     """
     stride = max(strides)
     middle = float(np.median(np.abs(distances[list(strides).index(stride)])))
-    if middle * stride > max(image.height, image.width):
-        return True
-    return False if middle < stride / 2 else None
+    beyond, within = middle * stride > max(image.height, image.width), middle < stride / 2
+    return None if beyond == within else beyond
 
 
 def activation_of(scores: np.ndarray) -> Activation:

@@ -11,7 +11,16 @@ import numpy as np
 from fusenms.artifacts.raw import ImageInput
 from fusenms.config import PostprocessConfig
 from fusenms.fusion.candidates import strict_threshold
-from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Layout, Tap
+from fusenms.layout import (
+    Activation,
+    BoxFormat,
+    Decoded,
+    Distances,
+    Layout,
+    PointOffsets,
+    Tap,
+    candidates_per_level,
+)
 
 LOW = -9.0  # logit of a candidate without an object
 
@@ -187,6 +196,10 @@ def _raise_some(
 
 def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
     layout, count = stage.layout, stage.count
+    if isinstance(layout.decode, Distances) and layout.decode.bins == 1:
+        return rng.uniform(-0.5, 6, (count, 4)) * _unit(stage)  # some of negative size
+    if isinstance(layout.decode, PointOffsets):
+        return np.concatenate((rng.normal(0, 1, (count, 2)), rng.uniform(-0.5, 6, (count, 2))), 1) * _unit(stage)
     if isinstance(layout.decode, Distances):
         bins = layout.decode.bins
         peak = rng.uniform(0, min(6, bins - 1), (count, 4, 1))
@@ -205,6 +218,10 @@ def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
 def _even_boxes(stage: Stage) -> np.ndarray:
     """Boxes whose coordinates are exact in float32. Many decoded boxes are equal."""
     layout, count = stage.layout, stage.count
+    if isinstance(layout.decode, Distances) and layout.decode.bins == 1:
+        return np.full((count, 4), 2.0) * _unit(stage)
+    if isinstance(layout.decode, PointOffsets):
+        return np.repeat([[0.0, 0.0, 4.0, 4.0]], count, 0) * _unit(stage)
     if isinstance(layout.decode, Distances):
         terms = np.zeros((count, 4, layout.decode.bins))
         terms[:, :, min(2, layout.decode.bins - 1)] = 1000.0  # all weight on one bin
@@ -213,6 +230,15 @@ def _even_boxes(stage: Stage) -> np.ndarray:
         return np.zeros((count, 4))
     corner = np.stack((np.arange(count) % 13 * 16.0, np.arange(count) % 7 * 16.0), 1)
     return _as_format(stage, corner, corner + 32.0)
+
+
+def _unit(stage: Stage) -> np.ndarray:
+    """What box terms are given in, for each candidate ``[N, 1]``: its stride if they are in pixels, 1 if they are in strides."""
+    decode = stage.layout.decode
+    if not isinstance(decode, PointOffsets) and not (isinstance(decode, Distances) and decode.pixels):
+        return np.ones((stage.count, 1))
+    counts = candidates_per_level(decode, stage.image.height, stage.image.width)
+    return np.repeat(np.array(decode.strides, np.float64), counts)[:, None]
 
 
 def _as_format(stage: Stage, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -237,7 +263,7 @@ def _place_pairs(stage: Stage, head: SyntheticHead) -> None:
     share = Fraction(stage.config.iou_threshold).limit_denominator(most)
     if float(share) != stage.config.iou_threshold or not 0 < share < 1 or stage.count < 16:
         return
-    if not isinstance(decode, (Decoded, Distances)) or (isinstance(decode, Distances) and decode.bins < 16):
+    if not isinstance(decode, (Decoded, Distances)) or (isinstance(decode, Distances) and 1 < decode.bins < 16):
         return
     if isinstance(decode, Decoded) and decode.normalized:
         return
@@ -248,13 +274,17 @@ def _place_pairs(stage: Stage, head: SyntheticHead) -> None:
             right = min(narrow // 2, wide // 2 - 1)
             for row, ends in ((big, (wide - wide // 2, 2, wide // 2, 2)), (small, (narrow - right, 2, right, 2))):
                 terms = np.zeros((4, decode.bins))
-                terms[np.arange(4), ends] = 1000.0
+                if decode.bins == 1:
+                    terms[:, 0] = np.array(ends) * _unit(stage)[row]
+                else:
+                    terms[np.arange(4), ends] = 1000.0
                 head.boxes[row] = terms.ravel()
         else:
             low = np.array([[64.0 * big, 0.0]] * 2)
             head.boxes[[big, small]] = _as_format(
                 stage, low, low + np.array([[8.0 * wide, 16.0], [8.0 * narrow, 16.0]])
             )
-        head.classes[[big, small]] = LOW
-        head.classes[big, 0], head.classes[small, 0] = 4.0, 3.0
+        head.classes[[big, small]] = LOW  # no other pair has the same class or score: where scores are rounded, it could take its place
+        label = min(big // 8, head.classes.shape[1] - 1)
+        head.classes[big, label], head.classes[small, label] = 4.0 - label / 2, 3.0 - label / 2
         head.objectness[[big, small]] = 40.0

@@ -38,16 +38,16 @@ def match(
         return Mismatch(f"found distances from {distances.min():.3g}; expected none below 0")
     strides = tuple(level.stride for level in boxes)
     pixels = in_pixels([level.values for level in boxes], strides, probe.raw.image)
-    if pixels is None:
-        return Mismatch("nothing shows whether its distances are in pixels or in strides; describe them by a layout")
-    if pixels and strides_only:
+    if strides_only and pixels:
         return Mismatch("its distances are in pixels; expected them in strides")
+    if not strides_only and pixels is None:
+        return Mismatch("nothing shows whether its distances are in pixels or in strides; describe them by a layout")
     names = probe.raw.class_names
     if names and len(names) != classes[0].values.shape[1]:
         return Mismatch(f"found {classes[0].values.shape[1]} classes, but {len(names)} class names in the metadata")
     joins = (join_group(DISTANCES, boxes), join_group(CLASSES, classes), join_group(CENTERNESS, centerness))
     box_tap, class_tap, centerness_tap = map(whole_tap, joins)
-    decode = Distances(strides, 1, point=point, pixels=pixels)
+    decode = Distances(strides, 1, point=point, pixels=bool(pixels))
     return Layout(
         name, box_tap, class_tap, centerness_tap, activation_of(scores), decode, joins, objectness_weight=weight
     )
