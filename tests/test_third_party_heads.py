@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from conftest import SHAPES
 from fusenms import fuse, load, recognize
 from fusenms.cli import main
 from fusenms.errors import ConfigError, HeadNotRecognizedError
-from fusenms.heads import HeadSpec, Mismatch, _installed, known_heads
+from fusenms.heads import HeadSpec, Mismatch, installed_heads, known_heads
 from fusenms.layout import Layout
 
 PACKAGE = """
@@ -78,9 +79,9 @@ def installed(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-heads\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[fusenms.heads]\nacme = acme_heads:ACME\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    _installed.cache_clear()
+    installed_heads.cache_clear()
     yield tmp_path
-    _installed.cache_clear()
+    installed_heads.cache_clear()
     sys.modules.pop("acme_heads", None)
 
 
@@ -111,6 +112,17 @@ def test_entry_point_is_a_family_on_the_command_line(raw, installed, capsys, mon
     onnx.save(raw.model, "acme.onnx")
     assert main(["acme.onnx", "--family", "acme", "--score-threshold", "0.2", "-o", "f.onnx"]) == 0
     assert "acme.onnx · acme detect · 3 classes" in capsys.readouterr().out
+
+
+def test_entry_point_is_listed(installed, capsys):
+    assert main(["families", "acme"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "acme",
+        "    reads    .onnx · detect · head acme",
+        "    source   entry point acme = acme_heads:ACME",
+    ]
+    assert main(["families", "acme", "--json"]) == 0
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)["installed"]] == ["acme"]
 
 
 @pytest.mark.parametrize(

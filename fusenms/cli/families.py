@@ -1,4 +1,4 @@
-"""`fusenms families`: lists the detectors that fusenms reads, how it reads them, and the models that each was tested with."""
+"""`fusenms families`: lists the detectors that fusenms reads, how, and the models that each was tested with; and those of other packages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from fusenms.catalog import families
 from fusenms.cli.printing import Steps
+from fusenms.heads import installed_heads, known_heads
 
 NAME = "families"
 HELP = "list the detector families, how their files are read, and the models that each was tested with"
@@ -21,6 +22,12 @@ def run(args: argparse.Namespace) -> int:
     steps = Steps(args.json)
     words = [word.lower() for word in args.words]
     found = [entry for entry in families() if all(word in str(asdict(entry)).lower() for word in words)]
+    known_heads()  # refuses what is no family
+    others = [
+        (where, head)
+        for where, head in installed_heads()
+        if all(word in f"{head.name} {where}".lower() for word in words)
+    ]
     if not args.json:
         for entry in found:
             nms = "suppressed" if entry.suppress else "no suppression"
@@ -30,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"    known    {'; '.join(entry.checkpoints)}")
             print(f"    source   {entry.source} ({entry.licence})")
             print(f"    tried    {entry.tried}")
-        if not found:
+        for where, head in others:
+            print(f"{head.name}\n    reads    .onnx · {', '.join(head.tasks)} · head {head.name}\n    source   {where}")
+        if not found and not others:
             print(f"no family has the words {' '.join(args.words)!r}; list all with: fusenms families")
-    steps.finish(families=[asdict(entry) for entry in found])
+    installed = [{"name": head.name, "tasks": list(head.tasks), "source": where} for where, head in others]
+    steps.finish(families=[asdict(entry) for entry in found], installed=installed)
     return 0

@@ -51,6 +51,7 @@ __all__ = [
     "Mismatch",
     "Probe",
     "check_tensors",
+    "installed_heads",
     "known_heads",
     "raw_head",
     "recognize",
@@ -68,7 +69,8 @@ def known_heads(heads: Sequence[HeadSpec] = ()) -> tuple[HeadSpec, ...]:
         ConfigError: a family is not a `HeadSpec`, cannot be imported, or has the name of another one.
     """
     known: dict[str, HeadSpec] = {}
-    for where, head in (*(("fusenms", head) for head in HEADS), *_installed(), *(("heads", head) for head in heads)):
+    own, given = [("fusenms", head) for head in HEADS], [("heads", head) for head in heads]
+    for where, head in (*own, *installed_heads(), *given):
         if not isinstance(head, HeadSpec):
             raise ConfigError(f"{where}: is a {type(head).__name__}; expected a fusenms.heads.HeadSpec")
         if known.setdefault(head.name, head) is not head:
@@ -77,7 +79,12 @@ def known_heads(heads: Sequence[HeadSpec] = ()) -> tuple[HeadSpec, ...]:
 
 
 @cache
-def _installed() -> tuple[tuple[str, Any], ...]:
+def installed_heads() -> tuple[tuple[str, Any], ...]:
+    """Return what installed packages give as families: the entry point in words, and its object.
+
+    Raises:
+        ConfigError: an entry point cannot be imported.
+    """
     found = []
     for entry in entry_points(group=ENTRY_POINTS):
         where = f"entry point {entry.name} = {entry.value}"

@@ -284,7 +284,9 @@ def _place_pairs(stage: Stage, head: SyntheticHead) -> None:
             head.boxes[[big, small]] = _as_format(
                 stage, low, low + np.array([[8.0 * wide, 16.0], [8.0 * narrow, 16.0]])
             )
-        head.classes[[big, small]] = LOW  # no other pair has the same class or score: where scores are rounded, it could take its place
+        head.classes[[big, small]] = (
+            LOW  # no other pair has the same class or score: where scores are rounded, it could take its place
+        )
         label = min(big // 8, head.classes.shape[1] - 1)
         head.classes[big, label], head.classes[small, label] = 4.0 - label / 2, 3.0 - label / 2
         head.objectness[[big, small]] = 40.0
