@@ -1,4 +1,4 @@
-"""`fusenms families`: lists the detectors that fusenms reads, how, and the models that each was tested with; and those of other packages."""
+"""`fusenms families`: lists the detectors that fusenms reads, how, and what each was tested with; and those of installed packages."""
 
 from __future__ import annotations
 
