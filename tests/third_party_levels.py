@@ -223,6 +223,39 @@ class BestClassApart(BestClass):
         return boxes, best, label.to(boxes.dtype)
 
 
+class PicoDet(nn.Module):
+    """Four flat levels of class probabilities and eight bins a side, from the center of the cell."""
+
+    size = 128
+    strides = (8, 16, 32, 64)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.levels = nn.ModuleList(nn.Conv2d(3, CLASSES + 32, 1) for _ in self.strides)
+        for conv in self.levels:
+            conv.bias.data[:CLASSES] -= 5
+
+    def rows(self, images: Tensor) -> list[Tensor]:
+        pooled = [nn.functional.avg_pool2d(images, s) for s in self.strides]
+        return [conv(x).flatten(2).transpose(1, 2) for conv, x in zip(self.levels, pooled, strict=True)]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        rows = self.rows(images)
+        return (*(r[..., :CLASSES].sigmoid() for r in rows), *(r[..., CLASSES:] for r in rows))
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, scores = [], []
+        for rows, stride in zip(self.rows(images), self.strides, strict=True):
+            distance = (rows[..., CLASSES:].unflatten(-1, (4, 8)).softmax(-1) * torch.arange(8.0)).sum(-1) * stride
+            cell = torch.arange(rows.shape[1])
+            columns = self.size // stride
+            center = (torch.stack((cell % columns, cell // columns), -1) + 0.5) * stride
+            boxes.append(torch.cat((center - distance[..., :2], center + distance[..., 2:]), -1))
+            scores.append(rows[..., :CLASSES].sigmoid())
+        return torch.cat(boxes, 1), torch.cat(scores, 1)
+
+
 class AnchorLevels(nn.Module):
     """YOLOv5 before its decode: per level ``[B, 3 * (5 + C), rows, columns]``, or ``[B, 3, rows, columns, 5 + C]``."""
 

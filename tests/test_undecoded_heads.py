@@ -1,4 +1,4 @@
-"""Heads whose boxes are relative to anchors that the file does not show: given by the user, and compared on images."""
+"""Heads without their decode that need more than the small image of `third_party`, or anchors that the user gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from raw_heads import LAYOUTS, SIZE
-from third_party_levels import AnchorLevels, Deltas
+from third_party_levels import AnchorLevels, Deltas, PicoDet
 
 from fusenms import fuse, load, recognize
 from fusenms.errors import ConfigError, HeadNotRecognizedError, LayoutContradictedError
@@ -46,6 +46,18 @@ def test_levels_of_yolov5_are_decoded_with_the_anchors_given(tmp_path, apart):
     np.testing.assert_allclose(found.scores, scores, atol=1e-5)
     fused = fuse(tmp_path / "m.onnx", anchors="yolov5", score_threshold=0.01, max_detections=50)
     assert fused.report, fused.report
+
+
+def test_picodet_is_read_as_it_is_meant(tmp_path):
+    module = PicoDet()
+    raw = load(export(module, tmp_path / "m.onnx", module.size))
+    layout = recognize(raw)
+    assert layout.family == "picodet"
+    found = candidates(Probe(raw).head(layout), 0, layout, (module.size, module.size))
+    with torch.no_grad():
+        boxes, scores = (t[0].numpy() for t in module.truth(torch.from_numpy(probe_image(module.size, module.size))))
+    np.testing.assert_allclose(found.boxes, boxes, atol=2e-3)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-5)
 
 
 def test_levels_of_yolov5_without_anchors_are_refused(tmp_path):
