@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
     from fusenms.config import PostprocessConfig
+    from fusenms.editing import edit, expose, extract, restamp
     from fusenms.engines import Engine, EngineSettings, build_engine
     from fusenms.errors import FusenmsError
     from fusenms.heads import recognize
@@ -35,11 +36,15 @@ _HOMES = {
     "RawModel": "fusenms.artifacts.raw",
     "Report": "fusenms.artifacts.report",
     "build_engine": "fusenms.engines",
+    "edit": "fusenms.editing",
+    "expose": "fusenms.editing",
+    "extract": "fusenms.editing",
     "fuse": "fusenms.pipeline",
     "inspect": "fusenms.inspection",
     "load": "fusenms.sources",
     "load_fused": "fusenms.artifacts.fused",
     "recognize": "fusenms.heads",
+    "restamp": "fusenms.editing",
     "verify": "fusenms.verification.checks",
 }
 
@@ -57,11 +62,15 @@ __all__ = [
     "RawModel",
     "Report",
     "build_engine",
+    "edit",
+    "expose",
+    "extract",
     "fuse",
     "inspect",
     "load",
     "load_fused",
     "recognize",
+    "restamp",
     "verify",
 ]
 

@@ -61,6 +61,8 @@ OUTPUT_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
 """Output names that existing consumers parse, in the order of `OUTPUTS`. All other outputs keep the names of fusenms."""
 
 # Metadata keys of fusenms.
+PREFIX: Final = "fusenms."
+"""Of the metadata that only a fused file has."""
 KEY_VERSION: Final = "fusenms.version"
 KEY_BACKEND: Final = "fusenms.backend"
 KEY_LAYOUT: Final = "fusenms.layout"

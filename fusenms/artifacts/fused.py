@@ -130,7 +130,7 @@ def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
             fused = _from_metadata(model, metadata, limits)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError) as error:
             raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
-        _check_graph(path, fused)
+        check_graph(path, fused)
     image = fused.image
     refuse_cost(path, model, {image.tensor: (image.batch or 1, 3, image.height, image.width)}, limits)
     return fused
@@ -164,8 +164,12 @@ def _from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Lim
     )
 
 
-def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
-    """Refuse a file whose graph contradicts its metadata."""
+def check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
+    """Refuse a file whose graph contradicts its metadata. Further outputs are none of its business.
+
+    Raises:
+        SourceError: an input or output of the contract is missing, or has another shape; or the task is another one.
+    """
     graph = fused.model.graph
     sizes = {
         entry.name: [d.dim_value for d in entry.type.tensor_type.shape.dim] for entry in (*graph.input, *graph.output)
@@ -176,10 +180,6 @@ def _check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     for name, output in fused.layout.outputs(config):
         height, width = sizes.get(name, [0, 0])[-2:] if "h" in output.shape else (0, 0)  # the image size sets them
         wanted[name] = [batch, *(int(d) for d in output.shape_for(0, config.max_detections, height, width)[1:])]
-    if unknown := [entry.name for entry in graph.output if entry.name not in wanted]:
-        raise SourceError(
-            f"{path}: the graph has outputs {', '.join(unknown)} that its metadata does not name; fuse the model again"
-        )
     if fused.task != fused.layout.task:
         raise SourceError(
             f"{path}: its metadata says that its task is {fused.task!r}, but its head is for {fused.layout.task!r}; fuse the model again"

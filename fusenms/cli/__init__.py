@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import NoReturn
 
 from fusenms._version import __version__
-from fusenms.cli import bench, demo, detect, engine, families, fuse, inspect, verify
+from fusenms.cli import bench, demo, detect, edit, engine, expose, extract, families, fuse, inspect, restamp, verify
 from fusenms.cli.flags import with_flags
 from fusenms.cli.terminal import standard_streams
 from fusenms.errors import FusenmsError
@@ -21,7 +21,10 @@ from fusenms.limits import Limits
 from fusenms.safety.isolation import is_confined, run_isolated
 from fusenms.safety.text import printable, printable_lines
 
-COMMANDS = {module.NAME: module for module in (fuse, inspect, verify, engine, detect, families, bench, demo)}
+COMMANDS = {
+    module.NAME: module
+    for module in (fuse, inspect, verify, engine, detect, families, bench, demo, expose, extract, edit, restamp)
+}
 USAGE = """fusenms WEIGHTS [--backend {backends}] [-o FILE] [options]
        fusenms {commands} ..."""
 

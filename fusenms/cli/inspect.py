@@ -90,7 +90,8 @@ def _fused_text(fused: FusedModel) -> str:
 def layout_text(layout: Layout) -> str:
     """A layout as one line of text."""
     said = layout.to_dict()["decode"]
-    decode = {key: value for key, value in said.items() if key != "kind" and value not in ((), [])}
+    usual = {"values": (), "pixels": False, "anchors": 1, "anchors_last": False, "y_first": False, "log_limit": None}
+    decode = {key: value for key, value in said.items() if key != "kind" and (key not in usual or value != usual[key])}
     details = ", ".join(f"{key} {json.dumps(value)}" for key, value in decode.items())
     boxes = f"boxes: {layout.decode.kind} ({details}){_task_outputs_text(layout)}"
     if layout.labels is not None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from fusenms.safety.text import printable, printable_lines
@@ -27,6 +28,11 @@ class Steps:
         """Print a step with a text of several lines. All lines after the first are indented."""
         if not self._as_json:
             print(f"{step:<9} {printable_lines(text)}", flush=True)
+
+    def wrote(self, path: Path) -> None:
+        """Print the file that was written, and finish."""
+        self.line("wrote", f"{path} ({megabytes(path.stat().st_size)})")
+        self.finish(file=str(path))
 
     def finish(self, **values: Any) -> None:
         """Print the collected values with ``--json``."""
