@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
     from fusenms.config import PostprocessConfig
+    from fusenms.diagnosis import Diagnosis, Finding, doctor
     from fusenms.editing import edit, expose, extract, restamp
     from fusenms.engines import Engine, EngineSettings, build_engine
     from fusenms.errors import FusenmsError
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
+    "Diagnosis": "fusenms.diagnosis",
     "Engine": "fusenms.engines",
     "EngineSettings": "fusenms.engines",
+    "Finding": "fusenms.diagnosis",
     "FusedModel": "fusenms.artifacts.fused",
     "FusenmsError": "fusenms.errors",
     "Inspection": "fusenms.inspection",
@@ -36,6 +39,7 @@ _HOMES = {
     "RawModel": "fusenms.artifacts.raw",
     "Report": "fusenms.artifacts.report",
     "build_engine": "fusenms.engines",
+    "doctor": "fusenms.diagnosis",
     "edit": "fusenms.editing",
     "expose": "fusenms.editing",
     "extract": "fusenms.editing",
@@ -51,8 +55,10 @@ _HOMES = {
 __all__ = [
     "Detections",
     "Detector",
+    "Diagnosis",
     "Engine",
     "EngineSettings",
+    "Finding",
     "FusedModel",
     "FusenmsError",
     "Inspection",
@@ -62,6 +68,7 @@ __all__ = [
     "RawModel",
     "Report",
     "build_engine",
+    "doctor",
     "edit",
     "expose",
     "extract",

@@ -12,7 +12,21 @@ from dataclasses import fields
 from typing import NoReturn
 
 from fusenms._version import __version__
-from fusenms.cli import bench, demo, detect, edit, engine, expose, extract, families, fuse, inspect, restamp, verify
+from fusenms.cli import (
+    bench,
+    demo,
+    detect,
+    doctor,
+    edit,
+    engine,
+    expose,
+    extract,
+    families,
+    fuse,
+    inspect,
+    restamp,
+    verify,
+)
 from fusenms.cli.flags import with_flags
 from fusenms.cli.terminal import standard_streams
 from fusenms.errors import FusenmsError
@@ -23,7 +37,7 @@ from fusenms.safety.text import printable, printable_lines
 
 COMMANDS = {
     module.NAME: module
-    for module in (fuse, inspect, verify, engine, detect, families, bench, demo, expose, extract, edit, restamp)
+    for module in (fuse, inspect, verify, engine, detect, families, bench, demo, doctor, expose, extract, edit, restamp)
 }
 USAGE = """fusenms WEIGHTS [--backend {backends}] [-o FILE] [options]
        fusenms {commands} ..."""

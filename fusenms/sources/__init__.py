@@ -100,20 +100,30 @@ def _file(path: Path, options: LoadOptions) -> RawModel:
     return _export(path, options)
 
 
-def _export(path: Path, options: LoadOptions) -> RawModel:
+def load_network(path: Path, options: LoadOptions) -> Network:
+    """Load the network of a checkpoint or of a Hugging Face directory, before its export.
+
+    Raises:
+        SourceError: the weights cannot be read, or are not safe to load.
+        BackendUnavailableError: PyTorch is not installed.
+    """
     try:
         from fusenms.sources.checkpoint import load_checkpoint
-        from fusenms.sources.export import export, network_of
+        from fusenms.sources.export import network_of
         from fusenms.sources.huggingface import load_directory
     except ModuleNotFoundError as error:
         raise BackendUnavailableError(
             f"{path}: needs PyTorch ({error}); install it with: pip install 'fusenms[export]'"
         ) from error
-    network: Network = (
-        load_directory(path, options.limits)
-        if path.is_dir()
-        else network_of(load_checkpoint(path, options.one_to_many, options.limits), path.name)
-    )
+    if path.is_dir():
+        return load_directory(path, options.limits)
+    return network_of(load_checkpoint(path, options.one_to_many, options.limits), path.name)
+
+
+def _export(path: Path, options: LoadOptions) -> RawModel:
+    network = load_network(path, options)
+    from fusenms.sources.export import export
+
     return export(network, size=options.sides, dynamic_size=options.dynamic_size, opset=options.opset)
 
 

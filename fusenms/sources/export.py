@@ -30,6 +30,7 @@ from fusenms.layout import (
 from fusenms.sources import parity
 from fusenms.sources.checkpoint import Checkpoint
 from fusenms.sources.network import Network
+from fusenms.sources.quiet import quiet_exporters
 from fusenms.sources.torch_modules import tasks
 from fusenms.sources.torch_modules.layers import AnchorFreeDetect
 from fusenms.sources.torch_modules.rtdetr import RTDETRDecoder
@@ -96,7 +97,8 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
     try:
         model, baked = _to_onnx(network, sizes[0], shapes, opset)
     except _EXPORT_ERRORS as error:
-        raise SourceError(f"{source}: the network could not be exported ({first_line(error)})") from error
+        advice = "" if network.rebuilt else f"; {parity.DOCTOR}"
+        raise SourceError(f"{source}: the network could not be exported ({first_line(error)}){advice}") from error
     worst = parity.compare(network, model, sizes, baked)
     if dynamic_size:
         stride = parity.step_of(network, (height, width))
@@ -220,8 +222,7 @@ def _by_torchscript(
     network: Network, size: tuple[int, int], axes: dict[str, dict[int, str]], opset: int
 ) -> tuple[onnx.ModelProto, tuple[parity.Baked, ...]]:
     stream = io.BytesIO()
-    with _exporting, warnings.catch_warnings(record=True) as caught, torch.no_grad():
-        warnings.simplefilter("ignore")  # it warns that it is deprecated, but only it writes opset 17
+    with _exporting, quiet_exporters() as caught, torch.no_grad():
         warnings.filterwarnings("always", category=TracerWarning)
         TracerWarning.ignore_lib_warnings()
         module, images = network.module, torch.zeros(2, 3, *size)
@@ -241,8 +242,7 @@ def _by_torchscript(
 
 
 def _by_dynamo(network: Network, size: tuple[int, int], axes: dict[int, str], opset: int) -> onnx.ModelProto:
-    with _exporting, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _exporting, quiet_exporters(), torch.no_grad():
         program = torch.onnx.export(
             network.module,
             (torch.zeros(2, 3, *size),),

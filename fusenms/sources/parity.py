@@ -35,6 +35,7 @@ TOLERANCE = 1e-3
 """Largest difference, absolute for values up to `FULL_SCALE`; float32 rounding gives about 1e-4 on logits of magnitude ten."""
 FULL_SCALE = 10.0
 USUAL_STEP = 32
+DOCTOR = "fusenms.doctor(module, example) looks for the line of code"
 Size = tuple[int, int]
 
 
@@ -204,4 +205,5 @@ class _Comparison:
         return f"{what}{batch} at {self.size[0]}x{self.size[1]}"
 
     def _cause(self) -> str:
-        return f"; {baked_text(self.baked)}" if self.baked else ""
+        advice = "" if self.network.rebuilt else f"; {DOCTOR}"
+        return f"; {baked_text(self.baked)}{advice}" if self.baked else advice
