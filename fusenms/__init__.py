@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
     from fusenms.config import PostprocessConfig
-    from fusenms.diagnosis import Diagnosis, Finding, doctor
+    from fusenms.diagnosis import doctor
     from fusenms.editing import edit, expose, extract, restamp
     from fusenms.engines import Engine, EngineSettings, build_engine
     from fusenms.errors import FusenmsError
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
-    "Diagnosis": "fusenms.diagnosis",
     "Engine": "fusenms.engines",
     "EngineSettings": "fusenms.engines",
-    "Finding": "fusenms.diagnosis",
     "FusedModel": "fusenms.artifacts.fused",
     "FusenmsError": "fusenms.errors",
     "Inspection": "fusenms.inspection",
@@ -55,10 +53,8 @@ _HOMES = {
 __all__ = [
     "Detections",
     "Detector",
-    "Diagnosis",
     "Engine",
     "EngineSettings",
-    "Finding",
     "FusedModel",
     "FusenmsError",
     "Inspection",
