@@ -42,6 +42,8 @@ class Agreement:
     def __str__(self) -> str:
         if not self.compared:
             return "anchors assumed: no object in the images is seen by several"
+        if self.unlike > MOST_UNLIKE:
+            return f"anchors assumed: {self.compared} comparisons are too few, and they differ by {self.unlike:.0%}"
         return f"anchors agree within {self.unlike:.0%} on the sizes of objects ({self.compared} comparisons); a common factor is not seen"
 
 

@@ -21,8 +21,10 @@ from fusenms.layout import (
     Activation,
     BoxFormat,
     Decoded,
+    Distances,
     Gridded,
     Layout,
+    PointOffsets,
     Tap,
     anchors_per_cell,
     cells_along,
@@ -305,7 +307,9 @@ def _best(before: Head, after: Head, layout: Layout, size: tuple[int, int], grid
     if isinstance(decode, Decoded):
         found = [_motion(boxes, scores, grid, step, True) for grid in grids]
     else:
-        found = [_motion(boxes, scores, _grid_of(decode, *size), step, False)]
+        # distances without bins may be corners or centers that are decoded already
+        sized = isinstance(decode, PointOffsets) or (isinstance(decode, Distances) and decode.bins == 1)
+        found = [_motion(boxes, scores, _grid_of(decode, *size), step, sized)]
     return min(found, key=lambda motion: max((level.center for level in motion.levels), default=np.inf))
 
 

@@ -276,6 +276,15 @@ def as_probabilities(values: np.ndarray) -> np.ndarray:
     return values if are_probabilities(values) else 1 / (1 + np.exp(-values.astype(np.float64).clip(-80, 80)))
 
 
+def hold_labels(scores: np.ndarray) -> bool:
+    """Whether a column of class probabilities ``[N, C]`` is a class number instead: whole in every row, and 1 or more in some.
+
+    A single column that is 0 in every row is one too: a sigmoid is never 0 everywhere.
+    """
+    whole = (scores == np.round(scores)).all(0)
+    return bool((whole & (scores.max(0) >= 1)).any() or (scores.shape[1] == 1 and whole.all()))
+
+
 def sum_to_one(values: np.ndarray) -> bool:
     """Whether rows ``[N, C]`` may be the result of a softmax over C > 1 classes."""
     return values.shape[1] > 1 and are_probabilities(values) and bool((np.abs(values.sum(1) - 1) < 1e-3).all())

@@ -34,7 +34,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
             f"found {count} candidates; expected two a cell and six of the next level, strides 8 and 16 or 16 and 32"
         )
     middle = abs(boxes.value[0, :, :4]).mean()
-    if certain and not 1 < middle < max(image.height, image.width):
+    if not 1 < middle < max(image.height, image.width):
         return Mismatch(f"its boxes are {middle:.3g} on average; expected offsets in pixels")
     points = KeypointTerms(Tap(boxes.tensor, 2, 4, WIDTH), 2, factor=1.0, point=0.5, pixels=True)
     return Layout(

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.level_outputs import activation_of, in_pixels, join_group, score_box_groups, values_of, whole_tap
@@ -33,24 +31,25 @@ def match(
     if isinstance(groups, str):
         return Mismatch(groups)
     classes, centerness, boxes = groups
-    distances, scores = values_of(boxes), np.concatenate([values_of(group) for group in (classes, centerness)], 1)
+    distances = values_of(boxes)
     if (distances < 0).any():
         return Mismatch(f"found distances from {distances.min():.3g}; expected none below 0")
     strides = tuple(level.stride for level in boxes)
     pixels = in_pixels([level.values for level in boxes], strides, probe.raw.image)
-    if strides_only and pixels:
-        return Mismatch("its distances are in pixels; expected them in strides")
+    if strides_only and (pixels or (certain and pixels is None)):
+        return Mismatch("nothing shows that its distances are in strides, as expected")
     if not strides_only and pixels is None:
         return Mismatch("nothing shows whether its distances are in pixels or in strides; describe them by a layout")
+    activations = {activation_of(values_of(group)) for group in (classes, centerness)}
+    if len(activations) > 1:
+        return Mismatch("either class scores or the centerness had a sigmoid already")
     names = probe.raw.class_names
     if names and len(names) != classes[0].values.shape[1]:
         return Mismatch(f"found {classes[0].values.shape[1]} classes, but {len(names)} class names in the metadata")
     joins = (join_group(DISTANCES, boxes), join_group(CLASSES, classes), join_group(CENTERNESS, centerness))
     box_tap, class_tap, centerness_tap = map(whole_tap, joins)
     decode = Distances(strides, 1, point=point, pixels=bool(pixels))
-    return Layout(
-        name, box_tap, class_tap, centerness_tap, activation_of(scores), decode, joins, objectness_weight=weight
-    )
+    return Layout(name, box_tap, class_tap, centerness_tap, activations.pop(), decode, joins, objectness_weight=weight)
 
 
 def _spec(name: str, point: float, weight: float | None, strides_only: bool, pixels: str) -> HeadSpec:

@@ -17,7 +17,7 @@ from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.anchors import PYRAMID, SETS, by_level
 from fusenms.heads.base import HeadSpec, Mismatch, match_pairs
 from fusenms.heads.level_outputs import Level, activation_of, group_levels, not_classes, read_level, values_of
-from fusenms.heads.probe import Pair, Probe
+from fusenms.heads.probe import Pair, Probe, sum_to_one
 from fusenms.layout import AnchorDeltas, Join, Layout, Tap, candidates_per_level
 
 DELTAS, CLASSES = "fusenms/head_deltas", "fusenms/head_classes"
@@ -48,6 +48,8 @@ def _match_pair(probe: Probe, name: str, decode: AnchorDeltas, pair: Pair) -> La
         return Mismatch(
             f"found {count} candidates; expected {expected}, {len(decode.anchors[0])} for each cell of strides {list(PYRAMID)}"
         )
+    if sum_to_one(pair.scores):
+        return Mismatch("the class scores of each candidate sum to 1, so one of them is the background")
     if reason := not_classes(pair.scores) or _not_named(probe, classes):
         return Mismatch(reason)
     return Layout(name, pair.box_tap, pair.classes(0, classes), None, activation_of(pair.scores), decode)

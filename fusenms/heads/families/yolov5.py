@@ -13,7 +13,7 @@ from fusenms.heads.anchors import by_level
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.late_decode import earliest_anchors
 from fusenms.heads.level_outputs import STRIDES
-from fusenms.heads.probe import Probe, box_format
+from fusenms.heads.probe import Probe, box_format, hold_labels
 from fusenms.heads.task_outputs import task_channels, task_terms
 from fusenms.layout import Activation, AnchorBoxes, Join, Layout, Tap, cells_along
 
@@ -51,6 +51,8 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         values = rows[:, 4 : 5 + classes]
         if not ((values >= 0) & (values <= 1)).all():
             return Mismatch(f"found scores from {values.min():.3g} to {values.max():.3g}; expected probabilities")
+        if hold_labels(rows[:, 5 : 5 + classes]):
+            return Mismatch("a class channel holds whole numbers only, as the number of the best class does")
         decode = box_format(rows[:, :4], grid, probe.sides)
         if decode is None:
             return Mismatch("the first four channels are not boxes that follow the cells of the image")

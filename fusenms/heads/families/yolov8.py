@@ -10,7 +10,7 @@ import numpy as np
 
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.late_decode import earliest_distances
-from fusenms.heads.probe import Probe, Sample, box_format, width_of
+from fusenms.heads.probe import Probe, Sample, box_format, hold_labels, width_of
 from fusenms.heads.task_outputs import TASKS, not_terms, task_channels, task_terms
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap, other_axis
 
@@ -70,6 +70,8 @@ def _match_channels(
         return Mismatch(reason)
     if certain and classes > 1 and probe.joins_objectness(classes - 1):
         return Mismatch(f"the output is joined from 4, 1 and {classes - 1} channels, so channel 5 is objectness")
+    if hold_labels(scores):
+        return Mismatch("a class channel holds whole numbers only, as the number of the best class does")
     if certain and not names:
         widths = sorted(width_of(part, len(rows)) for part in sample.parts if part.ndim > 1)
         apart = sorted((4, classes, extra) if extra else (4, classes))

@@ -13,10 +13,11 @@ import numpy as np
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.level_outputs import activation_of, join_group, score_box_groups, values_of, whole_tap
-from fusenms.heads.probe import Probe, are_probabilities, box_format
+from fusenms.heads.probe import Probe, are_probabilities, box_format, hold_labels, sum_to_one
 from fusenms.layout import Activation, GridOffsets, Layout, Tap
 
 NAME, V6 = "yolox", "yolov6"
+STRIDES = (8, 16, 32)
 LEVEL_TENSORS = ("fusenms/head_boxes", "fusenms/head_classes", "fusenms/head_objectness")
 MAX_CELL_OFFSET, MAX_LOG_SIZE = 20.0, 8.0
 """Limits on raw offsets, in cells, and on logarithms of sizes, in strides. Values beyond them are not raw box terms."""
@@ -64,6 +65,8 @@ def _match(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
         )
     if not are_probabilities(rows[:, 4:]):
         return Mismatch(f"found scores from {rows[:, 4:].min():.3g} to {rows[:, 4:].max():.3g}; expected probabilities")
+    if hold_labels(rows[:, 5:]):
+        return Mismatch("a class channel holds whole numbers only, as the number of the best class does")
     if certain and not names and not probe.joins_objectness(classes):
         return Mismatch(
             "nothing shows that channel 5 is objectness (no class names in the metadata; the output is joined from "
@@ -90,13 +93,18 @@ def _match_levels(probe: Probe) -> Layout | Mismatch:
         return Mismatch(
             "the four box channels are not offsets to the cells: none is below 0, or some are far too large"
         )
+    strides = tuple(level.stride for level in boxes)
+    if strides != STRIDES:
+        return Mismatch(f"found strides {list(strides)}; expected {list(STRIDES)}")
+    activations = {activation_of(values_of(group)) for group in (classes, objectness)}
+    if len(activations) > 1 or sum_to_one(values_of(classes)):
+        return Mismatch("either class scores or the objectness had a sigmoid already, or class scores had a softmax")
     if names and len(names) != count:
         return Mismatch(f"found {count} classes, but {len(names)} class names in the metadata")
     joins = tuple(map(join_group, LEVEL_TENSORS, (boxes, classes, objectness)))
-    activation = activation_of(np.concatenate([values_of(group) for group in (classes, objectness)], 1))
+    (activation,) = activations
     box_tap, class_tap, objectness_tap = map(whole_tap, joins)
-    decode = GridOffsets(tuple(level.stride for level in boxes))
-    return Layout(NAME, box_tap, class_tap, objectness_tap, activation, decode, joins)
+    return Layout(NAME, box_tap, class_tap, objectness_tap, activation, GridOffsets(strides), joins)
 
 
 def _are_offsets(terms: np.ndarray) -> bool:
