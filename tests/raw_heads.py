@@ -142,7 +142,7 @@ UNEVEN = (((12.0, 12.0), (20.0, 10.0)), ((24.0, 24.0),), ((40.0, 56.0), (48.0, 2
 def pixel_distances(classes: int = 5) -> Layout:
     """FCOS: distances in pixels, and a centerness."""
     taps = (Tap("dist", 1, 0, 4), Tap("logits", 1, 0, classes), Tap("centerness", 1, 0, 1))
-    return Layout("fcos", *taps, Activation.SIGMOID, Distances(STRIDES, 1, pixels=True), objectness_weight=0.5)
+    return Layout("fcos", *taps, Activation.SIGMOID, Distances(STRIDES, 1, pixels=True))
 
 
 def anchored_distances(classes: int = 5) -> Layout:

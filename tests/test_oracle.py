@@ -30,6 +30,7 @@ Rng = np.random.Generator
 HEADS: dict[str, Callable[..., Layout]] = {
     **{name: make for name, make in LAYOUTS.items() if make not in TASK_LAYOUTS or name.startswith("oriented")},
     "class_alone": lambda classes: replace(LAYOUTS["weighted"](classes), objectness_weight=0.0),
+    "root_of_product": lambda classes: replace(LAYOUTS["pixel_distances"](classes), objectness_weight=0.5),
     "objectness_alone": lambda classes: replace(LAYOUTS["weighted"](classes), objectness_weight=1.0),
 }
 """Masks and keypoints have no part in what is selected."""
