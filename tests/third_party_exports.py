@@ -47,7 +47,7 @@ class Decoded(nn.Module):
         low, high = self.centers - distance[:, :2], self.centers + distance[:, 2:]
         decoded = torch.cat(((low + high) / 2, high - low), 1) * self.strides
         scores = logits.sigmoid()
-        parts = [decoded, scores[:, :1] * 0 + 1, scores] if self.objectness else [decoded, scores]
+        parts = [decoded, scores[:, :1] * 0 + 0.98, scores] if self.objectness else [decoded, scores]
         joined = torch.cat(parts, 1)
         return joined.transpose(1, 2) if self.transposed else joined
 
