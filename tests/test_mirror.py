@@ -16,6 +16,7 @@ from fusenms.errors import HeadError, LayoutContradictedError
 from fusenms.heads import mirror, raw_head
 from fusenms.heads.meaning import check_meaning
 from fusenms.heads.mirror import Seen
+from fusenms.heads.mirror_cells import mirror_boxes
 from fusenms.layout import BoxFormat, Distances
 from fusenms.runtime import example_images as shipped
 from fusenms.runtime.example_images import example_images
@@ -161,9 +162,9 @@ def test_what_is_no_better_reading(other):
 
 def test_boxes_are_mirrored_back():
     boxes = np.array([[10.0, 5, 30, 25]])
-    np.testing.assert_array_equal(mirror._mirrored(boxes, 100), [[70, 5, 90, 25]])
+    np.testing.assert_array_equal(mirror_boxes(boxes, 100), [[70, 5, 90, 25]])
     turned = np.array([[20.0, 5, 30, 10, 0.4]])
-    np.testing.assert_allclose(mirror._mirrored(mirror._mirrored(turned, 100), 100), turned)
+    np.testing.assert_allclose(mirror_boxes(mirror_boxes(turned, 100), 100), turned)
 
 
 def test_noise_holds_no_objects(yolo, monkeypatch):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from raw_heads import LAYOUTS, SIZE
-from third_party_levels import AnchorLevels, Deltas, PicoDet
+from third_party import CLASSES
+from third_party_levels import AnchorLevels, Deltas, OneClass, PicoDet, Scrfd, YoloxLevels
 
 from fusenms import fuse, load, recognize
 from fusenms.errors import ConfigError, HeadNotRecognizedError, LayoutContradictedError
@@ -29,22 +30,26 @@ def export(module, path, size=SIZE):
     return path
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_levels_of_yolov5_are_decoded_with_the_anchors_given(tmp_path, apart):
-    module = AnchorLevels(apart)
+@pytest.mark.parametrize(("apart", "probabilities"), [(False, False), (True, False), (False, True)])
+def test_levels_of_yolov5_are_decoded_with_the_anchors_given(tmp_path, apart, probabilities):
+    module = AnchorLevels(apart, probabilities)
     raw = load(export(module, tmp_path / "m.onnx"))
-    layout = recognize(raw, anchors=np.ravel(module.anchors))
+    with pytest.raises(
+        HeadNotRecognizedError, match=f"nothing shows that all {CLASSES} channels after the objectness are classes"
+    ):
+        recognize(raw, anchors="yolov5")
+    layout = recognize(raw, "yolov5", anchors=np.ravel(module.anchors))
     assert (
         layout
-        == recognize(raw, anchors="yolov5")
-        == recognize(raw, anchors=[np.ravel(x).tolist() for x in module.anchors])
+        == recognize(raw, "yolov5", anchors="yolov5")
+        == recognize(raw, "yolov5", anchors=[np.ravel(x).tolist() for x in module.anchors])
     )
     found = candidates(Probe(raw).head(layout), 0, layout, (SIZE, SIZE))
     with torch.no_grad():
         boxes, scores = (t[0].numpy() for t in module.truth(torch.from_numpy(probe_image(SIZE, SIZE))))
     np.testing.assert_allclose(found.boxes, boxes, atol=2e-3)
     np.testing.assert_allclose(found.scores, scores, atol=1e-5)
-    fused = fuse(tmp_path / "m.onnx", anchors="yolov5", score_threshold=0.01, max_detections=50)
+    fused = fuse(tmp_path / "m.onnx", family="yolov5", anchors="yolov5", score_threshold=0.01, max_detections=50)
     assert fused.report, fused.report
 
 
@@ -147,3 +152,37 @@ def test_wrong_anchors_are_seen_on_images(zoo, change):
 
 def test_heads_without_anchors_are_not_compared():
     assert compare_anchors([], LAYOUTS["distances"](), (SIZE, SIZE)) is None
+
+
+class SizesDecoded(YoloxLevels):
+    """YOLOX whose file has the exponentials of sizes already."""
+
+    def forward(self, images):
+        parts = super().forward(images)
+        return tuple(torch.cat((p[:, :2], p[:, 2:].exp()), 1) if i % 3 == 0 else p for i, p in enumerate(parts))
+
+
+class DeltasOfOneAnchor(OneClass):
+    """Box channels that are no distances: half of them are below 0."""
+
+    def forward(self, images):
+        return tuple(part for m in self.maps(images) for part in (m[:, :4] - m[:, :4].mean(), m[:, 4:]))
+
+
+class LandmarksInPixels(Scrfd):
+    def forward(self, images):
+        parts = super().forward(images)
+        return (*parts[:6], *(part.abs() * 40 * stride for part, stride in zip(parts[6:], self.strides, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (SizesDecoded, "none of the channels of sizes is below 0, so they may be sizes"),
+        (DeltasOfOneAnchor, "of the box channels are below 0, so they may be deltas to an anchor"),
+        (LandmarksInPixels, "its landmarks are in pixels, not in strides"),
+    ],
+)
+def test_box_terms_of_another_kind_are_refused(tmp_path, module, why):
+    with pytest.raises(HeadNotRecognizedError, match=why):
+        recognize(load(export(module(), tmp_path / "m.onnx")))

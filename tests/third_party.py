@@ -29,6 +29,7 @@ class Stranger(nn.Module):
     """Convolutions of the image, one a level; class channels say "nothing" of most cells."""
 
     family = ""
+    classes = CLASSES
     strides = STRIDES
     channels = 4 + CLASSES
     first_class = 4

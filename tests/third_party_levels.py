@@ -223,6 +223,63 @@ class BestClassApart(BestClass):
         return boxes, best, label.to(boxes.dtype)
 
 
+class BestClassTimesObjectness(BestClass):
+    """The best class times an objectness, as of YOLOv5 and YOLOX."""
+
+    def objectness(self, images: Tensor) -> Tensor:
+        return flat(self.maps(images))[..., :1].sigmoid()
+
+    def forward(self, images: Tensor) -> Tensor:
+        boxes, scores = super().truth(images)
+        best, label = scores.max(-1, keepdim=True)
+        return torch.cat((boxes, best * self.objectness(images), label.to(boxes.dtype)), -1)
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, scores = super().truth(images)
+        return boxes, scores * self.objectness(images)
+
+
+class OneClass(Stranger):
+    """Distances and the logits of one class for each level; with ``sums``, probabilities and their sums (RKNN's exports)."""
+
+    family = "levels"
+    classes = 1
+    channels = 5
+    sums = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for conv in self.levels:
+            conv.bias.data[:4] += 1
+            conv.bias.data[4] -= 4
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps = self.maps(images)
+        if not self.sums:
+            return tuple(part for m in maps for part in (m[:, :4].relu(), m[:, 4:]))
+        scores = [m[:, 4:].sigmoid() for m in maps]
+        sums = [score.sum(1, keepdim=True).clamp(0, 1) for score in scores]
+        return tuple(
+            part for m, one, total in zip(maps, scores, sums, strict=True) for part in (m[:, :4].relu(), one, total)
+        )
+
+    def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = flat(self.maps(images))
+        return around(self, rows[..., :4].relu(), 0.5, False), rows[..., 4:].sigmoid()
+
+
+class OneClassOnFourLevels(OneClass):
+    """Eight outputs, four of them with one channel."""
+
+    strides = (4, 8, 16, 32)
+
+
+class OneClassWithSums(OneClass):
+    """Nine outputs, six of them with one channel."""
+
+    sums = True
+
+
 class PicoDet(nn.Module):
     """Four flat levels of class probabilities and eight bins a side, from the center of the cell."""
 
@@ -261,14 +318,14 @@ class AnchorLevels(nn.Module):
 
     anchors = (((10, 13), (16, 30), (33, 23)), ((30, 61), (62, 45), (59, 119)), ((116, 90), (156, 198), (373, 326)))
 
-    def __init__(self, apart: bool = False) -> None:
+    def __init__(self, apart: bool = False, probabilities: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.apart = apart
+        self.apart, self.probabilities = apart, probabilities
         self.levels = nn.ModuleList(nn.Conv2d(3, 3 * (5 + CLASSES), s, s) for s in (8, 16, 32))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        maps = [level(images) for level in self.levels]
+        maps = [level(images).sigmoid() if self.probabilities else level(images) for level in self.levels]
         return tuple(m.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2) if self.apart else m for m in maps)
 
     def truth(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,7 +388,8 @@ class Deltas(nn.Module):
 
 
 LEVEL_STRANGERS: tuple[type[Stranger], ...] = (
-    YoloxLevels, YoloxLevelsInProbabilities, ModelOnly, RtmDet, Scrfd, BlazeFace, BestClass, BestClassApart,
+    YoloxLevels, YoloxLevelsInProbabilities, ModelOnly, RtmDet, Scrfd, BlazeFace, BestClass, BestClassApart, BestClassTimesObjectness,
+    OneClass, OneClassOnFourLevels, OneClassWithSums,
 )  # fmt: skip
 AMBIGUOUS: tuple[type[Stranger], ...] = (Fcos, FcosMmdet, FcosTorchvision)
 """Nothing in these files shows which one they are."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import onnx
 
-from fusenms.heads.probe import MOVING_OPS, Probe, producers_of, sum_to_one
+from fusenms.heads.probe import MOVING_OPS, Probe, channels_of, producers_of, sum_to_one
 from fusenms.layout import Layout
 
 NEARLY_ALL = 0.99
@@ -40,11 +40,13 @@ def left_over(probe: Probe, layout: Layout) -> str | None:
 def channels_left_over(layout: Layout, head: Mapping[str, np.ndarray]) -> str | None:
     """Return which channels of the head's tensors ``[1, …]`` a layout leaves over; None if it leaves none.
 
-    The background of scores that sum to 1 is computed from the others, and so are the best score of a candidate and its class.
+    The background of scores that sum to 1 is computed from the others, and so are the best score of a candidate, times the objectness, and
+    its class.
     """
-    classes = head[layout.classes.tensor][0].T if layout.classes.channel_axis == 1 else head[layout.classes.tensor][0]
-    classes = classes[:, layout.classes.start : layout.classes.stop]
-    computed = (classes.max(1), classes.argmax(1))
+    classes = channels_of(head, layout.classes)
+    computed = [classes.max(1), classes.argmax(1)]
+    if layout.objectness is not None:
+        computed.append(computed[0] * channels_of(head, layout.objectness)[:, 0])
     for tensor in layout.tensors:
         taps = [tap for tap in layout.taps if tap.tensor == tensor]
         if not taps:

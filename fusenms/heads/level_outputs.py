@@ -65,6 +65,8 @@ def score_box_groups(probe: Probe) -> tuple[list[Level], list[Level], list[Level
     by_width = {group[0].values.shape[1]: group for group in groups}
     if len(by_width) == 2 and set(by_width) == {1, 4}:  # one class
         ones = [group for group in groups if group[0].values.shape[1] == 1]
+        if len(ones) == 2 and np.array_equal(values_of(ones[0]), values_of(ones[1])):
+            return "its two outputs of one channel a level are the same"
         return (ones[0], ones[1], by_width[4]) if len(ones) == 2 else f"{expected}, with another number of classes"
     if len(by_width) < 3 or not {1, 4} < set(by_width):
         return expected

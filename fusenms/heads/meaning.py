@@ -17,7 +17,7 @@ from fusenms.heads.accounting import channels_left_over
 from fusenms.heads.anchors_agree import Agreement, compare_anchors
 from fusenms.heads.mirror import SMALLEST, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
-from fusenms.heads.probe import are_normalized, are_probabilities, sum_to_one
+from fusenms.heads.probe import are_normalized, are_probabilities, channels_of, sum_to_one
 from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Tap, anchors_per_cell, candidates_per_level
 from fusenms.onnx_reading import untrusted
 
@@ -197,5 +197,4 @@ def _wrong_distances(found: Slide, decode: Distances) -> str | None:
 
 def _channels(found: Slide, tap: Tap) -> np.ndarray:
     """The channels ``[N, C]`` of a tap, before the window moves."""
-    values = found.before[tap.tensor][0].astype(np.float32)
-    return (values.T if tap.channel_axis == 1 else values)[:, tap.start : tap.stop]
+    return channels_of(found.before, tap).astype(np.float32)

@@ -18,6 +18,7 @@ from fusenms.artifacts.preprocessing import PIXELS, Pixels
 from fusenms.boxes import pairwise_iou, pairwise_probiou
 from fusenms.config import PostprocessConfig
 from fusenms.errors import LayoutContradictedError
+from fusenms.heads.mirror_cells import compare_cells, mirror_boxes
 from fusenms.heads.motion import Slide, other_readings
 from fusenms.heads.probe import probe_image
 from fusenms.layout import Decoded, Layout, candidates_per_level
@@ -155,7 +156,19 @@ def _contradiction(
             f"with {head.pixels}, assumed for that family, it finds {own.again} of {own.found:g} objects again in mirror images, and with "
             f"pixels {' or '.join(better)} clearly more; give pixels={better[0]!r}, or those that it was trained with"
         )
-    return None
+    return _unlike_cells(found, look, own, pairs)
+
+
+def _unlike_cells(found: Slide, look: _Look, own: Seen, pairs: list[tuple[Head, Head]]) -> str | None:
+    """How the boxes of cells that see the same in the mirror image contradict the layout, as a clause; None if they do not."""
+    size = found.raw.image.height, found.raw.image.width
+    cells = compare_cells(pairs, found.head.layout, size, CONFIG.score_threshold)
+    if cells is None or not cells.unlike or not (cells.symmetric or not look.imagines(own)):
+        return None
+    return (
+        f"{cells.cells} cells see the same in mirror images, but not with mirrored boxes (IoU {cells.iou:.2f}), so that the box channels "
+        "mean something else (in another order, or decoded already) or the pixels are wrong; give another family, a layout, or the pixels"
+    )
 
 
 def _better_pixels(found: Slide, images: Sequence[np.ndarray], own: Seen) -> list[str]:
@@ -218,7 +231,7 @@ class _Look:
     def _compared(self, found: tuple[Rows, np.ndarray], two: Rows) -> tuple[Seen, list[float], set[int]]:
         """One image and its mirror image; and offsets and classes of what is found again."""
         one, places = found
-        back = _mirrored(two.boxes, self._size[1])
+        back = mirror_boxes(two.boxes, self._size[1])
         score, offsets, labels = 0.0, [], set()
         for i, j in _pairs(one, two, back):
             labels.add(int(one.labels[i]))
@@ -250,15 +263,6 @@ class _Look:
     def _rows(self, values: Head) -> tuple[Rows, np.ndarray]:
         expected = postprocess(candidates(values, 0, self._layout, self._size), CONFIG)
         return expected.rows, expected.indices
-
-
-def _mirrored(boxes: np.ndarray, width: int) -> np.ndarray:
-    back = boxes.copy()
-    if boxes.shape[1] == 5:
-        back[:, 0], back[:, 4] = width - boxes[:, 0], -boxes[:, 4]
-    else:
-        back[:, 0], back[:, 2] = width - boxes[:, 2], width - boxes[:, 0]
-    return back
 
 
 def _pairs(one: Rows, two: Rows, back: np.ndarray) -> Iterable[tuple[int, int]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
-from fusenms.heads.probe import USUAL_STRIDES, Probe, cell_centers, probe_image
+from fusenms.heads.probe import USUAL_STRIDES, Probe, cell_centers, channels_of, probe_image
 from fusenms.layout import (
     Activation,
     BoxFormat,
@@ -25,7 +25,6 @@ from fusenms.layout import (
     Gridded,
     Layout,
     PointOffsets,
-    Tap,
     anchors_per_cell,
     cells_along,
     has_anchors_last,
@@ -187,7 +186,7 @@ def measure_motion(found: Slide) -> Motion:
         return Motion(reason="the head does not depend on the image")
     if not grids:
         return Motion(reason="its candidates have no cells")
-    was, now = (_channels(values, layout.boxes) for values in (before, after))
+    was, now = (channels_of(values, layout.boxes) for values in (before, after))
     if isinstance(layout.decode, Decoded):
         grids = tuple(grid for grid in grids if _has_places(was, grid) and not _is_still(was, now, grid, step))
         if not grids:
@@ -302,7 +301,7 @@ def _best(before: Head, after: Head, layout: Layout, size: tuple[int, int], grid
         objectness_weight=None,
     )
     boxes = candidates(before, 0, plain, size).boxes, candidates(after, 0, plain, size).boxes
-    scores = _channels(before, layout.classes), _channels(after, layout.classes)
+    scores = channels_of(before, layout.classes), channels_of(after, layout.classes)
     decode = layout.decode
     if isinstance(decode, Decoded):
         found = [_motion(boxes, scores, grid, step, True) for grid in grids]
@@ -340,9 +339,3 @@ def _center_and_size(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if boxes.shape[-1] == 5:
         return boxes[..., :2], boxes[..., 2:4]
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
-
-
-def _channels(values: Head, tap: Tap) -> np.ndarray:
-    """The channels ``[N, C]`` of a tap."""
-    tensor = values[tap.tensor][0]
-    return (tensor.T if tap.channel_axis == 1 else tensor)[:, tap.start : tap.stop]

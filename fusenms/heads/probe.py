@@ -5,7 +5,7 @@ Names of nodes and tensors are ignored. The samples come from one run in ONNX Ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -403,6 +403,12 @@ def joined(values: dict[str, np.ndarray], join: Join) -> np.ndarray:
     if join.anchors > 1:
         parts = [part.reshape(1, join.anchors, join.channels, -1).transpose(0, 1, 3, 2) for part in parts]
     return np.concatenate([part.reshape(1, *join.part_shape[1:]) for part in parts], join.candidate_axis)
+
+
+def channels_of(values: Mapping[str, np.ndarray], tap: Tap) -> np.ndarray:
+    """The channels ``[N, C]`` of a tap, of the head's tensors ``[1, …]``."""
+    tensor = values[tap.tensor][0]
+    return (tensor.T if tap.channel_axis == 1 else tensor)[:, tap.start : tap.stop]
 
 
 def producers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

@@ -37,6 +37,8 @@ USUAL_BINS = 16
 GFL_BINS = 17
 KNOWN_BINS = (1, NANODET_BINS, USUAL_BINS, GFL_BINS)
 """Other numbers may be anchors: nine of them have 36 channels of boxes."""
+MOST_BELOW = 0.1
+"""Part of the distances that may be below 0, without bins. Measured on YOLO26: 0.01 at most."""
 JOINED = ((USUAL_BINS, False), (USUAL_BINS, True), (1, False), (1, True))
 """Bins of a distance, and whether classes come first, in one output for each level. Only the first is taken where nothing but the number of
 class names shows it."""
@@ -71,8 +73,7 @@ def match_levels(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
     """Recognize levels of distances and classes, of any family."""
     shapes = [list(sample.value.shape) for sample in probe.samples]
     levels = [level for sample in probe.samples if (level := read_level(probe, sample)) is not None]
-    wide = [level for level in levels if level.values.shape[1] > 1 or len(levels) <= 6]
-    strides = {level.stride for level in wide}
+    wide, strides = _without_sums(levels), {level.stride for level in levels}
     if len(levels) != len(shapes) or len(wide) not in (len(strides), 2 * len(strides)) or len(wide) < 2:
         return Mismatch(
             f"found outputs of shape {shapes}; expected distances and class scores for each level, in one or two outputs"
@@ -87,6 +88,25 @@ def match_levels(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
         if len(groups) == 1
         else _match_apart(probe, certain, name, groups)
     )
+
+
+def _without_sums(levels: list[Level]) -> list[Level]:
+    """Of three outputs a level, those that are no sums of scores: these have one channel, and for one class the values of the classes."""
+    strides = {level.stride for level in levels}
+    if len(levels) != 3 * len(strides):
+        return levels
+    narrow: dict[int, Level] = {}
+    kept = []
+    for level in levels:
+        if level.values.shape[1] > 1:
+            kept.append(level)
+        elif level.stride not in narrow:
+            narrow[level.stride] = level
+        elif np.allclose(level.values, narrow[level.stride].values, rtol=0, atol=1e-6):
+            kept.append(narrow[level.stride])
+        else:
+            return levels
+    return kept
 
 
 def _match_joined(probe: Probe, certain: bool, name: str, group: list[Level]) -> Layout | Mismatch:
@@ -146,6 +166,12 @@ def _match_apart(probe: Probe, certain: bool, name: str, groups: list[list[Level
         far, near = values_of(distances), values_of(classes)
         widths, names = (far.shape[1], near.shape[1]), probe.raw.class_names
         reason = not_distances(far) or not_classes(near)
+        below = float((far < 0).mean())
+        if certain and not reason and widths[0] == 4 and below > MOST_BELOW:
+            reason = (
+                f"{below:.0%} of the box channels are below 0, so they may be deltas to an anchor; if they are distances, say "
+                f"family={name!r}"
+            )
         if certain and not reason and widths[0] // 4 not in KNOWN_BINS:
             reason = (
                 f"found {widths[0]} channels of boxes and {widths[1]} of classes, which may be those of several anchors; if they are "

@@ -2,8 +2,9 @@
 
 Two outputs, deltas ``[B, N, 4]`` and scores ``[B, N, C]``, where the anchors of a cell lie side by side, or two for each level,
 ``[B, 4 * A, rows, columns]`` and ``[B, C * A, rows, columns]``. A file does not show its anchors, so that it is read only if the user names
-the family; without `anchors` they are those that its authors use. The anchors of RetinaNet (torchvision's and mmdetection's) lie around the
-low corner of a cell, those of EfficientDet around its center, and EfficientDet's deltas are y, x, height, width.
+the family; without `anchors` they are those that its authors use. The anchors of RetinaNet (torchvision's, in whole pixels; those of
+mmdetection are not rounded, so that they must be given) lie around the low corner of a cell, those of EfficientDet around its center, and
+EfficientDet's deltas are y, x, height, width.
 Sources: pytorch/vision `RetinaNet`; google/automl and zylo117/Yet-Another-EfficientDet-Pytorch.
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusenms.artifacts.preprocessing import Pixels
 from fusenms.heads.base import HeadSpec, Mismatch
-from fusenms.heads.level_outputs import STRIDES, not_distances
+from fusenms.heads.level_outputs import STRIDES, in_pixels, not_distances
 from fusenms.heads.probe import Probe, Sample, are_probabilities, map_before
 from fusenms.layout import Activation, Distances, Join, KeypointTerms, Layout, Tap, cells_along
 
@@ -40,6 +40,8 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         return Mismatch(f"found scores from {scores.min():.3g} to {scores.max():.3g}; expected probabilities")
     if reason := not_distances(np.concatenate(rows[4])):
         return Mismatch(reason)
+    if 10 in rows and in_pixels(rows[10], strides, probe.raw.image):
+        return Mismatch("its landmarks are in pixels, not in strides; describe them by a layout")
     joins, activation = [], Activation.NONE
     for width, some in sorted(by_width.items()):
         maps = [map_before(probe, some[stride].tensor, ANCHORS, through_sigmoid=width == 1) for stride in strides]

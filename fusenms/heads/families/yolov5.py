@@ -13,7 +13,7 @@ from fusenms.heads.anchors import by_level
 from fusenms.heads.base import HeadSpec, Mismatch
 from fusenms.heads.late_decode import earliest_anchors
 from fusenms.heads.level_outputs import STRIDES
-from fusenms.heads.probe import Probe, box_format, hold_labels
+from fusenms.heads.probe import Probe, box_format, hold_labels, producers_of
 from fusenms.heads.task_outputs import task_channels, task_terms
 from fusenms.layout import Activation, AnchorBoxes, Join, Layout, Tap, cells_along
 
@@ -22,6 +22,8 @@ ANCHORS = 3
 LEVELS = "fusenms/head"
 COCO = 80
 """Classes of the data set that most files without class names were trained on."""
+SHOWN = (1, COCO)
+"""Numbers of channels after the objectness that are taken for classes without class names: a single one cannot be anything else."""
 
 
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
@@ -30,7 +32,7 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     With anchors, recognize its levels before the decode: ``[B, A * (5 + C), rows, columns]`` or ``[B, A, rows, columns, 5 + C]`` each.
     """
     if probe.anchors is not None:
-        return _match_levels(probe, probe.anchors)
+        return _match_levels(probe, certain, probe.anchors)
     _, maps = probe.split_prototypes()
     maps = maps if len(maps) == 1 else []  # several are raw levels
     extra = task_channels(probe, maps)
@@ -56,11 +58,8 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         decode = box_format(rows[:, :4], grid, probe.sides)
         if decode is None:
             return Mismatch("the first four channels are not boxes that follow the cells of the image")
-        if certain and not names and classes not in (1, COCO):  # a single one cannot be anything else
-            return Mismatch(
-                f"nothing shows that all {classes} channels after the objectness are classes (no class names in the metadata, and not "
-                f"the {COCO} of COCO); if they are, say family={NAME!r}"
-            )
+        if certain and not names and classes not in SHOWN:
+            return Mismatch(_unshown(classes))
         boxes, objectness, scores = (Tap(sample.tensor, 2, *span) for span in ((0, 4), (4, 5), (5, 5 + classes)))
         terms = task_terms(probe, Tap(sample.tensor, 2, 5 + classes, shape[2]) if extra else None, maps)
         decoded = Layout(NAME, boxes, scores, objectness, Activation.NONE, decode, **terms)
@@ -72,6 +71,22 @@ def match(probe: Probe, certain: bool) -> Layout | Mismatch:
         else f"found outputs of shape {shapes}, which may be the levels of an anchor head before its decode; a file does not show its "
         "anchors, so give them: anchors='yolov5', or widths and heights"
     )
+
+
+def _unshown(classes: int) -> str:
+    return (
+        f"nothing shows that all {classes} channels after the objectness are classes, and not landmarks or masks (no class names in the "
+        f"metadata, and not the {COCO} of COCO); if they are, say family={NAME!r}"
+    )
+
+
+def _before_sigmoid(probe: Probe) -> list[str]:
+    """Names of the outputs, or of what they are the sigmoids of, as in exports for NPUs: the decode has a sigmoid of its own."""
+    producers = producers_of(probe.raw.model.graph)
+    nodes = [producers.get(sample.tensor) for sample in probe.samples]
+    if all(node is not None and node.op_type == "Sigmoid" for node in nodes):
+        return [node.input[0] for node in nodes if node is not None]
+    return [sample.tensor for sample in probe.samples]
 
 
 def _may_be_levels(probe: Probe) -> bool:
@@ -97,7 +112,7 @@ def _strides(probe: Probe, shapes: Sequence[tuple[int, ...]]) -> list[int]:
     return found
 
 
-def _match_levels(probe: Probe, anchors: tuple[float, ...]) -> Layout | Mismatch:
+def _match_levels(probe: Probe, certain: bool, anchors: tuple[float, ...]) -> Layout | Mismatch:
     shapes = [sample.value.shape for sample in probe.samples]
     strides = _strides(probe, shapes)
     sizes = by_level(anchors, len(shapes))
@@ -120,7 +135,9 @@ def _match_levels(probe: Probe, anchors: tuple[float, ...]) -> Layout | Mismatch
         return Mismatch(
             f"found {width - 5} channels after box and objectness, but {len(names)} class names in the metadata"
         )
-    levels = sorted(zip(strides, (sample.tensor for sample in probe.samples), strict=True))
+    if certain and not names and width - 5 not in SHOWN:
+        return Mismatch(_unshown(width - 5))
+    levels = sorted(zip(strides, _before_sigmoid(probe), strict=True))
     join = Join(LEVELS, tuple(name for _, name in levels), 2, width, each if len(shapes[0]) == 4 else 1)
     boxes, objectness, classes = (Tap(LEVELS, 2, *span) for span in ((0, 4), (4, 5), (5, width)))
     decode = AnchorBoxes(tuple(stride for stride, _ in levels), sizes)

@@ -26,7 +26,7 @@ MAX_CELL_OFFSET, MAX_LOG_SIZE = 20.0, 8.0
 def match(probe: Probe, certain: bool) -> Layout | Mismatch:
     """Recognize an output with one candidate per cell and objectness, or three outputs for each level."""
     if len(probe.samples) > 3:
-        return _match_levels(probe)
+        return _match_levels(probe, certain)
     layout = _match(probe, certain, NAME)
     if isinstance(layout, Layout) and certain and _objectness_is_one(probe):
         return Mismatch(f"the objectness is always 1, as in {V6}")
@@ -83,7 +83,7 @@ def _match(probe: Probe, certain: bool, name: str) -> Layout | Mismatch:
     return Mismatch("the first four channels are neither boxes in pixels of the input nor offsets to the cells")
 
 
-def _match_levels(probe: Probe) -> Layout | Mismatch:
+def _match_levels(probe: Probe, certain: bool) -> Layout | Mismatch:
     groups = score_box_groups(probe)
     if isinstance(groups, str):
         return Mismatch(groups)
@@ -92,6 +92,11 @@ def _match_levels(probe: Probe) -> Layout | Mismatch:
     if not (terms < 0).any() or not _are_offsets(terms):
         return Mismatch(
             "the four box channels are not offsets to the cells: none is below 0, or some are far too large"
+        )
+    if certain and not (terms[:, 2:] < 0).any():
+        return Mismatch(
+            "none of the channels of sizes is below 0, so they may be sizes, not their logarithms; if they are logarithms, say "
+            f"family={NAME!r}"
         )
     strides = tuple(level.stride for level in boxes)
     if strides != STRIDES:
