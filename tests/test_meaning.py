@@ -164,6 +164,7 @@ NORMALIZED = Layout(
 @pytest.mark.parametrize(
     ("change", "layout", "message"),
     [
+        (lambda b, s: (b / (b > 2), s), NORMALIZED, "100% of its boxes are NaN or infinite on a test image"),
         (lambda b, s: (b * 160, s), NORMALIZED, "sides of the image, so that they are in pixels, not normalized"),
         (
             lambda b, s: (b, s),

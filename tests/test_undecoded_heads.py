@@ -10,6 +10,7 @@ import pytest
 import torch
 from raw_heads import LAYOUTS, SIZE
 from third_party import CLASSES
+from third_party_exports import AnchorDecoded, Decoded, write
 from third_party_levels import AnchorLevels, Deltas, OneClass, PicoDet, Scrfd, YoloxLevels
 
 from fusenms import fuse, load, recognize
@@ -186,3 +187,17 @@ class LandmarksInPixels(Scrfd):
 def test_box_terms_of_another_kind_are_refused(tmp_path, module, why):
     with pytest.raises(HeadNotRecognizedError, match=why):
         recognize(load(export(module(), tmp_path / "m.onnx")))
+
+
+@pytest.mark.parametrize(
+    ("module", "family", "why"),
+    [
+        (Decoded, "yolov8", "its boxes need no anchors; leave them out"),
+        (AnchorDecoded, "yolov5", "which are decoded already; leave the anchors out"),
+    ],
+)
+def test_anchors_that_mean_nothing_are_refused(tmp_path, module, family, why):
+    raw = load(write(module(), tmp_path / "m.onnx"))
+    assert recognize(raw, family).family == family
+    with pytest.raises(HeadNotRecognizedError, match=why):
+        recognize(raw, family, anchors="yolov5")

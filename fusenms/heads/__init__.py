@@ -35,7 +35,7 @@ from fusenms.heads.families.yolov8 import YOLOV8
 from fusenms.heads.families.yolox import YOLOV6, YOLOX
 from fusenms.heads.families.yunet import YUNET
 from fusenms.heads.probe import Probe
-from fusenms.layout import Layout
+from fusenms.layout import AnchorBoxes, AnchorDeltas, Layout
 from fusenms.onnx_reading import untrusted
 
 HEADS: tuple[HeadSpec, ...] = (
@@ -165,8 +165,14 @@ def _listed(reasons: dict[str, str]) -> str:
 
 
 def _match(head: HeadSpec, probe: Probe, certain: bool) -> Layout | Mismatch:
-    """Match one family. Its layout must account for everything that the model gives."""
+    """Match one family. Its layout must account for everything that the model gives, and use the anchors that are given."""
     result = head.match(probe, certain)
+    if (
+        isinstance(result, Layout)
+        and probe.anchors is not None
+        and not isinstance(result.decode, (AnchorBoxes, AnchorDeltas))
+    ):
+        return Mismatch("its boxes need no anchors; leave them out")
     reason = left_over(probe, result) if isinstance(result, Layout) else None
     return Mismatch(reason) if reason else result
 

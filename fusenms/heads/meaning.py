@@ -153,7 +153,10 @@ def _wrong_scores(found: Slide) -> str | None:
 def _wrong_boxes(found: Slide) -> str | None:
     layout = found.head.layout
     terms = _channels(found, layout.boxes)
-    terms = terms[np.isfinite(terms).all(1)]
+    finite = np.isfinite(terms).all(1)
+    if finite.mean() < 0.5:
+        return f"{1 - finite.mean():.0%} of its boxes are NaN or infinite on a test image"
+    terms = terms[finite]
     decode = layout.decode
     if not len(terms) or not terms.any():
         return None

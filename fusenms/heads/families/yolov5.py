@@ -114,6 +114,10 @@ def _strides(probe: Probe, shapes: Sequence[tuple[int, ...]]) -> list[int]:
 
 def _match_levels(probe: Probe, certain: bool, anchors: tuple[float, ...]) -> Layout | Mismatch:
     shapes = [sample.value.shape for sample in probe.samples]
+    if any(len(shape) == 3 and probe.grid(ANCHORS, shape[1]) is not None for shape in shapes):
+        return Mismatch(
+            f"found outputs of shape {list(map(list, shapes))}, which are decoded already; leave the anchors out"
+        )
     strides = _strides(probe, shapes)
     sizes = by_level(anchors, len(shapes))
     if isinstance(sizes, str):
