@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
     from fusenms.config import PostprocessConfig
+    from fusenms.deployment import deploy
     from fusenms.diagnosis import doctor
     from fusenms.editing import edit, expose, extract, restamp
     from fusenms.engines import Engine, EngineSettings, build_engine
@@ -37,6 +38,7 @@ _HOMES = {
     "RawModel": "fusenms.artifacts.raw",
     "Report": "fusenms.artifacts.report",
     "build_engine": "fusenms.engines",
+    "deploy": "fusenms.deployment",
     "doctor": "fusenms.diagnosis",
     "edit": "fusenms.editing",
     "expose": "fusenms.editing",
@@ -64,6 +66,7 @@ __all__ = [
     "RawModel",
     "Report",
     "build_engine",
+    "deploy",
     "doctor",
     "edit",
     "expose",

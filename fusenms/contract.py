@@ -74,6 +74,8 @@ KEY_SUPPRESSION: Final = "fusenms.suppression"
 KEY_SOURCE: Final = "fusenms.source"
 KEY_NOTES: Final = "fusenms.notes"
 KEY_VERIFICATION: Final = "fusenms.verification"
+KEY_NCNN: Final = "fusenms.ncnn"
+"""SHA-256 of the files of ncnn that a tail belongs to."""
 # Metadata keys of Ultralytics, written so that its tools still read the file.
 KEY_NAMES: Final = "names"
 KEY_STRIDE: Final = "stride"

@@ -125,9 +125,13 @@ def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
         raise SourceError(
             f"{path}: not a fused model (it has no {contract.KEY_BACKEND} metadata); make one with: python -m fusenms {path}"
         )
+    if contract.KEY_NCNN in metadata:
+        raise SourceError(
+            f"{path}: is the last part of a model for ncnn; give its folder to Detector or to the command detect"
+        )
     with untrusted(path, "reading its metadata"):
         try:
-            fused = _from_metadata(model, metadata, limits)
+            fused = from_metadata(model, metadata, limits)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError) as error:
             raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
         check_graph(path, fused)
@@ -136,7 +140,12 @@ def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
     return fused
 
 
-def _from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Limits) -> FusedModel:
+def from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Limits) -> FusedModel:
+    """Return a fused model as its metadata say; its graph is not checked.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError: the metadata are incomplete or damaged.
+    """
     image = ImageInput(**read_json(metadata[contract.KEY_IMAGE], limits))
     if max(image.height, image.width, image.stride) > limits.max_image_side:
         raise ValueError(

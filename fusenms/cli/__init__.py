@@ -15,6 +15,7 @@ from fusenms._version import __version__
 from fusenms.cli import (
     bench,
     demo,
+    deploy,
     detect,
     doctor,
     edit,
@@ -37,7 +38,22 @@ from fusenms.safety.text import printable, printable_lines
 
 COMMANDS = {
     module.NAME: module
-    for module in (fuse, inspect, verify, engine, detect, families, bench, demo, doctor, expose, extract, edit, restamp)
+    for module in (
+        fuse,
+        inspect,
+        verify,
+        engine,
+        deploy,
+        detect,
+        families,
+        bench,
+        demo,
+        doctor,
+        expose,
+        extract,
+        edit,
+        restamp,
+    )
 }
 USAGE = """fusenms WEIGHTS [--backend {backends}] [-o FILE] [options]
        fusenms {commands} ..."""

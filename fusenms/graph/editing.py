@@ -76,7 +76,9 @@ def extracted(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[s
         _detach(tensors[name])
     graph.inputs = [tensors[name] for name in dict.fromkeys([*inputs, *own])]
     graph.outputs = [tensors[name] for name in dict.fromkeys(outputs)]
-    graph.cleanup(remove_unused_graph_inputs=True).toposort()
+    graph.cleanup(
+        recurse_subgraphs=False, remove_unused_graph_inputs=True
+    ).toposort()  # a loop has inputs that its body may not use
     left = {tensor.name for tensor in graph.inputs}
     if missing := [name for name in own if name in left and name not in inputs]:
         raise ConfigError(f"outputs depend on {', '.join(missing)} too; add it to inputs, or choose inputs behind it")

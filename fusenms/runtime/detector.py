@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -21,14 +20,14 @@ from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.images import Placement, is_single, letterbox, read_image, stretched, to_tensor
 from fusenms.runtime.masks import Masks, logits_of
-from fusenms.safety.files import open_regular
+from fusenms.runtime.ncnn import TAIL, NcnnRunner, load_ncnn, sha256
 from fusenms.safety.text import printable
 
 _LOG = logging.getLogger(__name__)
 
 
 class Detector:
-    """A fused model, open in ONNX Runtime. Calling and closing it are thread-safe.
+    """A fused model, open in ONNX Runtime, or deployed for ncnn. Calling and closing it are thread-safe.
 
     with Detector("yolov8n.ort.onnx") as detect:
         for found in detect(["a.jpg", "b.jpg"]):
@@ -57,7 +56,7 @@ class Detector:
         threads: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """Open a fused file.
+        """Open a fused file, or a folder that `fusenms.deploy` wrote.
 
         Args:
             providers: ONNX Runtime execution providers, in order of preference.
@@ -78,8 +77,10 @@ class Detector:
             raise InputError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
-        stamp = _stamp(path)
-        fused = load_fused(path, limits=limits)
+        stamp, deployed = _stamp(path), os.path.isdir(path)
+        if deployed and tuple(providers) != ("CPUExecutionProvider",):
+            raise InputError(f"providers is {list(providers)!r}; expected none for ncnn, which runs on the CPU")
+        fused = load_ncnn(path, limits) if deployed else load_fused(path, limits=limits)
         plugins = {node.domain for node in fused.model.graph.node} - {"", "ai.onnx"}
         if plugins and not get_backend(fused.backend).runs_on_onnxruntime:
             raise UnsupportedByBackendError(
@@ -96,8 +97,12 @@ class Detector:
             "providers": tuple(providers), "batch_size": batch_size, "threads": threads, "limits": limits,
         }  # fmt: skip
         self._process = None if threads == 1 else os.getpid()
-        self._runner: OnnxRuntimeRunner | None = OnnxRuntimeRunner(
-            fused.model, tuple(providers), threads, source=str(path), max_seconds=limits.max_run_seconds
+        self._runner: OnnxRuntimeRunner | NcnnRunner | None = (
+            NcnnRunner(path, fused, threads)
+            if deployed
+            else OnnxRuntimeRunner(
+                fused.model, tuple(providers), threads, source=str(path), max_seconds=limits.max_run_seconds
+            )
         )
 
     def __enter__(self) -> Detector:
@@ -174,7 +179,7 @@ class Detector:
         except MemoryError as error:
             raise InputError("not enough memory for the image; expected a smaller one") from error
 
-    def _open_runner(self) -> OnnxRuntimeRunner:
+    def _open_runner(self) -> OnnxRuntimeRunner | NcnnRunner:
         runner = self._runner
         if runner is None:
             raise InputError("the detector is closed; open the file again")
@@ -195,7 +200,7 @@ class Detector:
             ) from error
 
     def _infer(
-        self, runner: OnnxRuntimeRunner, canvases: list[np.ndarray], places: list[Placement]
+        self, runner: OnnxRuntimeRunner | NcnnRunner, canvases: list[np.ndarray], places: list[Placement]
     ) -> list[Detections]:
         filled = canvases + canvases[-1:] * ((self._image.batch or 0) - len(canvases))
         outputs = runner.infer(to_tensor(filled))
@@ -278,18 +283,19 @@ class Detector:
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
     """Identity, size and time of a file, which show whether it was replaced or changed. None if there is no file."""
     try:
-        status = os.stat(path)
+        status = os.stat(_checked(path))
     except (OSError, ValueError, TypeError):
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def _checked(path: str | os.PathLike[str]) -> str:
+    """The file itself, or that of a folder which holds the sums of the others."""
+    return os.path.join(path, TAIL) if os.path.isdir(path) else os.fspath(path)
+
+
 def _sha256(path: str, limits: Limits) -> str:
-    digest = hashlib.sha256()
-    with open_regular(Path(path), limits.max_file_bytes) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256(Path(_checked(path)), limits)
 
 
 def _reopen(path: str, sha256: str, settings: dict[str, Any]) -> Detector:
