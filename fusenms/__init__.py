@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.fused import FusedModel, load_fused
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
+    from fusenms.comparison import Comparison, compare
     from fusenms.config import PostprocessConfig
     from fusenms.diagnosis import doctor
     from fusenms.editing import edit, expose, extract, restamp
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fusenms.verification.checks import verify
 
 _HOMES = {
+    "Comparison": "fusenms.comparison",
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
     "Engine": "fusenms.engines",
@@ -37,6 +39,7 @@ _HOMES = {
     "RawModel": "fusenms.artifacts.raw",
     "Report": "fusenms.artifacts.report",
     "build_engine": "fusenms.engines",
+    "compare": "fusenms.comparison",
     "doctor": "fusenms.diagnosis",
     "edit": "fusenms.editing",
     "expose": "fusenms.editing",
@@ -51,6 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "Detections",
     "Detector",
     "Engine",
@@ -64,6 +68,7 @@ __all__ = [
     "RawModel",
     "Report",
     "build_engine",
+    "compare",
     "doctor",
     "edit",
     "expose",
