@@ -182,6 +182,17 @@ def test_overflow_of_half_precision_is_named(folder, tmp_path):
     assert found.parting.b.name in ("half", "back") or found.parting.b.node in ("to_half", "back", "small"), found
 
 
+def test_overflow_is_named_although_the_output_is_equal(tmp_path):
+    head = '<ir_version: 8, opset_import: ["" : 17]> g (float[b, 3, 64, 64] images) => (float[b, 3, 64, 64] y)'
+    start = "{ f = Constant <value = float {1e6}> ()  m = Mul (images, f) "
+    half = "half = Cast <to = 10> (m)  back = Cast <to = 1> (half)  y = Sigmoid (back) }"
+    for name, rest in (("a", "n = Neg (m)  p = Neg (n)  y = Sigmoid (p) }"), ("b", half)):
+        onnx.save(onnx.parser.parse_model(f"{head} {start} {rest}"), tmp_path / f"{name}.onnx")
+    found = compare(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert not found
+    assert found.parting.b.name == "half", found
+
+
 @pytest.mark.parametrize("settings", [{}, {"do_constant_folding": False}, {"opset_version": 13}])
 def test_exports_of_one_module_are_equal(tmp_path, settings):
     exported(tmp_path / "net.onnx", **settings)

@@ -104,6 +104,12 @@ class _Comparing:
             for side, names, other in (("A", left[0], "B"), ("B", left[1], "A")):
                 self.notes += [f"output {name} of {side} has no counterpart in {other}: not compared" for name in names]
         self.notes += _hidden(tracing) if equal else []
+        self.notes += [
+            f"output {a.places[i].name}: rounding of this precision may change it by {100 * tracing.gaps[i, j].tolerance:.0f} % "
+            "of its largest value, so that it decides nothing"
+            for i, j in paired
+            if tracing.gaps[i, j].state is State.UNSTABLE
+        ]
         return Comparison(
             a=self.targets[0].name,
             b=self.targets[1].name,
@@ -255,6 +261,12 @@ class _Comparing:
             (bad[0] + list(tracing.a.run.outputs.values()), bad[1] + list(tracing.b.run.outputs.values()))
         )
         a, b = tracing.a, tracing.b
+        if any(
+            side.run.places[n].operator == "Cast"
+            for side, some in zip((a, b), bad, strict=True)
+            for n in _overflows(side, some)
+        ):
+            return True  # a mask may hold infinities, a conversion makes none
         return any(b.near.get(j) is not None and a.sketches[b.near[j]].finite for j in bad[1]) or any(
             a.near.get(i) is not None and b.sketches[a.near[i]].finite for i in bad[0]
         )
@@ -292,7 +304,10 @@ def _first(tracing: Tracing, regions: tuple[list[int], list[int]]) -> Parting | 
         b_since=_since(b, j),
         error=None if gap is None else gap.error,
         tolerance=0.0 if gap is None else gap.tolerance,
-        hints=() if i is None else (*_missing(a, i, b, j), *differences(a.run, i, b.run, j)),
+        hints=(
+            *(["its result is not finite, and what it is computed from is"] if j in bad else []),
+            *(() if i is None else (*_missing(a, i, b, j), *differences(a.run, i, b.run, j))),
+        ),
         others=len(set(paired) - {first}),
     )
 

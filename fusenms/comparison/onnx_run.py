@@ -62,6 +62,7 @@ class OnnxRun:
             for entry in (*graph.value_info, *graph.output, *graph.input)
             if entry.type.WhichOneof("value") == "tensor_type"
         }
+        self._sessions: dict[float, Session] = {}
         self.nodes: dict[int, onnx.NodeProto] = {}
         self.places = self._places()
         self.numbers = {place.name: place.number for place in self.places}
@@ -95,10 +96,7 @@ class OnnxRun:
     def reader(self, numbers: Sequence[int], jitter: float = 0.0) -> Read:
         names = [self.places[number].name for number in numbers]
         inner = [name for name in dict.fromkeys(names) if name != self._image]
-        model = part_before(self.model, inner)
-        if jitter:
-            model = self._jittered(model, jitter)
-        session = Session(model, source=self.source, max_seconds=self._limits.max_run_seconds)
+        session = self._session(inner, jitter)
 
         def read(image: np.ndarray) -> list[np.ndarray]:
             images = self._pixels.apply(image).repeat(self._batch, 0)
@@ -107,6 +105,18 @@ class OnnxRun:
             return [self._first(np.asarray(values[name])) for name in names]
 
         return read
+
+    def _session(self, tensors: Sequence[str], jitter: float) -> Session:
+        """A session that gives these tensors: the last one with this jitter, if it gives them too."""
+        held = self._sessions.get(jitter)
+        if held is not None and set(tensors) <= set(held.outputs):
+            return held
+        model = part_before(self.model, tensors)
+        if jitter:
+            model = self._jittered(model, jitter)
+        opened = Session(model, source=self.source, max_seconds=self._limits.max_run_seconds)
+        self._sessions[jitter] = opened
+        return opened
 
     def _first(self, value: np.ndarray) -> np.ndarray:
         """Of a fixed batch of copies, one."""

@@ -137,14 +137,16 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def _around(rows: Sequence[Row], parting: Parting, count: int) -> Sequence[Row]:
     at = next((i for i, row in enumerate(rows) if row.state == "apart" and row.b == parting.b), None)
+    if at is None and parting.b is not None:
+        at = sum(row.b.number < parting.b.number for row in rows)
     if at is None:
         at = next((i for i, row in enumerate(rows) if row.state == "apart"), 0)
     return rows[max(0, at - count) : at + count + 1]
 
 
 def _parting_lines(found: Parting) -> list[tuple[str, str]]:
-    how = "has no counterpart" if found.error is None else f"differs by {_share(found.error)} of its largest value"
-    lines = [("parts", f"{how}; rounding: up to {_share(found.tolerance)}")]
+    how = f"differs by {_share(found.error or 0)} of its largest value; rounding: up to {_share(found.tolerance)}"
+    lines = [("parts", "all before it is equal, and it has no counterpart" if found.error is None else how)]
     for side, place, since in (("A", found.a, found.a_since), ("B", found.b, found.b_since)):
         if place is None:
             lines.append((f"parts {side}", " → ".join(map(str, since)) or "nothing stands there"))

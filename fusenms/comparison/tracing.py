@@ -18,7 +18,7 @@ from enum import Enum
 import numpy as np
 
 from fusenms.comparison.alignment import Sketch, candidates, distances, in_order, joined, largest_share, sketch
-from fusenms.comparison.runs import IMAGES, Read, Run
+from fusenms.comparison.runs import FLOAT32, IMAGES, Read, Run
 
 ROUNDINGS = 4
 """Size of the jitter behind each operator, in units of the precision."""
@@ -149,7 +149,7 @@ class Tracing:
 
     def begins(self, number: int) -> int:
         """The place of the second run where the difference of this one begins: the first before it from which all are suspicious."""
-        found, todo = {number}, [number]
+        found, todo = {number}, [number] if self.unit <= FLOAT32 else []
         while todo:
             for before in self.b.run.places[todo.pop()].inputs:
                 gap = self.gaps.get((self.b.equal.get(before, -1), before))
