@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.fused import FusedModel, load_fused
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
+    from fusenms.comparison import Comparison, compare
     from fusenms.config import PostprocessConfig
     from fusenms.deployment import deploy
     from fusenms.diagnosis import doctor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fusenms.verification.checks import verify
 
 _HOMES = {
+    "Comparison": "fusenms.comparison",
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
     "Engine": "fusenms.engines",
@@ -38,6 +40,7 @@ _HOMES = {
     "RawModel": "fusenms.artifacts.raw",
     "Report": "fusenms.artifacts.report",
     "build_engine": "fusenms.engines",
+    "compare": "fusenms.comparison",
     "deploy": "fusenms.deployment",
     "doctor": "fusenms.diagnosis",
     "edit": "fusenms.editing",
@@ -53,6 +56,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "Detections",
     "Detector",
     "Engine",
@@ -66,6 +70,7 @@ __all__ = [
     "RawModel",
     "Report",
     "build_engine",
+    "compare",
     "deploy",
     "doctor",
     "edit",

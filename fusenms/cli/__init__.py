@@ -14,6 +14,7 @@ from typing import NoReturn
 from fusenms._version import __version__
 from fusenms.cli import (
     bench,
+    compare,
     demo,
     deploy,
     detect,
@@ -49,6 +50,7 @@ COMMANDS = {
         bench,
         demo,
         doctor,
+        compare,
         expose,
         extract,
         edit,
@@ -112,7 +114,8 @@ def limit_argument(text: str) -> tuple[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Return 0 (done) or 1 (a FusenmsError, with one message). A usage error raises SystemExit with code 2.
+    """Run the command line. Return 0 (done) or 1 (a FusenmsError, with one message; 2 from compare). A usage error raises SystemExit with
+    code 2.
 
     A command finishes its work even if its output cannot be written, and then returns 1 with a message. A closed pipe is no error.
     """
@@ -156,7 +159,7 @@ def _run(words: list[str]) -> int:
         if args.json:
             print(json.dumps({"error": type(error).__name__, "message": message}))
         print(f"fusenms: {printable_lines(message)}", file=sys.stderr)
-        return 1
+        return getattr(COMMANDS[args.command], "STATUS_OF_ERRORS", 1)
     except KeyboardInterrupt:
         print("fusenms: stopped", file=sys.stderr)
         return 130

@@ -40,7 +40,7 @@ def examine_target(target: str, size: Size | None = None, limits: Limits = DEFAU
     if mark and file.endswith(".py"):
         from fusenms.diagnosis.examination import examine
 
-        return examine(_module_of(Path(file), name), size or (640, 640), source=target)
+        return examine(module_of(Path(file), name), size or (640, 640), source=target)
     path = Path(target)
     if path.suffix == ".py":
         raise ConfigError(f"{target}: expected FILE.py:NAME, where NAME() gives the module")
@@ -52,7 +52,7 @@ def examine_target(target: str, size: Size | None = None, limits: Limits = DEFAU
     return examine(network.module, size or network.size, sizes=network.open_size, source=network.source)
 
 
-def _module_of(path: Path, name: str) -> Any:
+def module_of(path: Path, name: str) -> Any:
     """Run a file, and return what its function or class of this name gives."""
     if not path.is_file():
         raise SourceError(f"{path}: no such file; expected FILE.py:NAME")

@@ -21,6 +21,8 @@ DATA_MOVEMENT_OPS = (
     "Unsqueeze",
 )
 """Operators that only move values."""
+SHAPE_OPS = ("Shape", "Size")
+"""Operators whose result does not depend on values."""
 
 
 def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
@@ -43,6 +45,48 @@ def with_only_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.Mo
     del copy.graph.output[:]
     copy.graph.output.extend(kept)
     return copy
+
+
+def part_before(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """Return the part of the model that some tensors are computed by. They are its only outputs.
+
+    Unlike `with_only_outputs`, it takes tensors of any type, and has no other nodes.
+    """
+    producers = {name: node for node in model.graph.node for name in node.output}
+    needed, todo = set[str](), list(tensors)
+    while todo:
+        name = todo.pop()
+        if name not in needed:
+            needed.add(name)
+            node = producers.get(name)
+            todo += [*node.input, *captured(node)] if node is not None else []
+    part = onnx.ModelProto(
+        ir_version=model.ir_version,
+        opset_import=model.opset_import,
+        functions=model.functions,
+        metadata_props=model.metadata_props,
+    )
+    graph = part.graph
+    graph.name = model.graph.name or "part"
+    graph.node.extend(node for node in model.graph.node if needed.intersection(node.output))
+    graph.initializer.extend(item for item in model.graph.initializer if item.name in needed)
+    graph.sparse_initializer.extend(item for item in model.graph.sparse_initializer if item.values.name in needed)
+    graph.input.extend(entry for entry in model.graph.input if entry.name in needed)
+    graph.value_info.extend(entry for entry in model.graph.value_info if entry.name in needed)
+    known = {entry.name: entry for entry in (*model.graph.value_info, *model.graph.output, *model.graph.input)}
+    graph.output.extend(
+        known.get(name) or onnx.helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(tensors)
+    )
+    return part
+
+
+def captured(node: onnx.NodeProto) -> list[str]:
+    """Names that the subgraphs of a node use."""
+    graphs = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    inner = [item for graph in graphs for item in graph.node]
+    return [name for item in inner for name in (*item.input, *captured(item))] + [
+        output.name for graph in graphs for output in graph.output
+    ]
 
 
 def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:

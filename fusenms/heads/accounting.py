@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import onnx
 
+from fusenms.graph.model import SHAPE_OPS, captured
 from fusenms.heads.probe import MOVING_OPS, Probe, channels_of, producers_of, sum_to_one
 from fusenms.layout import Layout
 
 NEARLY_ALL = 0.99
-SHAPE_OPS = ("Shape", "Size")
-"""Operators whose result does not depend on values."""
 
 
 def left_over(probe: Probe, layout: Layout) -> str | None:
@@ -75,7 +74,7 @@ def _ancestors(names: Iterable[str], producers: Mapping[str, onnx.NodeProto], st
         node = producers.get(name)
         if name in end or node is None or node.op_type in SHAPE_OPS:
             continue
-        todo += [*node.input, *_captured(node)]
+        todo += [*node.input, *captured(node)]
     return found
 
 
@@ -96,12 +95,3 @@ def _moved_from(names: Iterable[str], producers: Mapping[str, onnx.NodeProto]) -
             todo += [name for name in moved if name not in found]
             found |= set(moved)
     return found
-
-
-def _captured(node: onnx.NodeProto) -> list[str]:
-    """Names that the subgraphs of a node use."""
-    graphs = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
-    inner = [item for graph in graphs for item in graph.node]
-    return [name for item in inner for name in (*item.input, *_captured(item))] + [
-        output.name for graph in graphs for output in graph.output
-    ]

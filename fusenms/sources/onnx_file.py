@@ -43,13 +43,25 @@ def load_onnx(path: Path, options: LoadOptions) -> RawModel:
     """
     model = read_onnx(path, options.limits)
     with untrusted(path, "reading"):
+        _refuse_fused(path, model, read_metadata(model))
+        return _load(path, model, options)
+
+
+def load_any_onnx(path: Path, options: LoadOptions) -> RawModel:
+    """Read an ONNX file like `load_onnx`, also one that holds a non-maximum suppression. It is for running, not for fusing.
+
+    Raises:
+        SourceError: the file is unreadable, exceeds a limit, or has other inputs than one batch of images.
+        ConfigError: the size contradicts the file.
+    """
+    model = read_onnx(path, options.limits)
+    with untrusted(path, "reading"):
         return _load(path, model, options)
 
 
 def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
     limits, dynamic_size = options.limits, options.dynamic_size
     metadata = read_metadata(model)
-    _refuse_fused(path, model, metadata)
     model = _without_outputs(path, model, options.ignore)
     opset = opset_of(model)
     if opset < OLDEST:
