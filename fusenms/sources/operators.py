@@ -76,8 +76,15 @@ def register_operator(
         BackendUnavailableError: PyTorch is not installed.
 
     Example:
-        >>> import fusenms
+        >>> import torch, fusenms
+        >>> class Net(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.hypot(x, x + 1)
+        >>> fusenms.doctor(Net(), torch.zeros(1, 3, 64, 64)).findings[0].kind
+        'unsupported-operator'
         >>> fusenms.register_operator("aten::hypot", lambda op, a, b: op.Sqrt(op.Add(op.Mul(a, a), op.Mul(b, b))))
+        >>> bool(fusenms.doctor(Net(), torch.zeros(1, 3, 64, 64)))
+        True
         >>> fusenms.register_operator("aten::hypot", None)
     """
     try:
