@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from third_party import SIZE, YoloNas
+from third_party import SIZE, PpYoloe, YoloNas, write
 
 import fusenms
 from fusenms import contract
@@ -21,8 +21,10 @@ from fusenms.cli import main
 from fusenms.errors import ConfigError, InputError, SourceError, UnsupportedOperatorError
 from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.custom_ops import current_libraries
+from fusenms.graph.editing import Op
 from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap
 
+pytestmark = pytest.mark.slow
 LAYOUT = Layout("own", Tap("boxes", 2, 0, 4), Tap("scores", 2, 0, 3), None, Activation.NONE, Decoded(BoxFormat.XYXY))
 EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 SETTINGS = {"example": EXAMPLE, "layout": LAYOUT, "score_threshold": 0.01}
@@ -134,12 +136,22 @@ def test_memory_is_measured_with_a_library(files, library):
         assert peak_memory(files / "fused.onnx", "whole", 1) is not None or not Path("/proc/self/clear_refs").exists()
 
 
-@pytest.mark.slow
 def test_child_process_takes_a_library(files, library, capfd):
     words = ["verify", str(files / "fused.onnx"), "--batch", "1", "--isolate"]
     assert main(words) == 1
     assert main([*words, "--custom-ops", str(library)]) == 0
     assert "0 mismatches" in capfd.readouterr().out
+
+
+def test_isolated_reading_takes_a_library(library, tmp_path):
+    """The values of its second input are computed while it is read."""
+    write(PpYoloe(), tmp_path / "raw.onnx")
+    inserted = {"images": Op(SCALE, attributes={"k": 1.0})}
+    fusenms.edit(tmp_path / "raw.onnx", tmp_path / "scaled.onnx", insert=inserted)
+    with pytest.raises(SourceError, match=SCALE):
+        fusenms.load(tmp_path / "scaled.onnx", isolate=True)
+    with fusenms.custom_ops(library):
+        assert fusenms.load(tmp_path / "scaled.onnx", isolate=True).notes
 
 
 def test_no_file_opens_a_library(files, library, tmp_path, monkeypatch):

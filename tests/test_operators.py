@@ -27,6 +27,7 @@ from fusenms.sources import operators
 from fusenms.sources.quiet import quiet_exporters
 from fusenms.sources.unsupported import NO_WAY_OUT
 
+pytestmark = pytest.mark.slow
 PLUGIN = "com.example::Plugin"
 
 
@@ -228,10 +229,9 @@ REGISTERED = {
 }  # fmt: skip
 
 
-SOON = ("packet", "deformable attention", "function")
+SOON = ("deformable attention", "function")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "exporter"),
     [
@@ -260,7 +260,9 @@ def test_registered_operator_equals_pytorch(case, exporter):
 
 
 @pytest.mark.parametrize(
-    "exporter", [lambda *given: torchscript(*given, axes=False), torch_export], ids=["torchscript", "torch_export"]
+    "exporter",
+    [lambda *given: torchscript(*given, axes=False), pytest.param(torch_export, marks=pytest.mark.thorough)],
+    ids=["torchscript", "torch_export"],
 )
 def test_bicubic_resizing_with_scales_given_at_run_time(exporter):
     """The super-resolution network of the tutorial on deployment."""
@@ -441,12 +443,22 @@ def test_detector_with_a_registered_operator_is_fused_and_verified(case):
     fused = fusenms.fuse(Detector(lambda x: CASES[case].function(x) / 1.5), **SETTINGS, opset=17)
     assert fused.report, fused.report
     assert {node.domain for node in fused.model.graph.node} == {""}
+    assert not [note for note in fused.notes if "constant in the export" in note]
 
 
 def test_wrong_formula_is_found_by_the_comparison_with_pytorch():
     fusenms.register_operator(swish, lambda op, x, beta: op.Mul(x, op.Sigmoid(x)))
     with pytest.raises(SourceError, match="differs from PyTorch"):
         fusenms.fuse(Detector(swished), **SETTINGS)
+
+
+@pytest.mark.parametrize(("function", "operator"), [(swished, swish), (by_numpy, ByNumpy)], ids=["library", "function"])
+def test_doctor_names_a_wrong_formula_where_it_is_called(function, operator):
+    fusenms.register_operator(operator, lambda op, x, k: op.Mul(x, 3.0))
+    (finding,) = fusenms.doctor(Net(function).eval(), EXAMPLE).findings
+    assert (finding.kind, finding.line) == ("unsupported-operator", last_line(function))
+    assert "is registered" in finding.message
+    assert "register_operator" in finding.remedy
 
 
 def test_error_when_an_export_does_not_depend_on_the_image():
@@ -551,7 +563,11 @@ def test_broken_tail_behind_a_plugin_is_found(monkeypatch):
         fusenms.fuse(Detector(swished), unverified=True, **SETTINGS)
 
 
-@pytest.mark.parametrize("exporter", [torchscript, torch_export], ids=["torchscript", "torch_export"])
+@pytest.mark.parametrize(
+    "exporter",
+    [torchscript, pytest.param(torch_export, marks=pytest.mark.thorough)],
+    ids=["torchscript", "torch_export"],
+)
 def test_declared_sizes_that_change_are_open(exporter):
     """A declared shape gives fixed sizes where they do not follow from the batch or from the image."""
     fusenms.register_operator(swish, PLUGIN, shape=lambda x, beta: (x.shape[0], 5, 7), dtype=torch.int32)

@@ -27,7 +27,15 @@ from fusenms.graph.session import Session
 from fusenms.graph.unlike_images import largest_difference, unlike_images
 from fusenms.sources.export import DEFAULT_OPSET, FIRST_OPSET_OF_DYNAMO, OPSETS
 from fusenms.sources.module import flattened
-from fusenms.sources.operators import in_torch_export, in_torchscript, is_declared, made_by, opaque_functions
+from fusenms.sources.operators import (
+    FUNCTIONS,
+    in_torch_export,
+    in_torchscript,
+    is_declared,
+    is_registered,
+    made_by,
+    opaque_functions,
+)
 from fusenms.sources.quiet import quiet_exporters
 from fusenms.sources.unsupported import detail, operator_of, way_out
 
@@ -44,6 +52,7 @@ FUNCTION = (
     "stay with tensors, or, in an autograd.Function, say what it is in ONNX: fusenms.register_operator(FUNCTION, f) with a function "
     "f(op, *arguments) of ONNX operators"
 )
+REGISTERED = "correct what fusenms.register_operator was given for it, or forget it with None"
 Size = tuple[int, int]
 
 
@@ -493,6 +502,11 @@ class _Examination:
             if self._detached(reason):
                 return
             events = [event for event in self._events() if event.name in ("__setitem__", "index_put_")]
+            called = next((name for name in self.operators if is_registered(name)), "")
+            if not events and called:
+                message = f"the exported file {reason}, and {called.removeprefix(f'{FUNCTIONS}::')} is registered"
+                self._add("unsupported-operator", self.operators[called], message, REGISTERED)
+                return
             if not events and (newer := self._newer()):
                 message = f"at opset {self.opset}, the exported file {reason}"
                 remedy = f"opset {newer} gives the same as PyTorch: opset={newer}"
@@ -538,7 +552,7 @@ class _Examination:
                     (
                         p
                         for known, p in self.operators.items()
-                        if called and known.startswith(f"autograd_functions::{called}_")
+                        if called and known.startswith(f"{FUNCTIONS}::{called}_")
                     ),
                     self.forward,
                 )

@@ -43,6 +43,8 @@ _library: list[Any] = []
 _numbers = itertools.count()
 _made_by: dict[str, Registration] = {}
 """Operators of other domains that were emitted, ``domain::operator``, to their registrations."""
+FUNCTIONS = "autograd_functions"
+"""Namespace of the operators that functions become."""
 TYPES = {bool: "bool", int: "SymInt", float: "float", str: "str"}
 
 
@@ -122,6 +124,11 @@ def is_declared(operator: str) -> bool:
 def made_by(operator: str) -> str:
     """The name of the registered operator that a ``domain::operator`` was emitted for; empty if there is none."""
     return _made_by[operator].name if operator in _made_by else ""
+
+
+def is_registered(operator: str) -> bool:
+    """Whether an operator of PyTorch is registered, or is the forward of a function that is, as `opaque_functions` makes it."""
+    return operator in _registered or operator.startswith(f"{FUNCTIONS}::")
 
 
 def _name_of(operator: Any) -> str:
@@ -584,7 +591,7 @@ def _opaque(one: Registration, made: Callable[[Registration, Any], None]) -> Cal
     def kernel(*arguments: Any) -> Any:
         context = torch.autograd.function.FunctionCtx()
         context.needs_input_grad = (False,) * len(arguments)  # type: ignore[attr-defined]
-        with torch.no_grad(), _unwatched():
+        with torch.no_grad(), _untraced():
             found = real(context, *arguments) if takes_context else real(*arguments)
             return _fresh(found, arguments)
 
@@ -602,15 +609,14 @@ def _opaque(one: Registration, made: Callable[[Registration, Any], None]) -> Cal
 
 
 @contextmanager
-def _unwatched() -> Iterator[None]:
-    """Neither trace nor watch what runs in this block."""
+def _untraced() -> Iterator[None]:
+    """Do not trace what runs in this block."""
     native = _native()
     state = native._get_tracing_state()
     if state is not None:
         native._set_tracing_state(None)
     try:
-        with native.DisableTorchFunction():
-            yield
+        yield
     finally:
         if state is not None:
             native._set_tracing_state(state)
@@ -633,15 +639,15 @@ def _operator(one: Registration, kinds: Sequence[str], count: int, kernel: Calla
     import torch
 
     if not _library:
-        _library.append(torch.library.Library("autograd_functions", "DEF"))
+        _library.append(torch.library.Library(FUNCTIONS, "DEF"))
     name = f"{one.name}_{next(_numbers)}"
     returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
     arguments = ", ".join(f"{kind} a{i}" for i, kind in enumerate(kinds))
     _library[0].define(f"{name}({arguments}) -> {returns}")
     _library[0].impl(name, kernel, "CPU")
     fake = (lambda *given: _empty(one, given)) if one.shape is not None else kernel
-    torch.library.register_fake(f"autograd_functions::{name}", fake, lib=_library[0])
-    return getattr(torch.ops.autograd_functions, name).default
+    torch.library.register_fake(f"{FUNCTIONS}::{name}", fake, lib=_library[0])
+    return getattr(getattr(torch.ops, FUNCTIONS), name).default
 
 
 def _fresh(found: Any, given: Sequence[Any]) -> Any:
