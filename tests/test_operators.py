@@ -229,7 +229,7 @@ REGISTERED = {
 }  # fmt: skip
 
 
-SOON = ("deformable attention", "function")
+SOON = ("deformable attention",)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ CASES = {
     ),
     "no way out": Case(svdvals, "aten::linalg_svdvals", NO_WAY_OUT, None),
 }  # fmt: skip
-FEW = ("older opset", "function", "operator of a library")
+FEW = ("older opset", "function")
 
 
 def cases():
