@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from fusenms.editing import edit, expose, extract, restamp
     from fusenms.engines import Engine, EngineSettings, build_engine
     from fusenms.errors import FusenmsError
+    from fusenms.graph.custom_ops import custom_ops
     from fusenms.heads import recognize
     from fusenms.inspection import Inspection, inspect
     from fusenms.limits import Limits
     from fusenms.pipeline import fuse
     from fusenms.runtime import Detections, Detector
     from fusenms.sources import LoadOptions, load
+    from fusenms.sources.operators import register_operator
     from fusenms.verification.checks import verify
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "build_engine": "fusenms.engines",
     "compare": "fusenms.comparison",
     "deploy": "fusenms.deployment",
+    "custom_ops": "fusenms.graph.custom_ops",
     "doctor": "fusenms.diagnosis",
     "edit": "fusenms.editing",
     "expose": "fusenms.editing",
@@ -51,6 +54,7 @@ _HOMES = {
     "load": "fusenms.sources",
     "load_fused": "fusenms.artifacts.fused",
     "recognize": "fusenms.heads",
+    "register_operator": "fusenms.sources.operators",
     "restamp": "fusenms.editing",
     "verify": "fusenms.verification.checks",
 }
@@ -71,6 +75,7 @@ __all__ = [
     "Report",
     "build_engine",
     "compare",
+    "custom_ops",
     "deploy",
     "doctor",
     "edit",
@@ -81,6 +86,7 @@ __all__ = [
     "load",
     "load_fused",
     "recognize",
+    "register_operator",
     "restamp",
     "verify",
 ]

@@ -23,6 +23,7 @@ from fusenms import contract
 from fusenms.artifacts.fused import FusedModel, load_fused
 from fusenms.errors import InputError, SourceError, UnsupportedByBackendError, first_line
 from fusenms.fusion.backends import get_backend
+from fusenms.graph.custom_ops import current_libraries, custom_ops
 from fusenms.graph.model import cut_before, with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.heads.probe import probe_image
@@ -220,6 +221,7 @@ def peak_memory(
             str(batch),
             str(file),
             str(threads or 0),
+            *current_libraries(),
         ]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
     return float(json.loads(done.stdout)) if done.returncode == 0 else None
@@ -263,5 +265,6 @@ def default_shape(path: Path) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    path, part, batch, file, threads = sys.argv[1:]
-    print(json.dumps(_measure_peak(Path(path), part, int(batch), Path(file), int(threads))))
+    path, part, batch, file, threads, *libraries = sys.argv[1:]
+    with custom_ops(*libraries):
+        print(json.dumps(_measure_peak(Path(path), part, int(batch), Path(file), int(threads))))

@@ -27,6 +27,10 @@ class RunError(SourceError):
     """A graph fails at run time, takes too long, or returns other outputs than it declares: the file is damaged."""
 
 
+class UnsupportedOperatorError(SourceError):
+    """An operator of the network is not exported, or nothing here runs it."""
+
+
 class HeadError(FusenmsError):
     """The raw head of the model cannot be used."""
 

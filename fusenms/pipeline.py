@@ -16,10 +16,11 @@ from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
 from fusenms.artifacts.report import Report
 from fusenms.config import ConfigFields, PostprocessConfig
-from fusenms.errors import ConfigError, VerificationError
+from fusenms.errors import ConfigError, UnsupportedOperatorError, VerificationError
 from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
 from fusenms.fusion.backends import get_backend
 from fusenms.fusion.tail import fuse_head
+from fusenms.graph.session import missing_operators
 from fusenms.heads import Anchors, HeadSpec, check_tensors, raw_head, recognize
 from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
@@ -29,7 +30,7 @@ from fusenms.sources import LoadFields, LoadOptions, load, options_from
 from fusenms.transforms.dynamic_batch import open_batch
 from fusenms.transforms.half_precision import PRECISIONS, to_half
 from fusenms.verification.agreement import agreement
-from fusenms.verification.checks import images_for, verify
+from fusenms.verification.checks import images_for, verify, verify_tail
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -105,6 +106,7 @@ def fuse(
     if isinstance(images, (str, os.PathLike)):
         list_images(Path(images))  # fails early
     raw, layout = _load(weights, options, loading)
+    raw = _with_not_run(raw, layout, unverified)
     if layout is not None and anchors is not None:
         raise ConfigError("found anchors and layout; a layout has its anchors itself: leave one of them out")
     layout = layout or recognize(raw, family, heads=heads, anchors=anchors)
@@ -112,7 +114,7 @@ def fuse(
     raw = open_batch(raw, layout)
     head = raw_head(raw, layout, heads)
     arrays = _arrays(raw, head, images)
-    meaning = check_meaning(raw, head, _looked_at(raw, arrays), strict)
+    meaning = _meaning(raw, head, arrays, strict)
     raw = replace(raw, notes=(*raw.notes, *meaning))
     tell(Recognized(raw=raw, layout=layout, meaning=meaning))
     fused, full = _fuse(raw, head, settings, backend, precision)
@@ -121,6 +123,8 @@ def fuse(
         found = agreement(full, fused, images_for(fused, arrays))
         fused = replace(fused, notes=(*fused.notes, found.summary))
         tell(Compared(agreement=found, own_images=images is not None))
+    if raw.not_run:
+        return _with_tail_note(fused, raw, head, tell)
     if unverified:
         return fused
     report = verify(fused, images=arrays, progress=tell.progress)
@@ -148,6 +152,51 @@ def _load(weights: Any, options: LoadOptions | None, fields: Any) -> tuple[RawMo
             f"found {', '.join(others)} with a RawModel, which is loaded already; give loading options to fusenms.load"
         )
     return weights, given.layout
+
+
+def _with_not_run(raw: RawModel, layout: Layout | None, unverified: bool) -> RawModel:
+    """The model, with the operators that nothing here runs; with a layout and unverified it can be fused all the same.
+
+    Raises:
+        UnsupportedOperatorError: there are such operators, and the result is to be verified.
+    """
+    if raw.layout is None and layout is not None and unverified:
+        raw = replace(raw, not_run=tuple(missing_operators(raw.model)))
+    if raw.not_run and not unverified:
+        raise UnsupportedOperatorError(
+            f"{raw.source}: nothing here runs {', '.join(raw.not_run)}, so that the result cannot be verified; give a library that does: "
+            "custom_ops='LIB', or fuse with unverified=True, which checks what comes after the head, and marks the file as unverified"
+        )
+    return raw
+
+
+def _meaning(raw: RawModel, head: RawHead, arrays: np.ndarray | None, strict: bool) -> tuple[str, ...]:
+    """What the network shows of its layout; nothing, if nothing here runs it.
+
+    Raises:
+        UnsupportedOperatorError: strict, and nothing here runs it.
+    """
+    if not raw.not_run:
+        return tuple(check_meaning(raw, head, _looked_at(raw, arrays), strict))
+    names = ", ".join(raw.not_run)
+    if strict:
+        raise UnsupportedOperatorError(
+            f"{raw.source}: nothing here runs {names}, so that no object is found; leave strict out"
+        )
+    return (f"nothing shown: nothing here runs {names}, and the layout is taken as given",)
+
+
+def _with_tail_note(fused: FusedModel, raw: RawModel, head: RawHead, tell: _Teller) -> FusedModel:
+    """The model with a note about the comparison of what comes after the head. It has no report, since its network was not run.
+
+    Raises:
+        VerificationError: what comes after the head differs from the reference.
+    """
+    shapes = dict(zip(fused.layout.tensors, (head.shapes[name] for name in head.layout.tensors), strict=True))
+    report = _proven(fused, verify_tail(fused, shapes, tell.progress)).report
+    assert report is not None
+    note = f"not verified: nothing here runs {', '.join(raw.not_run)}; only what comes after the head was compared, on synthetic heads ("
+    return replace(fused, notes=(*fused.notes, f"{note}{report.summary})"))
 
 
 def _fuse(

@@ -54,8 +54,9 @@ class RawModel:
 
     `fusenms.transforms.dynamic_batch` opens a frozen batch, or fixes it if ``batch`` (`LoadOptions.batch`) is a number. ``layout`` is set
     if the source knows it (an export of fusenms, a module described by hand); otherwise `fusenms.recognize` finds it. ``limits`` apply to
-    a graph of unknown origin. ``precision`` is that of the network, "fp32" or "fp16". ``notes`` are lines for the user about how the model
-    was made. ``pixels`` and ``stretch`` describe the images that the network expects; None: the default of its family.
+    a graph of unknown origin. ``not_run`` names operators that nothing here runs (``domain::operator``). ``precision`` is that of the
+    network, "fp32" or "fp16". ``notes`` are lines for the user about how the model was made. ``pixels`` and ``stretch`` describe the images
+    that the network expects; None: the default of its family.
     """
 
     model: onnx.ModelProto
@@ -70,4 +71,5 @@ class RawModel:
     frozen_batch: int | None = None
     batch: int | str | None = None
     precision: str = "fp32"
+    not_run: tuple[str, ...] = ()
     limits: Limits = field(default=DEFAULT_LIMITS, compare=False, repr=False)

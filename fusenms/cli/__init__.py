@@ -33,6 +33,7 @@ from fusenms.cli.flags import with_flags
 from fusenms.cli.terminal import standard_streams
 from fusenms.errors import FusenmsError
 from fusenms.fusion.backends import BACKENDS
+from fusenms.graph.custom_ops import custom_ops
 from fusenms.limits import Limits
 from fusenms.safety.isolation import is_confined, run_isolated
 from fusenms.safety.text import printable, printable_lines
@@ -97,6 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="NAME=N",
             help="change a limit on the cost of files, such as max_file_bytes=100000000",
         )
+        command.add_argument(
+            "--custom-ops",
+            action="append",
+            default=[],
+            metavar="LIB",
+            help="library of ONNX Runtime custom operators, which is opened: name only your own; may be given several times",
+        )
         command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -147,7 +155,8 @@ def _run(words: list[str]) -> int:
         args.limits = Limits(**dict(args.limit))
         if args.isolate and not is_confined():
             return run_isolated("fusenms", words, args.limits, what="the command")
-        return int(COMMANDS[args.command].run(args))
+        with custom_ops(*args.custom_ops):
+            return int(COMMANDS[args.command].run(args))
     except (FusenmsError, MemoryError) as error:
         message = (
             with_flags(str(error))

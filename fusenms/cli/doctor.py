@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="1x3xHxW",
         help="shape of the images (default: that of the weights, or 1x3x640x640)",
     )
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set of the export (default: 17)")
 
 
 def input_argument(text: str) -> tuple[int, int]:
@@ -36,7 +37,7 @@ def input_argument(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    steps, found = Steps(args.json), examine_target(args.target, args.input, args.limits)
+    steps, found = Steps(args.json), examine_target(args.target, args.input, args.limits, opset=args.opset)
     _print(steps, found)
     steps.finish(**found.to_dict())
     return 0 if found else 1

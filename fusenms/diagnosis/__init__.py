@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Diagnosis", "Finding", "Place", "doctor"]
 
 
-def doctor(module: nn.Module, example: Tensor, *, sizes: bool = True) -> Diagnosis:
+def doctor(module: nn.Module, example: Tensor, *, sizes: bool = True, opset: int = 17) -> Diagnosis:
     """Examine how a module exports to ONNX.
 
     The module is run, traced and exported for inputs that differ in one respect each: the content of the image, the batch, the size. What
@@ -23,9 +23,10 @@ def doctor(module: nn.Module, example: Tensor, *, sizes: bool = True) -> Diagnos
         module: takes images ``[B, 3, height, width]`` float32.
         example: such images; their size is the one that the others are derived from.
         sizes: whether height and width have to be dynamic.
+        opset: ONNX operator set of the export, 13 to 20.
 
     Raises:
-        ConfigError: the example is none.
+        ConfigError: the example is none, or the opset is out of its range.
         SourceError: the module does not run on images of the example's size.
 
     Example:
@@ -48,4 +49,4 @@ def doctor(module: nn.Module, example: Tensor, *, sizes: bool = True) -> Diagnos
     if not isinstance(found, torch.Tensor) or found.ndim != 4 or found.shape[1] != 3:
         what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise ConfigError(f"example is {what}; expected a tensor [batch, 3, height, width]")
-    return examine(module, (int(found.shape[2]), int(found.shape[3])), sizes=sizes)
+    return examine(module, (int(found.shape[2]), int(found.shape[3])), sizes=sizes, opset=opset)

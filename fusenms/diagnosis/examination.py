@@ -21,30 +21,60 @@ from torch import Tensor, nn
 from fusenms.diagnosis.findings import Diagnosis, Finding, Place
 from fusenms.diagnosis.tracing import Change, Trace, TraceError, changes, conversions, trace
 from fusenms.diagnosis.watching import RANDOM, Event, Operators, Watch, place_of_error, user_place
-from fusenms.errors import ConfigError, SourceError, first_line
+from fusenms.errors import ConfigError, SourceError, UnsupportedOperatorError, first_line
+from fusenms.graph.custom_ops import foreign_operators
 from fusenms.graph.session import Session
 from fusenms.graph.unlike_images import largest_difference, unlike_images
+from fusenms.sources.export import DEFAULT_OPSET, FIRST_OPSET_OF_DYNAMO, OPSETS
 from fusenms.sources.module import flattened
+from fusenms.sources.operators import (
+    FUNCTIONS,
+    in_torch_export,
+    in_torchscript,
+    is_declared,
+    is_registered,
+    made_by,
+    opaque_functions,
+)
 from fusenms.sources.quiet import quiet_exporters
+from fusenms.sources.unsupported import detail, operator_of, way_out
 
 TOLERANCE = 1e-4
 """Largest difference that is rounding, relative to the largest value of a tensor."""
 STEP = 32
 """The other sizes are this many pixels larger, or twice as many."""
-OPSET = 17
 BATCHES = (1, 3)
+LIBRARY = (
+    "give the library that has it: custom_ops='LIB'; if nothing here runs it, as a TensorRT plugin, declare it with shape=…, and fuse with "
+    "unverified=True"
+)
+FUNCTION = (
+    "stay with tensors, or, in an autograd.Function, say what it is in ONNX: fusenms.register_operator(FUNCTION, f) with a function "
+    "f(op, *arguments) of ONNX operators"
+)
+REGISTERED = "correct what fusenms.register_operator was given for it, or forget it with None"
 Size = tuple[int, int]
 
 
-def examine(module: nn.Module, size: Size, *, sizes: bool = True, source: str = "") -> Diagnosis:
+def examine(
+    module: nn.Module, size: Size, *, sizes: bool = True, source: str = "", opset: int | None = None
+) -> Diagnosis:
     """Examine a module that takes images ``[B, 3, height, width]`` float32.
 
     Args:
         size: height and width of the example, in pixels.
         sizes: also ask whether height and width are dynamic.
         source: name of the module, for errors.
+        opset: ONNX operator set of the export; default: that of `fusenms.fuse`.
+
+    Raises:
+        ConfigError: the opset is out of its range.
     """
-    return _Examination(module, size, sizes, source or type(module).__name__).run()
+    if opset is not None and opset not in OPSETS:
+        raise ConfigError(f"opset is {opset}; expected {OPSETS.start} to {OPSETS.stop - 1}")
+    examination = _Examination(module, size, sizes, source or type(module).__name__, opset or DEFAULT_OPSET)
+    with opaque_functions():
+        return examination.run()
 
 
 RESHAPES = (
@@ -75,6 +105,7 @@ class _Examination:
     size: Size
     sizes: bool
     source: str
+    opset: int
     findings: list[Finding] = field(default_factory=list)
     dynamic: dict[str, str] = field(default_factory=dict)
     explained: set[str] = field(default_factory=set)
@@ -405,56 +436,82 @@ class _Examination:
         if "export" in self.explained:
             return
         try:
-            model = _to_onnx(self.flat, self.base, OPSET, self.sizes)
+            model = _to_onnx(self.flat, self.base, self.opset, self.sizes)
         except Exception as error:  # exporters raise any error
             self._unsupported(error)
             return
         self._compare_export(model)
 
     def _unsupported(self, error: Exception) -> None:
-        text = first_line(error)
-        name = re.search(r"operator '?([\w:]+)'?|(aten::\w+|\w+::\w+)", str(error))
-        operator = next((part for part in (name.groups() if name else ()) if part), "")
-        plain = operator.removesuffix("_")
-        traced = next((step.place for step in self.base_trace.steps if operator and step.kind == operator), None)
+        operator = operator_of(error)
         if not operator and self.explained:
             return  # a consequence
-        place = traced or next(
-            (
-                place
-                for known, place in self.operators.items()
-                if operator and known.split("::")[-1].strip("_") == plain.split("::")[-1].strip("_")
-            ),
-            place_of_error(error),
-        )
-        index = "index_put" in text or ("index" in text.lower() and "index" in operator)
-        remedy = self._way_out(index)
+        place = self._call_of(operator) or place_of_error(error)
+        index = "index_put" in str(error) or ("index" in first_line(error).lower() and "index" in operator)
         self._add(
             "index" if index else "unsupported-operator",
             place if place.file else self.forward,
-            f"{operator or 'the module'} is not exported at opset {OPSET} ({text[:160]})",
-            remedy,
+            f"{operator or 'the module'} is not exported at opset {self.opset}{detail(error)}",
+            self._way_out(operator, index, error),
         )
 
-    def _way_out(self, index: bool) -> str:
-        """What was tried and works."""
-        for opset in (18, 20):
-            if _works(partial(_to_onnx, self.flat, self.base, opset, self.sizes)):
-                return f"opset {opset} has it: opset={opset}"
-        if _works(partial(_by_dynamo, self.flat, self.base)):
-            return "PyTorch's newer exporter (dynamo=True) takes it"
-        return "no opset up to 20 and no exporter of PyTorch takes it: " + (
-            "write it with torch.where or torch.scatter" if index else "compute it by other operators"
-        )
+    def _call_of(self, operator: str) -> Place | None:
+        """The line that calls an operator, in the trace or, where PyTorch calls it by another name there, in a run."""
+        traced = next((step.place for step in self.base_trace.steps if operator and step.kind == operator), None)
+        plain = operator.split("::")[-1].strip("_")
+        run = (place for known, place in self.operators.items() if plain and known.split("::")[-1].strip("_") == plain)
+        return traced or next(run, None)
+
+    def _way_out(self, operator: str, index: bool, error: Exception) -> str:
+        """What was tried and gives the same as PyTorch, else what the kind of the operator says."""
+        if newer := self._newer():
+            return f"opset {newer} has it: opset={newer}"
+        for opset in dict.fromkeys((max(self.opset, FIRST_OPSET_OF_DYNAMO), OPSETS[-1])):
+            if self._works(partial(_by_dynamo, self.flat, self.base, opset)):
+                by_itself = "fuse takes it by itself" if opset == FIRST_OPSET_OF_DYNAMO else f"opset={opset}"
+                older = "" if opset == self.opset else f"; for an older opset: {way_out(operator)}"
+                return f"the torch.export-based exporter has it at opset {opset}: {by_itself} (torch.onnx.export(…, dynamo=True)){older}"
+        if index:
+            return "no opset up to 20 and no exporter of PyTorch takes it: write it with torch.where or torch.scatter"
+        return way_out(operator)
+
+    def _newer(self) -> int | None:
+        """A newer opset at which the export gives the same as PyTorch."""
+        opsets = (opset for opset in (16, 18, 20) if opset > self.opset)
+        works = (opset for opset in opsets if self._works(partial(_to_onnx, self.flat, self.base, opset, self.sizes)))
+        return next(works, None)
+
+    def _works(self, make: Callable[[], onnx.ModelProto]) -> bool:
+        """Whether an export succeeds and gives the same as PyTorch."""
+        try:
+            session = Session(make(), source=self.source)
+        except Exception:  # exporters raise any error
+            return False
+        return _differs(session, self.base, self._run(self.base)) is None
 
     def _compare_export(self, model: onnx.ModelProto) -> None:
         try:
             session = Session(model, source=self.source)
+        except UnsupportedOperatorError:
+            self._not_run(foreign_operators(model))
+            return
         except SourceError as error:
             self._add("unsupported-operator", self.forward, f"ONNX Runtime refuses the export ({first_line(error)})")
             return
         if (reason := _differs(session, self.base, self._run(self.base))) is not None:
+            if self._detached(reason):
+                return
             events = [event for event in self._events() if event.name in ("__setitem__", "index_put_")]
+            called = next((name for name in self.operators if is_registered(name)), "")
+            if not events and called:
+                message = f"the exported file {reason}, and {called.removeprefix(f'{FUNCTIONS}::')} is registered"
+                self._add("unsupported-operator", self.operators[called], message, REGISTERED)
+                return
+            if not events and (newer := self._newer()):
+                message = f"at opset {self.opset}, the exported file {reason}"
+                remedy = f"opset {newer} gives the same as PyTorch: opset={newer}"
+                self._add("unsupported-operator", self.forward, message, remedy)
+                return
             place = events[0].place if events else self.operators.get("aten::index", self.forward)
             self._add(
                 "index" if events or "aten::index" in self.operators else "dynamic-dimension",
@@ -473,8 +530,35 @@ class _Examination:
                 continue
             if respect in self.dynamic:
                 self.dynamic[respect] = f"{reason} {words}"
-            if respect not in self.explained:
+            if respect not in self.explained and not (respect == "content" and self._detached(f"{reason} {words}")):
                 self._add("dynamic-dimension", self.forward, f"the exported file {reason} {words}", explains=respect)
+
+    def _detached(self, reason: str) -> bool:
+        """Report the first value of the image that became one of Python where no trace looks: in an `autograd.Function`."""
+        seen = [event.place for event in self._events() if event.name in ("numpy", "__array__", "tolist", "item")]
+        if not seen:
+            return False
+        message = f"the exported file {reason}: a value of the image becomes a constant of the export"
+        self._add("detached-data", seen[0], message, FUNCTION, explains="content")
+        return True
+
+    def _not_run(self, operators: Mapping[str, str]) -> None:
+        """Report operators that nothing here runs, unless they are declared as such."""
+        self.dynamic = dict.fromkeys(("batch", "size"), f"not run: nothing here runs {', '.join(operators)}")
+        for name in operators:
+            if not is_declared(name):
+                called = made_by(name)
+                place = self._call_of(called) or next(
+                    (
+                        p
+                        for known, p in self.operators.items()
+                        if called and known.startswith(f"{FUNCTIONS}::{called}_")
+                    ),
+                    self.forward,
+                )
+                self._add(
+                    "unsupported-operator", place, f"{called} becomes {name}, which ONNX Runtime does not have", LIBRARY
+                )
 
     def _events(self) -> Sequence[Event]:
         with torch.no_grad(), Watch() as watch:
@@ -488,7 +572,7 @@ def _to_onnx(module: nn.Module, images: Tensor, opset: int, sizes: bool) -> onnx
     axes = {"images": {0: "batch"} | ({2: "height", 3: "width"} if sizes else {})} | {
         name: {0: "batch"} for name in names
     }
-    with quiet_exporters(), torch.no_grad():
+    with in_torchscript([opset], sizes), quiet_exporters(), torch.no_grad():
         torch.onnx.export(
             module, (images,), cast(Any, stream), dynamo=False, opset_version=opset, input_names=["images"], output_names=names,
             dynamic_axes=axes,
@@ -499,20 +583,19 @@ def _to_onnx(module: nn.Module, images: Tensor, opset: int, sizes: bool) -> onnx
     return model
 
 
-def _by_dynamo(module: nn.Module, images: Tensor) -> object:
-    with quiet_exporters(), torch.no_grad():
-        return torch.onnx.export(module, (images,), dynamo=True, verbose=False)
-
-
-def _works(run: Callable[[], object]) -> bool:
-    try:
-        return run() is not None
-    except Exception:  # exporters raise any error
-        return False
+def _by_dynamo(module: nn.Module, images: Tensor, opset: int) -> onnx.ModelProto:
+    with in_torch_export(lambda: module(images)) as table, quiet_exporters(), torch.no_grad():
+        program = torch.onnx.export(
+            module, (images,), dynamo=True, opset_version=opset, verbose=False, custom_translation_table=table or None
+        )
+    assert program is not None
+    return program.model_proto
 
 
 def _differs(session: Session, images: Tensor, expected: list[np.ndarray]) -> str | None:
     """How the file differs from PyTorch, as a clause; None if it does not."""
+    if not session.inputs:
+        return "does not depend on the image"
     try:
         got = session.run({session.inputs[0]: images.numpy()}, None)
     except SourceError as error:

@@ -23,7 +23,9 @@ TOLERANCE = 1e-3
 Size = tuple[int, int]
 
 
-def examine_target(target: str, size: Size | None = None, limits: Limits = DEFAULT_LIMITS) -> Diagnosis:
+def examine_target(
+    target: str, size: Size | None = None, limits: Limits = DEFAULT_LIMITS, *, opset: int | None = None
+) -> Diagnosis:
     """Examine a checkpoint, a Hugging Face directory, an `.onnx` file, or the module that ``NAME()`` of ``FILE.py:NAME`` gives.
 
     The code of a ``FILE.py`` is run.
@@ -31,25 +33,28 @@ def examine_target(target: str, size: Size | None = None, limits: Limits = DEFAU
     Args:
         size: height and width in pixels; default: that of the weights, and 640 x 640 for a module.
         limits: bounds on what a file may cost.
+        opset: ONNX operator set of the export; default: 17. An `.onnx` file has its own.
 
     Raises:
-        ConfigError: the target is none of these.
+        ConfigError: the target is none of these, or the opset is out of its range.
         SourceError: the weights cannot be read, or the code does not run.
     """
     file, mark, name = target.rpartition(":")
     if mark and file.endswith(".py"):
         from fusenms.diagnosis.examination import examine
 
-        return examine(module_of(Path(file), name), size or (640, 640), source=target)
+        return examine(module_of(Path(file), name), size or (640, 640), source=target, opset=opset)
     path = Path(target)
     if path.suffix == ".py":
         raise ConfigError(f"{target}: expected FILE.py:NAME, where NAME() gives the module")
     if path.suffix.lower() == ".onnx" and path.is_file():
+        if opset is not None:
+            raise ConfigError("opset is for exporting a module; an .onnx file keeps its own: leave it out")
         return _examine_file(path, size, limits)
     from fusenms.diagnosis.examination import examine
 
     network = load_network(path, LoadOptions(size=size, limits=limits))
-    return examine(network.module, size or network.size, sizes=network.open_size, source=network.source)
+    return examine(network.module, size or network.size, sizes=network.open_size, source=network.source, opset=opset)
 
 
 def module_of(path: Path, name: str) -> Any:

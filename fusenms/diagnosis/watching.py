@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusenms.diagnosis.findings import Place
+from fusenms.sources import unsupported
 
-OURS = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep)
+OURS = (*unsupported.OURS, str(Path(__file__).parent) + os.sep)
 CONVERSIONS = ("__bool__", "__int__", "__float__", "__index__", "__len__", "__array__", "item", "tolist", "numpy")
 COMPARISONS = ("__gt__", "__lt__", "__ge__", "__le__", "__eq__", "__ne__", "gt", "lt", "ge", "le", "eq", "ne")
 RANDOM = (

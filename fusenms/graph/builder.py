@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from fusenms.graph.custom_ops import KNOWN_DOMAINS
 from fusenms.graph.model import DATA_MOVEMENT_OPS
 
 Tensor: TypeAlias = gs.Tensor
@@ -112,9 +113,11 @@ class Graph:
         model.ir_version = self._model.ir_version
         model.producer_name, model.producer_version = self._model.producer_name, self._model.producer_version
         model.metadata_props.extend(self._model.metadata_props)
-        del model.graph.value_info[
-            :
-        ]  # inner shapes: every runtime infers them, and tract takes their symbols as fixed sizes
+        # Inner shapes: every runtime infers them, and tract takes their symbols as fixed sizes. Nobody infers those of other domains.
+        made = {name for node in model.graph.node if node.domain not in KNOWN_DOMAINS for name in node.output}
+        kept = [entry for entry in self._model.graph.value_info if entry.name in made]
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(kept)
         return model
 
     # Operators.

@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from fusenms.errors import ConfigError
+from fusenms.graph.custom_ops import KNOWN_DOMAINS
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,10 @@ def _exported(graph: gs.Graph, model: onnx.ModelProto) -> onnx.ModelProto:
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     made = gs.export_onnx(graph, do_type_check=False)
     made.ir_version = model.ir_version
+    foreign = {name for node in made.graph.node if node.domain not in KNOWN_DOMAINS for name in node.output}
+    kept = [entry for entry in model.graph.value_info if entry.name in foreign]
     del made.graph.value_info[:]
+    made.graph.value_info.extend(kept)
     del made.metadata_props[:]
     made.metadata_props.extend(model.metadata_props)
     made.producer_name, made.producer_version = model.producer_name, model.producer_version

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusenms.errors import BackendUnavailableError, InputError, RunError, SourceError, first_line
+from fusenms.errors import (
+    BackendUnavailableError,
+    InputError,
+    RunError,
+    SourceError,
+    UnsupportedOperatorError,
+    first_line,
+)
+from fusenms.graph import custom_ops
+from fusenms.graph.custom_ops import MISSING
 from fusenms.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     import onnx
 
-MISSING = "ONNX Runtime is not installed; install it with: pip install 'fusenms[cpu]' or 'fusenms[gpu]'"
+_LACKS_OPERATOR = re.compile("is not a registered function/op|No opset import for domain|Unrecognized schema")
 
 
 class Session:
@@ -53,6 +63,7 @@ class Session:
 
         Raises:
             BackendUnavailableError: ONNX Runtime, or a provider, is not installed or cannot start on this machine.
+            UnsupportedOperatorError: ONNX Runtime, with the libraries of `custom_ops`, lacks an operator of the model.
             SourceError: ONNX Runtime refuses the model.
         """
         try:
@@ -67,12 +78,17 @@ class Session:
         options.enable_cpu_mem_arena = arena
         if threads is not None:
             options.intra_op_num_threads = threads
+        custom_ops.register(options)
         self._source, self._max_seconds, self._new_options = source, max_seconds, onnxruntime.RunOptions
         try:
             self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
             self.inputs = [entry.name for entry in self._session.get_inputs()]
             self.outputs = [entry.name for entry in self._session.get_outputs()]
         except Exception as error:  # ONNX Runtime raises its own exception types, protobuf a ValueError beyond 2 GB
+            if (foreign := custom_ops.foreign_operators(model)) and _LACKS_OPERATOR.search(str(error)):
+                raise UnsupportedOperatorError(
+                    f"{source}: {lacking(foreign)}; give its library: custom_ops='LIB'"
+                ) from error
             raise SourceError(
                 f"{source}: ONNX Runtime refuses the model ({first_line(error)}); it is damaged, or too new for this version"
             ) from error
@@ -109,6 +125,24 @@ class Session:
     def close(self) -> None:
         """Free the model."""
         self.__dict__.pop("_session", None)
+
+
+def lacking(operators: Mapping[str, str]) -> str:
+    """Says that nothing here runs some operators: ``domain::operator`` to the name of a node."""
+    named = ", ".join(f"{name} (node {node!r})" for name, node in operators.items())
+    given = f" and {', '.join(libraries)}" if (libraries := custom_ops.current_libraries()) else ""
+    return f"ONNX Runtime{given} {'have' if given else 'has'} no operator {named}"
+
+
+def missing_operators(model: onnx.ModelProto) -> dict[str, str]:
+    """Operators of other domains, if ONNX Runtime with the libraries of `custom_ops` cannot open the model for lack of one."""
+    if not (foreign := custom_ops.foreign_operators(model)):
+        return {}
+    try:
+        Session(model, source="model").close()
+    except UnsupportedOperatorError:
+        return foreign
+    return {}
 
 
 class _Watch:

@@ -15,6 +15,7 @@ from fusenms.artifacts.fused import load_fused
 from fusenms.boxes import oriented_to_corners, upright_around
 from fusenms.errors import InputError, RunError, SourceError, UnsupportedByBackendError
 from fusenms.fusion.backends import get_backend
+from fusenms.graph.custom_ops import custom_ops as use_custom_ops
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.detections import Detections
@@ -54,6 +55,7 @@ class Detector:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         batch_size: int = 8,
         threads: int | None = None,
+        custom_ops: Sequence[str | os.PathLike[str]] = (),
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Open a fused file, or a folder that `fusenms.deploy` wrote.
@@ -63,9 +65,12 @@ class Detector:
             batch_size: maximum number of images in one run. It is 1 for models in which the images of a batch affect each other. A model
                 with a fixed batch always runs on that many; copies of the last image fill up the batch.
             threads: number of threads of one run; default: chosen by ONNX Runtime.
+            custom_ops: paths of ONNX Runtime custom-op libraries, as for `fusenms.custom_ops`. A library is code: name only your own.
             limits: bounds on the file, on the images, and on the time of each run.
 
         Raises:
+            ConfigError: a custom-op library cannot be used.
+            UnsupportedOperatorError: nothing here runs an operator of the model.
             SourceError: the file cannot be read, or is not a fused model.
             UnsupportedByBackendError: its backend does not run on ONNX Runtime.
             BackendUnavailableError: ONNX Runtime or a provider is missing.
@@ -75,6 +80,8 @@ class Detector:
             raise InputError(f"providers is {providers!r}; expected a list of names, as ['CPUExecutionProvider']")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
+        if isinstance(custom_ops, (str, os.PathLike)):
+            raise InputError(f"custom_ops is {custom_ops!r}; expected a list of paths, as ['libfold.so']")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
         stamp, deployed = _stamp(path), os.path.isdir(path)
@@ -95,15 +102,17 @@ class Detector:
         self._path, self._stamp = os.path.abspath(path), stamp
         self._settings: dict[str, Any] = {
             "providers": tuple(providers), "batch_size": batch_size, "threads": threads, "limits": limits,
+            "custom_ops": tuple(map(os.path.abspath, custom_ops)),
         }  # fmt: skip
         self._process = None if threads == 1 else os.getpid()
-        self._runner: OnnxRuntimeRunner | NcnnRunner | None = (
-            NcnnRunner(path, fused, threads)
-            if deployed
-            else OnnxRuntimeRunner(
-                fused.model, tuple(providers), threads, source=str(path), max_seconds=limits.max_run_seconds
+        with use_custom_ops(*custom_ops):
+            self._runner: OnnxRuntimeRunner | NcnnRunner | None = (
+                NcnnRunner(path, fused, threads)
+                if deployed
+                else OnnxRuntimeRunner(
+                    fused.model, tuple(providers), threads, source=str(path), max_seconds=limits.max_run_seconds
+                )
             )
-        )
 
     def __enter__(self) -> Detector:
         return self

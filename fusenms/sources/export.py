@@ -14,7 +14,8 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from fusenms.artifacts.raw import ImageInput, RawModel
-from fusenms.errors import ConfigError, SourceError, first_line
+from fusenms.errors import ConfigError, SourceError, UnsupportedOperatorError, first_line
+from fusenms.graph.session import lacking, missing_operators
 from fusenms.layout import (
     Activation,
     AnchorBoxes,
@@ -30,16 +31,19 @@ from fusenms.layout import (
 from fusenms.sources import parity
 from fusenms.sources.checkpoint import Checkpoint
 from fusenms.sources.network import Network
+from fusenms.sources.operators import in_torch_export, in_torchscript, is_declared
 from fusenms.sources.quiet import quiet_exporters
 from fusenms.sources.torch_modules import tasks
 from fusenms.sources.torch_modules.layers import AnchorFreeDetect
 from fusenms.sources.torch_modules.rtdetr import RTDETRDecoder
+from fusenms.sources.unsupported import deepest, described, operator_of
 
 DEFAULT_OPSET = 17
 """The newest opset that all supported versions of TensorRT read. TensorRT 8.5 reads up to opset 17."""
 OPSETS = range(13, 21)  # the opsets that PyTorch's TorchScript exporter writes
 FIRST_OPSET_OF_DYNAMO = 18
 DEFAULT_SIZE = 640
+NOT_COMPARED = "not compared with PyTorch, because nothing here runs {}"
 
 _exporting = threading.Lock()  # the TorchScript exporter keeps global state
 
@@ -97,14 +101,19 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
     try:
         model, baked = _to_onnx(network, sizes[0], shapes, opset)
     except _EXPORT_ERRORS as error:
-        advice = "" if network.rebuilt else f"; {parity.DOCTOR}"
-        raise SourceError(f"{source}: the network could not be exported ({first_line(error)}){advice}") from error
-    worst = parity.compare(network, model, sizes, baked)
+        raise _failed(network, sizes[0], error, opset) from error
+    not_run = _not_run(source, model)
+    worst = 0.0 if not_run else parity.compare(network, model, sizes, baked)
     if dynamic_size:
         stride = parity.step_of(network, (height, width))
     side, written = "height,width" if dynamic_size else f"{height},{width}", model.opset_import[0].version
     batches = ", ".join(map(str, parity.BATCHES))
-    note = f"{IMAGE}[batch,3,{side}] · opset {written} · equal to PyTorch at batch {batches} (max |Δ| {worst:.0e})"
+    shown = (
+        NOT_COMPARED.format(", ".join(not_run))
+        if not_run
+        else f"equal to PyTorch at batch {batches} (max |Δ| {worst:.0e})"
+    )
+    note = f"{IMAGE}[batch,3,{side}] · opset {written} · {shown}"
     constant = [parity.baked_text(baked)] if baked else []
     image = ImageInput(IMAGE, height, width, stride, dynamic_size)
     return RawModel(
@@ -117,7 +126,44 @@ def export(network: Network, *, size: tuple[int, int] | None, dynamic_size: bool
         notes=(note, *constant, *network.notes),
         pixels=network.pixels,
         stretch=network.stretch,
+        not_run=tuple(not_run),
     )
+
+
+def _failed(network: Network, size: tuple[int, int], error: Exception, opset: int | None) -> SourceError:
+    """The error for a network that is not exported: the operator, the line that calls it and the way out, if PyTorch names one."""
+    both = isinstance(error, _BothFailed)
+    cause = error.__cause__ or error if both else error
+    advice = "" if network.rebuilt else f"; {parity.DOCTOR}"
+    said = f"{network.source}: the network could not be exported"
+    if not operator_of(cause):
+        return SourceError(f"{said} ({first_line(error)}){advice}")
+    text = described(network.module, torch.zeros(2, 3, *size), cause, opset or DEFAULT_OPSET)
+    if not both and opset is not None and opset < FIRST_OPSET_OF_DYNAMO:
+        text += f"; without opset, the newer exporter (opset {FIRST_OPSET_OF_DYNAMO}) is tried too"
+    return UnsupportedOperatorError(f"{said}: {text}{advice}")
+
+
+def _not_run(source: str, model: onnx.ModelProto) -> dict[str, str]:
+    """Operators that nothing here runs, all of them declared by the user.
+
+    Raises:
+        UnsupportedOperatorError: one is not declared.
+    """
+    missing = missing_operators(model)
+    if undeclared := {name: node for name, node in missing.items() if not is_declared(name)}:
+        raise UnsupportedOperatorError(
+            f"{source}: {lacking(undeclared)}; give its library: custom_ops='LIB'. If nothing here runs it, as a TensorRT plugin, declare "
+            "it with fusenms.register_operator(…, shape=…), and fuse with unverified=True"
+        )
+    return missing
+
+
+class _BothFailed(RuntimeError):
+    """Neither exporter takes a network. The cause is the error of the first one."""
+
+    def __init__(self, first: Exception, second: Exception) -> None:
+        super().__init__(f"{first_line(first)}; by the newer exporter: {first_line(deepest(second))}")
 
 
 _EXPORT_ERRORS = (
@@ -207,7 +253,7 @@ def _to_onnx(
         try:
             model = _by_dynamo(network, size, axes[IMAGE], opset or FIRST_OPSET_OF_DYNAMO)
         except _EXPORT_ERRORS as second:
-            raise RuntimeError(f"{first_line(first)}; by the newer exporter: {first_line(second)}") from second
+            raise _BothFailed(first, second) from first
     for entry, shape, still in zip(
         model.graph.output, shapes[0], fixed, strict=True
     ):  # exporters make more dimensions dynamic than necessary
@@ -222,7 +268,7 @@ def _by_torchscript(
     network: Network, size: tuple[int, int], axes: dict[str, dict[int, str]], opset: int
 ) -> tuple[onnx.ModelProto, tuple[parity.Baked, ...]]:
     stream = io.BytesIO()
-    with _exporting, quiet_exporters() as caught, torch.no_grad():
+    with _exporting, in_torchscript([opset], len(axes[IMAGE]) > 1), quiet_exporters() as caught, torch.no_grad():
         warnings.filterwarnings("always", category=TracerWarning)
         TracerWarning.ignore_lib_warnings()
         module, images = network.module, torch.zeros(2, 3, *size)
@@ -242,15 +288,17 @@ def _by_torchscript(
 
 
 def _by_dynamo(network: Network, size: tuple[int, int], axes: dict[int, str], opset: int) -> onnx.ModelProto:
-    with _exporting, quiet_exporters(), torch.no_grad():
+    images = torch.zeros(2, 3, *size)
+    with _exporting, in_torch_export(lambda: network.module(images)) as table, quiet_exporters(), torch.no_grad():
         program = torch.onnx.export(
             network.module,
-            (torch.zeros(2, 3, *size),),
+            (images,),
             dynamo=True,
             opset_version=opset,
             input_names=[IMAGE],
             output_names=list(network.layout.sources),
             dynamic_shapes=(dict.fromkeys(axes, torch.export.Dim.DYNAMIC),),
+            custom_translation_table=table or None,
             verbose=False,
         )
     assert program is not None

@@ -12,6 +12,7 @@ from fusenms import errors
 from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw import ImageInput, RawModel
 from fusenms.errors import SourceError
+from fusenms.graph.custom_ops import current_libraries
 from fusenms.layout import Layout
 from fusenms.limits import Limits
 from fusenms.onnx_reading.files import read_onnx
@@ -36,7 +37,10 @@ def load_isolated(path: Path, options: LoadOptions) -> RawModel:
     with tempfile.TemporaryDirectory(prefix="fusenms-") as name:
         folder, limits = Path(name), options.limits
         said = {name: getattr(options, name) for name in _OPTIONS} | {"size": options.sides}
-        task = json.dumps({"path": str(path.resolve()), "options": said, "limits": asdict(limits)})
+        task = json.dumps(
+            {"path": str(path.resolve()), "options": said, "limits": asdict(limits)}
+            | {"custom_ops": current_libraries()}
+        )
         status = run_isolated(_CHILD, [name], limits, what=str(path), given=task.encode())
         if (folder / ERROR).exists():
             error = json.loads((folder / ERROR).read_text())

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fusenms.errors import FusenmsError
+from fusenms.graph.custom_ops import custom_ops
 from fusenms.limits import Limits
 from fusenms.sources import load
 from fusenms.sources.isolated import ERROR, write_raw
@@ -21,7 +22,8 @@ def _main() -> None:
     folder, task = Path(sys.argv[1]), json.load(sys.stdin)
     path = Path(task["path"])
     try:
-        raw = load(path, LoadOptions(limits=Limits(**task["limits"]), **task["options"]))
+        with custom_ops(*task["custom_ops"]):
+            raw = load(path, LoadOptions(limits=Limits(**task["limits"]), **task["options"]))
         write_raw(replace(raw, source=path.name), folder)
     except FusenmsError as error:
         (folder / ERROR).write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))

@@ -95,6 +95,11 @@ def compare(network: Network, model: onnx.ModelProto, sizes: Sequence[Size], bak
         SourceError: the network mixes the images of a batch, or the export does not run, or it differs from PyTorch.
     """
     session, worst = Session(model, source=network.source), 0.0
+    if not session.inputs:
+        cause = _cause(network, baked)
+        raise SourceError(
+            f"{network.source}: the exported network does not depend on the image, which the network does{cause}"
+        )
     for size in sizes:
         worst = max(
             worst, _Comparison(network, session, size, baked).run(BATCHES if size == sizes[-1] else BATCHES[:1])
@@ -205,5 +210,9 @@ class _Comparison:
         return f"{what}{batch} at {self.size[0]}x{self.size[1]}"
 
     def _cause(self) -> str:
-        advice = "" if self.network.rebuilt else f"; {DOCTOR}"
-        return f"; {baked_text(self.baked)}{advice}" if self.baked else advice
+        return _cause(self.network, self.baked)
+
+
+def _cause(network: Network, baked: Sequence[Baked]) -> str:
+    advice = "" if network.rebuilt else f"; {DOCTOR}"
+    return f"; {baked_text(baked)}{advice}" if baked else advice

@@ -55,7 +55,7 @@ def open_batch(raw: RawModel, layout: Layout) -> RawModel:
     fixed = raw.frozen_batch or (asked if isinstance(asked, int) else None)
     if fixed is not None:
         _check_batch(raw, fixed)
-    if raw.layout is None and not opened and fixed != 1:
+    if raw.layout is None and not opened and fixed != 1 and not raw.not_run:
         with untrusted(raw.source, "running images alone and together"):
             raw = _measured(raw, layout, raw.frozen_batch)
     return raw if fixed is None else _fixed(raw, fixed)

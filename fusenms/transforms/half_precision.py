@@ -14,6 +14,7 @@ import onnx
 
 from fusenms.artifacts.raw import RawModel
 from fusenms.errors import ConfigError, FusionError
+from fusenms.graph.custom_ops import foreign_operators
 from fusenms.graph.model import constants_as_initializers, sorted_model, with_only_outputs
 from fusenms.layout import Layout
 
@@ -39,6 +40,10 @@ def to_half(raw: RawModel, layout: Layout) -> RawModel:
         )
     if any(item.data_type == onnx.TensorProto.FLOAT16 for item in raw.model.graph.initializer):
         raise ConfigError(f"{raw.source}: has weights in half precision already; leave precision fp16 out")
+    if foreign := foreign_operators(raw.model):
+        raise ConfigError(
+            f"{raw.source}: has operators of other domains ({', '.join(foreign)}), which may not take float16; leave precision fp16 out"
+        )
     half = _joined(*_split(constants_as_initializers(sorted_model(with_only_outputs(raw.model, layout.sources)))))
     try:
         onnx.shape_inference.infer_shapes(half, check_type=True, strict_mode=True)

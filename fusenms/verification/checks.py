@@ -10,7 +10,7 @@ Two runs are compared:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -84,6 +84,16 @@ def verify(
     return Report(tuple(checks), tuple(batches))
 
 
+def verify_tail(fused: FusedModel, shapes: Mapping[str, tuple[int, ...]], progress: OnProgress | None = None) -> Report:
+    """Compare what comes after the head with the reference, on synthetic heads, for a network that nothing here runs.
+
+    Args:
+        shapes: shapes of the head's tensors at the default size, without the batch.
+    """
+    batches = BATCHES if fused.image.batch is None else (fused.image.batch,)
+    return Report(tuple(_Verification(fused, progress).run_tail(dict(shapes), batches)), batches)
+
+
 def images_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
     """Check the images, or return one test image if there are none.
 
@@ -125,8 +135,14 @@ class _Verification:
         whole = self._open(with_outputs(self.model, self.layout.tensors))
         shapes = self._on_images(whole, images, batches)
         whole.close()
-        if shapes:
-            self._on_synthetic_heads(shapes, batches)
+        return self.run_tail(shapes, batches) if shapes else self._judged()
+
+    def run_tail(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> list[Check]:
+        self._on_synthetic_heads(shapes, batches)
+        return self._judged()
+
+    def _judged(self) -> list[Check]:
+        """The checks, with a problem if they show too little."""
         unsettled = sum(not check.converged for check in self.checks)
         if 2 * unsettled > len(self.checks):
             problem = f"{unsettled} of {len(self.checks)} images did not converge, so too little was compared: take more rounds"
