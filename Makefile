@@ -74,10 +74,11 @@ licences: $(VENV)/.dev ## Check the licences of what is installed, and write doc
 	$(BIN)/python tests/licences.py $(ARGS)
 
 lock: $(VENV)/.dev ## Write requirements-dev.lock anew, with the newest versions and their hashes
-	$(BIN)/uv pip compile -q --no-config --universal --upgrade --generate-hashes --python-version 3.10 --no-header --no-annotate \
+	echo torch > $(LOCK).without
+	$(BIN)/uv pip compile -q --no-config --excludes $(LOCK).without --universal --upgrade --generate-hashes --python-version 3.10 --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --no-emit-package fusenms $(EXTRAS:%=--extra %) --extra dev pyproject.toml -o $(LOCK).new
 	{ sed '/^[^#]/,$$d' $(LOCK); cat $(LOCK).new; } > $(LOCK).whole
-	mv $(LOCK).whole $(LOCK) && rm $(LOCK).new
+	mv $(LOCK).whole $(LOCK) && rm $(LOCK).new $(LOCK).without
 
 test-gpu: $(VENV)/.dev ## What only a GPU can show; fails where there is none
 	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
@@ -150,7 +151,7 @@ models/%.engine: models/%.trt.onnx | $(VENV)/.run
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("fusenms needs Python 3.10 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(LOCKED),$(BIN)/python -m pip install -q --require-hashes -r $(LOCK))
+	$(if $(LOCKED),$(BIN)/python -m pip install -q --no-deps --require-hashes -r $(LOCK))
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e '.[cpu,export,images]'
 	touch $@

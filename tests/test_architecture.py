@@ -110,7 +110,7 @@ def test_import_loads_nothing_heavy():
 
 
 def test_metadata_keys_are_those_of_files_that_exist():
-    """They stand in every fused file, so they stay whatever the modules are called."""
+    """They stand in files (`ncnn` in deployed ones only), so they stay whatever the modules are called."""
     keys = {getattr(contract, name) for name in vars(contract) if name.startswith("KEY_")}
     own = (
         "version",
@@ -124,5 +124,6 @@ def test_metadata_keys_are_those_of_files_that_exist():
         "source",
         "notes",
         "verification",
+        "ncnn",
     )
     assert keys == {f"fusenms.{name}" for name in own} | {"names", "stride", "task", "imgsz", "kpt_shape"}

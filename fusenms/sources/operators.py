@@ -14,14 +14,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
 from fusenms.errors import BackendUnavailableError, ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 Shape = Callable[..., Sequence[Any]]
 """Maps the arguments of an operator to the shape of its output, or to a list of shapes."""
