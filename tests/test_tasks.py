@@ -319,12 +319,11 @@ def replaced(key: str, old: str, new: str):
     [
         (
             replaced("fusenms.layout", '"keypoints": {', '"keypoints": null, "was": {'),
-            "the graph has outputs keypoints that",
+            "task is 'pose', but its head is for 'detect'",
         ),
         (replaced("task", "pose", "segment"), "task is 'segment', but its head is for 'pose'"),
         (replaced("fusenms.layout", '"dims": 3', '"dims": 3.0'), "damaged"),
         (replaced("fusenms.layout", '"factor": 2.0', '"factor": "2"'), "damaged"),
-        (replaced("fusenms.config", '"indices": true', '"indices": false'), "the graph has outputs indices that"),
     ],
 )
 def test_error_when_a_file_says_something_else_than_it_is(zoo, tmp_path, break_it, message):

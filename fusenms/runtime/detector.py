@@ -84,7 +84,7 @@ class Detector:
             raise InputError(f"custom_ops is {custom_ops!r}; expected a list of paths, as ['libfold.so']")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
-        stamp, deployed = _stamp(path), os.path.isdir(path)
+        stamp, deployed = _stamp(path), isinstance(path, (str, os.PathLike)) and os.path.isdir(path)
         if deployed and tuple(providers) != ("CPUExecutionProvider",):
             raise InputError(f"providers is {list(providers)!r}; expected none for ncnn, which runs on the CPU")
         fused = load_ncnn(path, limits) if deployed else load_fused(path, limits=limits)
