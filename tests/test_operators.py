@@ -24,6 +24,7 @@ from fusenms import contract
 from fusenms.errors import ConfigError, SourceError, UnsupportedOperatorError
 from fusenms.fusion.backends import BACKENDS
 from fusenms.sources import operators
+from fusenms.sources.operators import registration
 from fusenms.sources.quiet import quiet_exporters
 from fusenms.sources.unsupported import NO_WAY_OUT
 
@@ -33,8 +34,12 @@ PLUGIN = "com.example::Plugin"
 
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
-    monkeypatch.setattr(operators, "_registered", {})
-    monkeypatch.setattr(operators, "_made_by", {})
+    monkeypatch.setattr(registration, "_made_by", {})
+    before = dict(registration.REGISTERED)
+    registration.REGISTERED.clear()
+    yield
+    registration.REGISTERED.clear()
+    registration.REGISTERED.update(before)
 
 
 # Operators that no exporter knows, in the ways that they are written.
@@ -288,7 +293,7 @@ def test_registration_ends_with_none_and_leaves_pytorch_alone():
     assert ByNumpy.forward is forward
     fusenms.register_operator("aten::asinh", None)
     fusenms.register_operator(ByNumpy, None)
-    assert not operators._registered
+    assert not registration.REGISTERED
     with pytest.raises(torch.onnx.errors.UnsupportedOperatorError):
         torchscript(Net(asinh).eval(), (torch.rand(2, 3, 32, 32),))
 
@@ -309,7 +314,7 @@ def test_error_when_a_registration_is_none(arguments, message):
     operator, to, *rest = arguments
     with pytest.raises(ConfigError, match=message):
         fusenms.register_operator(operator, to, **dict(zip(("shape", "dtype"), rest, strict=False)))
-    assert not operators._registered
+    assert not registration.REGISTERED
 
 
 # What doctor and fuse say, and that following it works.

@@ -20,7 +20,7 @@ from fusenms.sources.parity import Baked
 _TORCHVISION = find_spec("torchvision")
 OURS = (
     str(Path(torch.__file__).parent) + os.sep,
-    operators.__file__,
+    str(Path(operators.__file__).parent) + os.sep,
     *([str(Path(_TORCHVISION.origin).parent) + os.sep] if _TORCHVISION is not None and _TORCHVISION.origin else []),
 )
 """Code that is never the user's."""
