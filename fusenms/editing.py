@@ -20,7 +20,7 @@ from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.onnx_reading.metadata import read_json
-from fusenms.safety.files import check_writable, write_atomically
+from fusenms.safety.files import check_writable, copy_beside, write_atomically
 from fusenms.verification.checks import verify
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def expose(path: PathLike, tensors: Sequence[str], output: PathLike, *, limits: 
 
     source, target, model = _opened(path, output, limits)
     with untrusted(source, "showing its tensors"):
-        return _written(target, exposed(model, tensors))
+        return _written(target, exposed(model, tensors), source, limits)
 
 
 def extract(
@@ -87,7 +87,7 @@ def extract(
     with untrusted(source, "taking a part of it"):
         part = extracted(model, inputs, outputs)
     kept = {key: text for key, text in read_metadata(part).items() if not key.startswith(contract.PREFIX)}
-    return _written(target, _with_metadata(part, kept))
+    return _written(target, _with_metadata(part, kept), source, limits)
 
 
 def edit(
@@ -154,7 +154,7 @@ def edit(
             contract.KEY_IMAGE: json.dumps(image),
             contract.KEY_VERIFICATION: contract.UNVERIFIED,
         }
-    return _written(target, _with_metadata(model, metadata))
+    return _written(target, _with_metadata(model, metadata), source, limits)
 
 
 def restamp(path: PathLike, like: PathLike, output: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> Path:
@@ -180,7 +180,7 @@ def restamp(path: PathLike, like: PathLike, output: PathLike, *, limits: Limits 
         >>> fusenms.inspect(fusenms.restamp("lost.onnx", path, "again.onnx")).kind
         'fused'
     """
-    source, target, model = _opened(path, output, limits)
+    source, target, model = _opened(path, output, limits, keep_large=False)
     fused = dataclasses.replace(load_fused(like, limits=limits), model=model)
     check_graph(source, fused)
     made = {name for node in model.graph.node for name in node.output}
@@ -194,13 +194,15 @@ def restamp(path: PathLike, like: PathLike, output: PathLike, *, limits: Limits 
     return fused.proven(report).save(target)
 
 
-def _opened(path: PathLike, output: PathLike, limits: Limits) -> tuple[Path, Path, onnx.ModelProto]:
-    """Both paths, and the model."""
+def _opened(
+    path: PathLike, output: PathLike, limits: Limits, keep_large: bool = True
+) -> tuple[Path, Path, onnx.ModelProto]:
+    """Both paths, and the model; external data above 2 GB stays where it is."""
     if not all(isinstance(one, (str, os.PathLike)) for one in (path, output)):
         raise SourceError("expected paths of .onnx files")
     source, target = Path(path), Path(output)
     check_writable(target, source)
-    return source, target, read_onnx(source, limits)
+    return source, target, read_onnx(source, limits, keep_large=keep_large)
 
 
 def _with_metadata(model: onnx.ModelProto, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -211,11 +213,25 @@ def _with_metadata(model: onnx.ModelProto, metadata: Mapping[str, str]) -> onnx.
     return model
 
 
-def _written(path: Path, model: onnx.ModelProto) -> Path:
+def _written(path: Path, model: onnx.ModelProto, source: Path, limits: Limits) -> Path:
+    """Write a model. External data that was left where it is comes along: its files are copied if the folder is another one."""
+    from fusenms.onnx_reading.external import external_files
+
     try:
         data = model.SerializeToString()
     except ValueError as error:
         raise SourceError(
-            f"{path} was not written: the model is above 2 GB, which one file cannot hold ({error})"
+            f"{path} was not written: the model is above 2 GB, which one file cannot hold ({error}); store its weights as external data"
         ) from error
-    return write_atomically(path, data)
+    with untrusted(source, "finding its external data"):
+        files = external_files(model, source, limits)
+    copied = []
+    try:
+        for location, file in files.items():
+            if copy_beside(file, path.parent / location):
+                copied.append(path.parent / location)
+        return write_atomically(path, data)
+    except BaseException:
+        for file in copied:
+            file.unlink(missing_ok=True)
+        raise

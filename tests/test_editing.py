@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
+from onnx import helper
 from raw_heads import LAYOUTS, SIZE, fused_model
 
 import fusenms
@@ -241,3 +242,87 @@ def test_source_is_not_overwritten(fused):
     with pytest.raises(SourceError, match=r"choose another output path|would overwrite"):
         expose(fused, ["logits"], fused)
     assert "expose" in dir(fusenms)
+
+
+# Models above 2 GB, whose weights are in other files and stay there.
+
+
+def large(folder, megabytes):
+    """A model whose weights are external: a small one that is used first, and sparse ones of so many MB together."""
+    folder.mkdir()
+    rows, wide = megabytes * 2**20 // 4 // 1024 // 4, [f"wide{i}" for i in range(4)]
+    first = [helper.make_node("MatMul", ["x", "small"], ["a"]), helper.make_node("Relu", ["a"], ["b"])]
+    behind = [helper.make_node("MatMul", ["b", name], [f"c{name}"]) for name in wide]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", side])]
+        for name, side in (("x", 4), ("y", rows))
+    )
+    nodes = [*first, *behind, helper.make_node("Sum", [f"c{name}" for name in wide], ["y"])]
+    sizes = {"small": (4, 1024), **dict.fromkeys(wide, (1024, rows))}
+    tensors, offset = [], 0
+    for name, dims in sizes.items():
+        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=dims)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        size = 4 * dims[0] * dims[1]
+        for key, value in (("location", "weights.bin"), ("offset", offset), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+        offset += size
+        tensors.append(tensor)
+    with (folder / "weights.bin").open("wb") as file:
+        file.write(np.arange(4096, dtype=np.float32).tobytes())
+        file.truncate(offset)
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = folder / "large.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.fixture(params=["small", pytest.param("above 2 GB", marks=pytest.mark.thorough)])
+def large_model(request, tmp_path, monkeypatch):
+    if request.param == "small":
+        monkeypatch.setattr(fusenms.onnx_reading, "MOST_PROTOBUF_BYTES", 2**20)
+    return large(tmp_path / "there", 4 if request.param == "small" else 2100)
+
+
+def test_weights_of_a_large_model_stay_where_they_are(large_model):
+    folder = large_model.parent
+    before = (folder / "weights.bin").stat()
+    shown = expose(large_model, ["b"], folder / "shown.onnx")
+    assert [entry.name for entry in onnx.load(shown, load_external_data=False).graph.output] == ["y", "b"]
+    part = extract(large_model, ["x"], ["b"], folder / "part.onnx")
+    x = np.ones((1, 4), np.float32)
+    expected = x @ np.arange(4096, dtype=np.float32).reshape(4, 1024)
+    np.testing.assert_allclose(run(part, x=x)["b"], expected)
+    edited = edit(large_model, folder / "edited.onnx", rename={"x": "rows"}, insert={"a": Op("Mul", (2.0,))})
+    assert run(extract(edited, ["rows"], ["b"], folder / "again.onnx"), rows=x)["b"].max() == 2 * expected.max()
+    assert all(path.stat().st_size < 20_000 for path in folder.glob("*.onnx"))
+    after = (folder / "weights.bin").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_weights_of_a_large_model_come_along(large_model, tmp_path):
+    part = extract(large_model, ["x"], ["b"], tmp_path / "part.onnx")
+    copied = tmp_path / "weights.bin"
+    assert copied.stat().st_size == (large_model.parent / "weights.bin").stat().st_size
+    assert run(part, x=np.ones((1, 4), np.float32))["b"].shape == (1, 1024)
+    with pytest.raises(SourceError, match=r"is there already, and .* would replace it; choose another folder"):
+        expose(large_model, ["b"], tmp_path / "shown.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.onnx", "there", "weights.bin"]
+
+
+def test_error_when_weights_of_a_large_model_are_cut_short(large_model, tmp_path):
+    weights = large_model.parent / "weights.bin"
+    with weights.open("rb+") as file:
+        file.truncate(5000)
+    with pytest.raises(SourceError, match="spans bytes 0 to 16384, but its file has 5000 bytes"):
+        expose(large_model, ["b"], tmp_path / "shown.onnx")
+    weights.unlink()
+    with pytest.raises(SourceError, match=r"cannot be read .* copy it beside the model"):
+        expose(large_model, ["b"], tmp_path / "shown.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_large_model_is_no_fused_one(large_model, tmp_path):
+    with pytest.raises(SourceError, match=r"not a fused model|bytes of external data"):
+        load_fused(large_model)

@@ -273,6 +273,24 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def _without_external_data(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with inputs instead of weights that are in other files, for the checker, which would look for these files."""
+    outside = [one for one in model.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
+    if not outside:
+        return model
+    copy, names = _copy(model), {one.name for one in outside}
+    kept = [one for one in copy.graph.initializer if one.name not in names]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(kept)
+    given = {entry.name for entry in copy.graph.input}
+    copy.graph.input.extend(
+        onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims)
+        for one in outside
+        if one.name not in given
+    )
+    return copy
+
+
 def _exported(graph: gs.Graph, model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph as a model with the metadata of another one, and with new types and shapes of inner tensors."""
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
@@ -286,7 +304,7 @@ def _exported(graph: gs.Graph, model: onnx.ModelProto) -> onnx.ModelProto:
     made.metadata_props.extend(model.metadata_props)
     made.producer_name, made.producer_version = model.producer_name, model.producer_version
     try:
-        onnx.checker.check_model(made)
+        onnx.checker.check_model(_without_external_data(made))
     except onnx.checker.ValidationError as error:
         raise ConfigError(f"the edited graph is no valid model: {error}") from error
     return _inferred(made)

@@ -26,16 +26,21 @@ MOST_PROTOBUF_BYTES = 2**31 - 1
 """The largest message that protobuf can encode, in bytes. Sessions are made from encoded models."""
 
 
-def read_model(path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
+def read_model(path: Path, limits: Limits = DEFAULT_LIMITS, *, keep_large: bool = False) -> onnx.ModelProto:
     """Read and check an ONNX file with its external data.
+
+    Args:
+        keep_large: leave external data where it is if it is larger than protobuf can encode, instead of refusing it.
 
     Raises:
         SourceError: the file is missing, damaged, not ONNX, or exceeds a limit.
     """
-    return parse_model(read_regular(path, limits.max_file_bytes), path, limits)
+    return parse_model(read_regular(path, limits.max_file_bytes), path, limits, keep_large=keep_large)
 
 
-def parse_model(data: bytes, path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
+def parse_model(
+    data: bytes, path: Path, limits: Limits = DEFAULT_LIMITS, *, keep_large: bool = False
+) -> onnx.ModelProto:
     """Like `read_model`, from the content of the file.
 
     Args:
@@ -47,7 +52,7 @@ def parse_model(data: bytes, path: Path, limits: Limits = DEFAULT_LIMITS) -> onn
     import onnx
     from google.protobuf.message import DecodeError
 
-    from fusenms.onnx_reading.external import load_external_data
+    from fusenms.onnx_reading.external import external_bytes, external_files, load_external_data
     from fusenms.onnx_reading.structure import check_structure
     from fusenms.onnx_reading.wire import scan
 
@@ -69,8 +74,12 @@ def parse_model(data: bytes, path: Path, limits: Limits = DEFAULT_LIMITS) -> onn
     if not model.graph.node or not model.opset_import:
         raise SourceError(f"{path}: not a readable ONNX file (it has no nodes or no opset); {hint}")
     try:
-        load_external_data(model, path, limits)
-        check_structure(model, limits)
+        large = keep_large and external_bytes(model, limits) > MOST_PROTOBUF_BYTES
+        if large:
+            external_files(model, path, limits)
+        else:
+            load_external_data(model, path, limits)
+        check_structure(model, limits, external=large)
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: holds text that is not UTF-8 ({error.reason}); {hint}") from error
     except ValueError as error:

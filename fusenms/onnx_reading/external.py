@@ -30,12 +30,8 @@ def load_external_data(model: onnx.ModelProto, path: Path, limits: Limits) -> No
     """
     import onnx
 
-    found = [
-        tensor
-        for tensor in tensors_of(model)
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data
-    ]
-    total = sum(bytes_of(tensor, limits) for tensor in found)
+    found = _external(model)
+    total = external_bytes(model, limits)
     if total > min(limits.max_file_bytes, MOST_BYTES):
         raise ValueError(
             f"has {total} bytes of external data; expected at most {min(limits.max_file_bytes, MOST_BYTES)}"
@@ -43,27 +39,64 @@ def load_external_data(model: onnx.ModelProto, path: Path, limits: Limits) -> No
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for tensor in found:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            where = f"external data of {name_of(tensor)}"
-            if tensor.data_location != onnx.TensorProto.EXTERNAL or len(entries) != len(tensor.external_data):
-                raise ValueError(
-                    f"{where} is described twice, or the tensor is not marked as external; expected neither"
-                )
-            if unknown := sorted(set(entries) - set(KEYS)):
-                raise ValueError(f"{where} has the unknown key {unknown[0]!r}; expected {', '.join(KEYS)}")
-            size = bytes_of(tensor, limits)
-            offset, length = _number(where, entries, "offset", 0), _number(where, entries, "length", size)
-            if length != size:
-                raise ValueError(
-                    f"{where} has {length} bytes; expected {size}, by its type and dimensions {list(tensor.dims)}"
-                )
-            location = entries.get("location", "")
+            where, location, offset, size = _described(tensor, limits)
             if location not in files:
-                inside = _inside(where, path, location)
-                files[location] = stack.enter_context(open_regular(inside, limits.max_file_bytes))
+                files[location] = stack.enter_context(
+                    open_regular(_inside(where, path, location), limits.max_file_bytes)
+                )
             tensor.raw_data = _read(where, files[location], offset, size)
             del tensor.external_data[:]
             tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+def external_files(model: onnx.ModelProto, path: Path, limits: Limits) -> dict[str, Path]:
+    """Check the external data of a model and leave it where it is. Return its files: the location in the model to the path.
+
+    Raises:
+        ValueError, SourceError: as in `load_external_data`.
+    """
+    files = dict[str, Path]()
+    for tensor in _external(model):
+        where, location, offset, size = _described(tensor, limits)
+        if location not in files:
+            files[location] = _inside(where, path, location)
+            open_regular(files[location], limits.max_file_bytes).close()
+        there = files[location].stat().st_size
+        if offset + size > there:
+            raise ValueError(f"{where} spans bytes {offset} to {offset + size}, but its file has {there} bytes")
+    return files
+
+
+def external_bytes(model: onnx.ModelProto, limits: Limits) -> int:
+    """Size of all external data, in bytes."""
+    return sum(bytes_of(tensor, limits) for tensor in _external(model))
+
+
+def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    import onnx
+
+    return [
+        tensor
+        for tensor in tensors_of(model)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data
+    ]
+
+
+def _described(tensor: onnx.TensorProto, limits: Limits) -> tuple[str, str, int, int]:
+    """What a tensor says of its external data: a name for messages, the location, and offset and size in bytes."""
+    import onnx
+
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    where = f"external data of {name_of(tensor)}"
+    if tensor.data_location != onnx.TensorProto.EXTERNAL or len(entries) != len(tensor.external_data):
+        raise ValueError(f"{where} is described twice, or the tensor is not marked as external; expected neither")
+    if unknown := sorted(set(entries) - set(KEYS)):
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; expected {', '.join(KEYS)}")
+    size = bytes_of(tensor, limits)
+    offset, length = _number(where, entries, "offset", 0), _number(where, entries, "length", size)
+    if length != size:
+        raise ValueError(f"{where} has {length} bytes; expected {size}, by its type and dimensions {list(tensor.dims)}")
+    return where, entries.get("location", ""), offset, size
 
 
 def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     import onnx
 
 
-def read_onnx(path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
+def read_onnx(path: Path, limits: Limits = DEFAULT_LIMITS, *, keep_large: bool = False) -> onnx.ModelProto:
     """Read and check an ONNX file of unknown origin, with its external data.
+
+    Args:
+        keep_large: leave external data above 2 GB where it is, instead of refusing it.
 
     Raises:
         SourceError: the file is missing, empty, damaged, not ONNX, or exceeds a limit.
@@ -26,7 +29,7 @@ def read_onnx(path: Path, limits: Limits = DEFAULT_LIMITS) -> onnx.ModelProto:
     if path.suffix in (".pt", ".pth"):
         raise SourceError(f"{path}: is a checkpoint; expected an .onnx file: make one with python -m fusenms {path}")
     with untrusted(path, "reading"):
-        return read_model(path, limits)
+        return read_model(path, limits, keep_large=keep_large)
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, str]:

@@ -29,8 +29,8 @@ NAME_FIELDS = frozenset(
 STANDARD = ("", "ai.onnx")
 
 
-def check_structure(model: onnx.ModelProto, limits: Limits) -> None:
-    """Check a parsed model after its external data was read.
+def check_structure(model: onnx.ModelProto, limits: Limits, *, external: bool = False) -> None:
+    """Check a parsed model after its external data was read, or, with ``external``, was left where it is.
 
     Raises:
         ValueError: a field does not conform to the format, or exceeds a limit.
@@ -41,7 +41,7 @@ def check_structure(model: onnx.ModelProto, limits: Limits) -> None:
     if not 1 <= model.ir_version <= LARGEST_SIZE:
         raise ValueError(f"has the format version {model.ir_version}; expected 1 or higher")
     _check_metadata(model, limits)
-    _check_messages(model, limits)
+    _check_messages(model, limits, external)
     versions = Counter(entry.domain if entry.domain not in STANDARD else "" for entry in model.opset_import)
     if twice := [domain for domain, count in versions.items() if count > 1]:
         raise ValueError(f"imports the operator set {twice[0]!r} twice; expected one version of each")
@@ -131,7 +131,7 @@ def type_name(kind: int) -> str:
     return values[kind].name if kind in values else str(kind)
 
 
-def _check_tensor(tensor: onnx.TensorProto, limits: Limits) -> None:
+def _check_tensor(tensor: onnx.TensorProto, limits: Limits, external: bool) -> None:
     """Check that the data of a tensor is in the field of its type only, and that its size matches the dimensions."""
     import onnx
 
@@ -139,6 +139,8 @@ def _check_tensor(tensor: onnx.TensorProto, limits: Limits) -> None:
     if kind != onnx.TensorProto.STRING:
         bytes_of(tensor, limits)  # raises if the type is unknown
     count = elements_of(tensor, limits)
+    if external and tensor.data_location == onnx.TensorProto.EXTERNAL and not tensor.HasField("raw_data"):
+        return
     if tensor.HasField("segment") or tensor.external_data or tensor.data_location != onnx.TensorProto.DEFAULT:
         raise ValueError(f"tensor {name_of(tensor)} is segmented or external; expected its data in place")
     field, each = _typed_fields()[kind]
@@ -179,7 +181,7 @@ def _check_metadata(model: onnx.ModelProto, limits: Limits) -> None:
         raise ValueError(f"has the metadata {twice[0][:100]!r} twice; expected each key once")
 
 
-def _check_messages(model: onnx.ModelProto, limits: Limits) -> None:
+def _check_messages(model: onnx.ModelProto, limits: Limits, external: bool) -> None:
     """Check all nested messages: text, tensors, types, dimensions."""
     import onnx
 
@@ -191,7 +193,7 @@ def _check_messages(model: onnx.ModelProto, limits: Limits) -> None:
         if kind == tensor_name:
             _check_name(message.name, "name")
             _ = message.doc_string
-            _check_tensor(message, limits)
+            _check_tensor(message, limits, external)
             todo += message.metadata_props
             continue
         if kind == "onnx.SparseTensorProto" or kind == "onnx.TypeProto.SparseTensor":

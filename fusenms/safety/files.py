@@ -126,6 +126,29 @@ def check_writable(path: Path, source: Path | None = None) -> None:
         raise SourceError(f"{shown}: cannot be written ({_reason(error)}); choose another output path") from error
 
 
+def copy_beside(source: Path, target: Path) -> bool:
+    """Copy a file to where another file expects it, whole or not at all. Return whether there was anything to do: not if it is there.
+
+    Raises:
+        SourceError: another file has that name, or the file cannot be copied.
+    """
+    if target.exists():
+        if target.samefile(source):
+            return False
+        raise SourceError(
+            f"{printable(target)}: is there already, and {printable(source)} would replace it; choose another folder"
+        )
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.copy")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SourceError(f"{printable(target)}: cannot be written ({error.strerror or error})") from error
+    return True
+
+
 def write_atomically(path: Path, data: bytes) -> Path:
     """Write ``data`` to ``path`` atomically, and synchronize it with the disk.
 
