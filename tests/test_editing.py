@@ -326,3 +326,11 @@ def test_error_when_weights_of_a_large_model_are_cut_short(large_model, tmp_path
 def test_large_model_is_no_fused_one(large_model, tmp_path):
     with pytest.raises(SourceError, match=r"not a fused model|bytes of external data"):
         load_fused(large_model)
+
+
+@pytest.mark.parametrize("tensor", ["x", "y"])
+def test_operators_are_inserted_twice_behind_a_tensor(tmp_path, tensor):
+    path = small(tmp_path, CHAIN.replace("LeakyRelu <alpha = 0.5>", "Relu"))
+    for i, factor in enumerate((2.0, 3.0, 5.0)):
+        path = edit(path, tmp_path / f"{i}.onnx", insert={tensor: Op("Mul", (factor,))})
+    np.testing.assert_allclose(run(path, x=X)["y"], -30 * np.maximum(X, 0))

@@ -6,6 +6,7 @@ Each function takes a model and returns another one. Metadata, opset imports and
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,13 +163,14 @@ def with_inserted(model: onnx.ModelProto, inserted: Mapping[str, Op]) -> onnx.Mo
     for name, op in inserted.items():
         if name not in known:
             raise ConfigError(_unknown("tensor", name, known))
-        tensor = graph.tensors()[name]
-        made = gs.Variable(f"{name}/{op.op.rpartition('::')[2]}", dtype=tensor.dtype, shape=None)
+        tensors = graph.tensors()
+        tensor = tensors[name]
+        made = gs.Variable(_free(f"{name}/{op.op.rpartition('::')[2]}", tensors), dtype=tensor.dtype, shape=None)
         for reader in list(tensor.outputs):
             reader.inputs = [made if one is tensor else one for one in reader.inputs]
         if any(tensor is output for output in graph.outputs):
             graph.outputs = [made if output is tensor else output for output in graph.outputs]
-            tensor.name, made.name, made.shape = f"{name}/before", name, tensor.shape
+            tensor.name, made.name, made.shape = _free(f"{name}/before", tensors), name, tensor.shape
         graph.nodes.append(_made(graph, op, tensor, [made]))
     return _exported(graph, model)
 
@@ -190,6 +192,13 @@ def with_replaced(model: onnx.ModelProto, replaced: Mapping[str, Op]) -> onnx.Mo
     return _exported(graph, model)
 
 
+def _free(name: str, taken: Iterable[str]) -> str:
+    """The name, or, if it is taken, with the first number that is free."""
+    names = set(taken)
+    numbered = (f"{name}_{n}" for n in itertools.count(2))
+    return name if name not in names else next(one for one in numbered if one not in names)
+
+
 def _made(graph: gs.Graph, op: Op, first: gs.Tensor | None, outputs: list[gs.Tensor], name: str = "") -> gs.Node:
     domain, _, kind = op.op.rpartition("::")
     tensors, inputs = graph.tensors(), [] if first is None else [first]
@@ -199,7 +208,7 @@ def _made(graph: gs.Graph, op: Op, first: gs.Tensor | None, outputs: list[gs.Ten
                 raise ConfigError(_unknown("tensor", value, tensors))
             inputs.append(tensors[value])
         else:
-            inputs.append(gs.Constant(f"{outputs[0].name}/{kind}/{i}", np.asarray(value, np.float32)))
+            inputs.append(gs.Constant(_free(f"{outputs[0].name}/{kind}/{i}", tensors), np.asarray(value, np.float32)))
     attributes = {key: _value(value) for key, value in op.attributes.items()}
     if domain and domain not in {one.domain for one in graph.import_domains or ()}:
         graph.import_domains = [*(graph.import_domains or ()), onnx.helper.make_opsetid(domain, 1)]
