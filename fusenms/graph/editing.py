@@ -212,7 +212,8 @@ def _made(graph: gs.Graph, op: Op, first: gs.Tensor | None, outputs: list[gs.Ten
     attributes = {key: _value(value) for key, value in op.attributes.items()}
     if domain and domain not in {one.domain for one in graph.import_domains or ()}:
         graph.import_domains = [*(graph.import_domains or ()), onnx.helper.make_opsetid(domain, 1)]
-    return gs.Node(kind, name or f"{outputs[0].name}/{kind}", attributes, inputs, outputs, domain=domain or None)
+    name = name or _free(f"{outputs[0].name}/{kind}", {node.name for node in graph.nodes})
+    return gs.Node(kind, name, attributes, inputs, outputs, domain=domain or None)
 
 
 def _value(value: Any) -> Any:
