@@ -40,9 +40,7 @@ def load_ncnn(folder: str | os.PathLike[str], limits: Limits) -> FusedModel:
     model = read_onnx(place / TAIL, limits)
     metadata = read_metadata(model)
     if KEY_NCNN not in metadata:
-        raise SourceError(
-            f"{folder}: {TAIL} was not made for ncnn; make such a folder with: fusenms deploy FUSED --target ncnn"
-        )
+        raise SourceError(f"{folder}: {TAIL} was not made for ncnn; make such a folder with fusenms.deploy")
     with untrusted(folder, "reading its metadata"):
         try:
             fused = from_metadata(model, metadata, limits)
