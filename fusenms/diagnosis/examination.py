@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
-import inspect
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fusenms.diagnosis.findings import Diagnosis, Finding, Place
+from fusenms.diagnosis.places import branch_of, class_place, forward_place, function_of, return_place, statement_of
 from fusenms.diagnosis.tracing import Change, Trace, TraceError, changes, conversions, trace
 from fusenms.diagnosis.watching import RANDOM, Event, Operators, Watch, place_of_error, user_place
 from fusenms.errors import ConfigError, SourceError, UnsupportedOperatorError, first_line
@@ -119,7 +118,7 @@ class _Examination:
         self.module = self._copied()
         self._training_mode()
         self.module.eval()
-        self.forward = _forward_place(self.module)
+        self.forward = forward_place(self.module)
         self.flat = _Flat(self.module).eval()
         self.images = {kind: torch.from_numpy(values)[None] for kind, values in unlike_images(*self.size).items()}
         self.base = self.images["patches"].repeat(2, 1, 1, 1)
@@ -152,9 +151,9 @@ class _Examination:
 
     def _explains_mixing(self) -> bool:
         """Whether something of the whole batch, which the trace keeps, is used in forward: a branch, a number, its length."""
-        function = _function_of(self.forward)
+        function = function_of(self.forward)
         kinds = ("control-flow", "detached-data", "baked-constant")
-        return any(finding.kind in kinds and _function_of(finding.place) == function for finding in self.findings)
+        return any(finding.kind in kinds and function_of(finding.place) == function for finding in self.findings)
 
     # Without a trace.
 
@@ -163,7 +162,7 @@ class _Examination:
         for name, tensor in (*self.given.named_parameters(), *self.given.named_buffers()):
             if tensor.device.type != "cpu":
                 self._add(
-                    "device", _class_place(self.given), f"{name} is on {tensor.device}, and the export runs on the CPU"
+                    "device", class_place(self.given), f"{name} is on {tensor.device}, and the export runs on the CPU"
                 )
                 return False
         return True
@@ -195,7 +194,7 @@ class _Examination:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             self._add(
                 "training-mode",
-                _class_place(self.module),
+                class_place(self.module),
                 f"{name or 'the module'} ({type(inner).__name__}){more} is in training mode",
             )
 
@@ -218,7 +217,7 @@ class _Examination:
         return found
 
     def _output_structure(self, found: Any) -> None:
-        place = _return_place(self.module) or self.forward
+        place = return_place(self.module) or self.forward
         names, left = flattened(found)
         if left:
             self._add("output-structure", place, f"the export leaves out {', '.join(left)}")
@@ -387,22 +386,22 @@ class _Examination:
         """
         parted, causes = changes(base, other), conversions(base, other)
         if not parted or same:
-            causes = [event for event in causes if event.name == "compare" and _statement(event.place) is not None]
+            causes = [event for event in causes if event.name == "compare" and statement_of(event.place) is not None]
             parted = []
             if respect != "content" or not causes:
                 return False
         for event in causes:
             self._conversion(event, respect, words)
-        functions = {_function_of(event.place) for event in causes}
+        functions = {function_of(event.place) for event in causes}
         for change in parted:
-            if _function_of(change.place) not in functions:
+            if function_of(change.place) not in functions:
                 self._change(change, base, respect, words)
-                functions.add(_function_of(change.place))
+                functions.add(function_of(change.place))
         return True
 
     def _conversion(self, event: Event, respect: str, words: str) -> None:
         what = {"__bool__": "bool", "__int__": "int", "__float__": "float", "__index__": "index", "__len__": "len"}
-        statement = _statement(event.place)
+        statement = statement_of(event.place)
         if event.name == "compare" and statement is None:
             return  # compared, but nothing hangs on it
         if isinstance(statement, (ast.If, ast.While, ast.IfExp, ast.For, ast.Assert, ast.comprehension)):
@@ -425,11 +424,11 @@ class _Examination:
 
     def _change(self, change: Change, base: Trace, respect: str, words: str) -> None:
         if change.structure:
-            place = _branch_of(change.place) or change.place
+            place = branch_of(change.place) or change.place
             self._add("control-flow", place, f"the operators differ {words}, and the export keeps one way")
         elif respect == "content":
             detached = [event.place for event in base.events if event.name in ("data", "numpy", "__array__", "tolist")]
-            near = [place for place in detached if _function_of(place) == _function_of(change.place)]
+            near = [place for place in detached if function_of(place) == function_of(change.place)]
             self._add(
                 "detached-data",
                 near[0] if near else change.place,
@@ -631,76 +630,6 @@ def _alike(got: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> bool:
 
 def _tensors(found: Any) -> list[np.ndarray]:
     return [tensor.detach().cpu().numpy() for tensor in flattened(found)[0].values()]
-
-
-# Places in the user's code.
-
-
-def _class_place(module: nn.Module) -> Place:
-    try:
-        return Place(inspect.getsourcefile(type(module)) or "", inspect.getsourcelines(type(module))[1])
-    except (OSError, TypeError):
-        return Place()
-
-
-def _forward_place(module: nn.Module) -> Place:
-    try:
-        return Place(inspect.getsourcefile(type(module).forward) or "", inspect.getsourcelines(type(module).forward)[1])
-    except (OSError, TypeError):
-        return _class_place(module)
-
-
-def _return_place(module: nn.Module) -> Place | None:
-    forward = _forward_place(module)
-    inside = [
-        node
-        for node in ast.walk(_tree(forward.file))
-        if isinstance(node, ast.FunctionDef) and node.lineno == forward.line
-    ]
-    returns = [node for function in inside for node in ast.walk(function) if isinstance(node, ast.Return)]
-    return Place(forward.file, returns[-1].lineno) if returns else None
-
-
-@cache
-def _tree(file: str) -> ast.AST:
-    try:
-        return ast.parse(Path(file).read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError):
-        return ast.Module([], [])
-
-
-def _statement(place: Place) -> ast.AST | None:
-    """The branch or loop whose condition or range is on a line, if there is one; else None."""
-    for node in ast.walk(_tree(place.file)):
-        if isinstance(node, (ast.If, ast.While, ast.Assert, ast.IfExp)):
-            condition: ast.AST = node.test
-        elif isinstance(node, (ast.For, ast.comprehension)):
-            condition = node.iter
-        else:
-            continue
-        if condition.lineno <= place.line <= (condition.end_lineno or 0):  # type: ignore[attr-defined]
-            return node
-    return None
-
-
-def _branch_of(place: Place) -> Place | None:
-    """The line of the innermost branch or loop around a line."""
-    around = [
-        node
-        for node in ast.walk(_tree(place.file))
-        if isinstance(node, (ast.If, ast.While, ast.For)) and node.lineno <= place.line <= (node.end_lineno or 0)
-    ]
-    return Place(place.file, max(node.lineno for node in around)) if around else None
-
-
-def _function_of(place: Place) -> tuple[str, int]:
-    """The file and the line of the innermost function around a line."""
-    around = [
-        node.lineno
-        for node in ast.walk(_tree(place.file))
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)) and node.lineno <= place.line <= (node.end_lineno or 0)
-    ]
-    return place.file, max(around, default=0)
 
 
 def check_size(size: Any) -> Size:
