@@ -129,7 +129,9 @@ def _with_head(found: Inspection, raw: RawModel) -> Inspection:
             opened = f"no: {error}"
     try:
         examples = example_images(raw.image.height, raw.image.width)
-        meaning = check_meaning(raw, raw_head(raw, layout), [] if examples is None else [examples])
+        meaning = check_meaning(
+            raw, raw_head(raw, layout), [] if examples is None else [examples], guessed=raw.layout is None
+        )
     except (HeadError, SourceError) as error:
         return replace(found, reason=str(error), opened=opened)
     return replace(found, layout=layout, meaning=meaning, opened=opened)

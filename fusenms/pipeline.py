@@ -109,12 +109,13 @@ def fuse(
     raw = _with_not_run(raw, layout, unverified)
     if layout is not None and anchors is not None:
         raise ConfigError("found anchors and layout; a layout has its anchors itself: leave one of them out")
+    guessed = raw.layout is None and layout is None and family is None
     layout = layout or recognize(raw, family, heads=heads, anchors=anchors)
     check_tensors(raw, layout)
     raw = open_batch(raw, layout)
     head = raw_head(raw, layout, heads)
     arrays = _arrays(raw, head, images)
-    meaning = _meaning(raw, head, arrays, strict)
+    meaning = _meaning(raw, head, arrays, strict, guessed)
     raw = replace(raw, notes=(*raw.notes, *meaning))
     tell(Recognized(raw=raw, layout=layout, meaning=meaning))
     fused, full = _fuse(raw, head, settings, backend, precision)
@@ -170,14 +171,14 @@ def _with_not_run(raw: RawModel, layout: Layout | None, unverified: bool) -> Raw
     return raw
 
 
-def _meaning(raw: RawModel, head: RawHead, arrays: np.ndarray | None, strict: bool) -> tuple[str, ...]:
+def _meaning(raw: RawModel, head: RawHead, arrays: np.ndarray | None, strict: bool, guessed: bool) -> tuple[str, ...]:
     """What the network shows of its layout; nothing, if nothing here runs it.
 
     Raises:
         UnsupportedOperatorError: strict, and nothing here runs it.
     """
     if not raw.not_run:
-        return tuple(check_meaning(raw, head, _looked_at(raw, arrays), strict))
+        return tuple(check_meaning(raw, head, _looked_at(raw, arrays), strict, guessed))
     names = ", ".join(raw.not_run)
     if strict:
         raise UnsupportedOperatorError(

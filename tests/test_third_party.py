@@ -25,7 +25,7 @@ from third_party import (
 from third_party_exports import AnchorDecoded
 from third_party_levels import AMBIGUOUS, LEVEL_STRANGERS, BlazeFace, Scrfd
 
-from fusenms import fuse, load, recognize
+from fusenms import fuse, inspect, load, recognize
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.artifacts.raw import RawModel
 from fusenms.errors import AmbiguousHeadError, HeadNotRecognizedError, SourceError
@@ -71,9 +71,22 @@ def test_names_and_order_play_no_part(tmp_path, module, seed, named):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("module", [*STRANGERS, *LEVEL_STRANGERS])
 def test_fused_file_equals_reference(tmp_path, module, backend):
-    fused = fuse(write(module(), tmp_path / "m.onnx"), backend=backend, score_threshold=0.01, max_detections=50)
+    family = module.family if module.bare else None
+    path = write(module(), tmp_path / "m.onnx")
+    fused = fuse(path, backend=backend, family=family, score_threshold=0.01, max_detections=50)
     assert fused.report, fused.report
     assert [entry.name for entry in fused.model.graph.input] == ["images"]
+
+
+@pytest.mark.parametrize("module", [module for module in LEVEL_STRANGERS if module.bare])
+def test_bare_box_terms_that_no_image_shows_are_asked_for(tmp_path, module):
+    path = write(module(), tmp_path / "m.onnx")
+    with pytest.raises(
+        AmbiguousHeadError, match=f"may be {module.family}, .* not shown on images.*say family='{module.family}'"
+    ):
+        fuse(path)
+    found = inspect(path)
+    assert found.layout is None and f"say family='{module.family}'" in found.reason
 
 
 @pytest.mark.parametrize("module", AMBIGUOUS)

@@ -34,6 +34,8 @@ class Stranger(nn.Module):
     channels = 4 + CLASSES
     first_class = 4
     inputs = ("images",)
+    bare = False
+    """Whether nothing but objects in an image shows what the box terms are."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,12 +19,16 @@ def around(module: Stranger, distance: Tensor, point: float, in_pixels: bool) ->
 class YoloxLevels(YoloxRaw):
     """Box, objectness and classes of each level apart, all raw."""
 
+    bare = True
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(part for m in self.maps(images) for part in (m[:, :4], m[:, 4:5], m[:, 5:]))
 
 
 class YoloxLevelsInProbabilities(YoloxRaw):
     """The same with the sigmoids in the file."""
+
+    bare = True
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(part for m in self.maps(images) for part in (m[:, :4], m[:, 4:5].sigmoid(), m[:, 5:].sigmoid()))
@@ -34,6 +38,7 @@ class ModelOnly(Stranger):
     """One output a level: classes, then distances in strides."""
 
     family = "levels"
+    bare = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +57,7 @@ class RtmDet(Stranger):
     """Distances in pixels, from the low corner of the cell."""
 
     family = "rtmdet"
+    bare = True
 
     def distances(self, images: Tensor) -> list[Tensor]:
         return [m[:, :4].exp() * s for m, s in zip(self.maps(images), self.strides, strict=True)]
@@ -243,6 +249,7 @@ class OneClass(Stranger):
     """Distances and the logits of one class for each level; with ``sums``, probabilities and their sums (RKNN's exports)."""
 
     family = "levels"
+    bare = True
     classes = 1
     channels = 5
     sums = False

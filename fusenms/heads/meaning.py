@@ -12,13 +12,23 @@ import numpy as np
 
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
-from fusenms.errors import HeadError, LayoutContradictedError
+from fusenms.errors import AmbiguousHeadError, HeadError, LayoutContradictedError
 from fusenms.heads.accounting import channels_left_over
 from fusenms.heads.anchors_agree import Agreement, compare_anchors
 from fusenms.heads.mirror import SMALLEST, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, channels_of, sum_to_one
-from fusenms.layout import Activation, BoxFormat, Decoded, Distances, Tap, anchors_per_cell, candidates_per_level
+from fusenms.layout import (
+    Activation,
+    BoxFormat,
+    Decoded,
+    Distances,
+    GridOffsets,
+    Layout,
+    Tap,
+    anchors_per_cell,
+    candidates_per_level,
+)
 from fusenms.onnx_reading import untrusted
 
 ROUNDING = 1e-3
@@ -32,16 +42,19 @@ FAR = 4.0
 
 
 def check_meaning(
-    raw: RawModel, head: RawHead, images: Sequence[np.ndarray] = (), strict: bool = False
+    raw: RawModel, head: RawHead, images: Sequence[np.ndarray] = (), strict: bool = False, guessed: bool = False
 ) -> tuple[str, ...]:
     """Compare a layout with what the network gives. Return what is shown and what is assumed, a line for each.
 
     Args:
         images: images of real objects: ``[1, 3, height, width]`` float32 each, RGB, 0 to 1, of the model's size.
         strict: refuse what finds no objects again in the mirror images of these.
+        guessed: the layout comes from shapes and values alone; nobody named the family. Bare box terms by level that no image shows are
+            refused then.
 
     Raises:
         LayoutContradictedError: the network contradicts the layout.
+        AmbiguousHeadError: ``guessed``, and nothing shows what the box terms are.
         HeadError: ``strict``, and no object is found again.
         SourceError: the model does not run.
     """
@@ -78,6 +91,12 @@ def check_meaning(
         lines.append(seen.line)
     if anchors is not None:
         lines.append(str(anchors))
+    if guessed and not seen.shown and _bare(head.layout):
+        family, or_images = head.layout.family, ", or give images of objects that it knows (images)" if large else ""
+        raise AmbiguousHeadError(
+            f"{raw.source}: may be {family}, but four box channels by level may be distances, offsets or deltas, in any order, and that is "
+            f"{seen.line}; if it is {family}, say family={family!r}{or_images}"
+        )
     if strict and not (images and seen.shown):
         why = f" ({seen.line})" if images else ""
         raise HeadError(
@@ -85,6 +104,12 @@ def check_meaning(
             "(images), or leave out strict"
         )
     return tuple(lines)
+
+
+def _bare(layout: Layout) -> bool:
+    """Whether nothing but four channels a level, without bins, anchors or landmarks, says what the boxes are."""
+    plain = isinstance(layout.decode, GridOffsets) or (isinstance(layout.decode, Distances) and layout.decode.bins == 1)
+    return plain and bool(layout.joins) and layout.keypoints is None
 
 
 def _wrong_count(raw: RawModel, head: RawHead) -> str | None:
