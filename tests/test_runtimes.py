@@ -11,7 +11,8 @@ from conftest import ROOT, SHAPES
 from test_portable import CASES, Tail, tied_case
 
 from fusenms import fuse
-from fusenms.runtime.images import letterbox, read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 
 sys.path.insert(0, str(ROOT / "tests" / "runtimes"))
 import compare
@@ -96,7 +97,7 @@ def test_openvino_keeps_boxes_at_the_threshold(backend):
         second = first.copy()
         second[2] = left[0] + part * unit
         if part == 0:
-            second = first + [1000, 0, 1000, 0]
+            second = np.add(first, (1000, 0, 1000, 0))
         boxes = np.stack((first, second))[None].astype(np.float32)
         scores = np.array([[[0.9], [0.8]]], np.float32)
         tail = Tail(2, classes=1, backend=backend, iou_threshold=part / whole, max_detections=2)

@@ -95,8 +95,8 @@ def check_meaning(
         family, width = head.layout.family, head.layout.boxes.channels
         or_images = ", or give images of objects that it knows (images)" if large else ""
         raise AmbiguousHeadError(
-            f"{raw.source}: may be {family}, but its {width} box channels by level may be distances, offsets, deltas or class scores, in any "
-            f"order, and that is {seen.line}; if it is {family}, say family={family!r}{or_images}"
+            f"{raw.source}: may be {family}, but its {width} box channels by level may be distances, offsets, deltas or class scores, in "
+            f"any order, and that is {seen.line}; if it is {family}, say family={family!r}{or_images}"
         )
     if strict and not (images and seen.shown):
         why = f" ({seen.line})" if images else ""

@@ -49,9 +49,9 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
 def just_above(threshold: float) -> np.float32:
     """The next float32 number above an IoU threshold.
 
-    The standard suppresses above the threshold, OpenVINO 2026.4 at the threshold too. With the next number, both keep a box whose IoU is the
-    threshold itself, and of thresholds that are no limit of rounding no other box is told apart. It is a normal number, since a
-    runtime may take others for 0.
+    The standard suppresses above the threshold, OpenVINO 2026.4 at the threshold too. With the next number, both keep a box whose IoU is
+    the threshold itself; only an IoU that is one rounding error above it is decided otherwise. It is a normal number, since a runtime may
+    take others for 0.
     """
     above = np.nextafter(np.float32(threshold), np.float32(2))
     return np.maximum(above, np.finfo(np.float32).tiny)
