@@ -9,6 +9,7 @@ from fusenms.artifacts.fused import FusedModel
 from fusenms.config import PostprocessConfig
 from fusenms.fusion.backends.base import Backend, SelectionTensors, by_candidates, one_class_each
 from fusenms.fusion.candidates import CandidateTensors
+from fusenms.fusion.thresholds import iou_threshold
 from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 
 
@@ -27,8 +28,12 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
     else:
         scores = one_class_each(g, rank, labels, valid, _present(g, labels, candidates.num_classes), 1)
     most = g.const([config.max_detections], np.int64)
-    limits = (g.const([config.iou_threshold], np.float32), g.const([-0.5], np.float32))
-    picks = g.op("NonMaxSuppression", boxes, scores, most, *limits)  # rows of (image, class, candidate)
+    overlap = iou_threshold(g, config)
+    if isinstance(overlap, float):
+        overlap = g.const([overlap], np.float32)
+    picks = g.op(
+        "NonMaxSuppression", boxes, scores, most, overlap, g.const([-0.5], np.float32)
+    )  # rows of (image, class, candidate)
     places = g.concat([g.slice(picks, 1, 0, 1), g.slice(picks, 1, 2, 3)], 1)
     picked = g.op("ScatterND", g.op("Mul", rank, g.floats(0.0)), places, g.op("GatherND", rank, places))
     if (
@@ -70,4 +75,5 @@ ORT = Backend(
     to_standard,
     runs_on_onnxruntime=True,
     adaptive=True,
+    has_runtime_thresholds=True,
 )
