@@ -33,6 +33,8 @@ class PostprocessConfig:
             masks at the size of the prototypes.
         indices: add the output `indices`, the candidate number of each row.
         output_preset: names of the first four outputs, a key of `fusenms.contract.OUTPUT_PRESETS`.
+        runtime_thresholds: make the thresholds and a class mask optional inputs of the graph, `score_threshold`, `iou_threshold` and
+            `class_mask`, whose defaults are these settings. Backends `ort` and `portable`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -56,6 +58,7 @@ class PostprocessConfig:
     masks: str = field(default="coefficients", metadata={"choices": MASK_KINDS})
     indices: bool = False
     output_preset: str = field(default="fusenms", metadata={"choices": tuple(OUTPUT_PRESETS)})
+    runtime_thresholds: bool = False
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "iou_threshold"):
@@ -70,7 +73,7 @@ class PostprocessConfig:
             if not _within(value, numbers.Integral, 1, MOST):
                 raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {MOST}")
             object.__setattr__(self, name, int(value))
-        for name in ("class_agnostic", "multi_label", "indices"):
+        for name in ("class_agnostic", "multi_label", "indices", "runtime_thresholds"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if self.max_candidates < self.max_detections:
@@ -120,6 +123,27 @@ class ConfigFields(TypedDict, total=False):
     masks: str
     indices: bool
     output_preset: str
+    runtime_thresholds: bool
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The thresholds of one run: those of the settings, or what its optional inputs are fed.
+
+    Attributes:
+        score: score thresholds: one for all classes, or one for each class.
+        iou: IoU threshold.
+        class_mask: whether each class counts; None: all do.
+    """
+
+    score: tuple[float, ...]
+    iou: float
+    class_mask: tuple[bool, ...] | None = None
+
+    @classmethod
+    def of(cls, config: PostprocessConfig) -> Thresholds:
+        """Those of the settings."""
+        return cls((config.score_threshold,), config.iou_threshold)
 
 
 def _within(value: Any, kind: Any, low: int, high: int) -> bool:

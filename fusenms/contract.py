@@ -49,6 +49,34 @@ CONVERGED_OUTPUT: Final = Output(CONVERGED, np.dtype(np.int32), ("B", 1))
 INDICES_OUTPUT: Final = Output(INDICES, np.dtype(np.int32), ("B", "K"))
 """Present on request: the candidate number of each row, as defined in `fusenms.layout`; -1 past num_detections."""
 
+SCORE_THRESHOLD: Final = "score_threshold"
+IOU_THRESHOLD: Final = "iou_threshold"
+CLASS_MASK: Final = "class_mask"
+
+
+@dataclass(frozen=True)
+class RuntimeInput:
+    """One optional input, a vector. If nothing is fed, the runtime takes its default, an initializer of the same name.
+
+    ``lengths`` are those that it may have, that of the default first. ``value`` is each number of the default.
+    """
+
+    name: str
+    dtype: np.dtype[np.generic]
+    lengths: tuple[int, ...]
+    value: float | bool
+
+    @property
+    def default(self) -> np.ndarray:
+        """The default, ``[lengths[0]]``."""
+        return np.full(self.lengths[0], self.value, self.dtype)
+
+    @property
+    def shape(self) -> tuple[str | int, ...]:
+        """The declared shape: a symbol if there are several lengths."""
+        return (self.lengths[0] if len(set(self.lengths)) == 1 else f"{self.name}_length",)
+
+
 MASK_KINDS: Final = ("coefficients", "prototype")
 """Mask outputs of a model: coefficients and prototypes, or the masks at the size of the prototypes."""
 

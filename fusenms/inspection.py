@@ -101,6 +101,7 @@ def inspect(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) ->
         return replace(
             found,
             kind="fused",
+            inputs=(*found.inputs, *(_info(e) for e in model.graph.input if e.name in _optional(fused))),
             layout=fused.layout,
             class_names=fused.class_names,
             notes=fused.notes,
@@ -140,6 +141,11 @@ def _with_head(found: Inspection, raw: RawModel) -> Inspection:
 def _inputs(model: onnx.ModelProto) -> tuple[TensorInfo, ...]:
     constants = {item.name for item in model.graph.initializer}  # old files also list initializers as inputs
     return tuple(_info(entry) for entry in model.graph.input if entry.name not in constants)
+
+
+def _optional(fused: FusedModel) -> set[str]:
+    """Names of the optional inputs of a fused model."""
+    return {given.name for given in fused.layout.runtime_inputs(fused.config)}
 
 
 def _info(entry: onnx.ValueInfoProto) -> TensorInfo:

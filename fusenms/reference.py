@@ -16,6 +16,14 @@ It shares no code with the modules that emit the graph. The steps for each image
 5. Keep the best `max_detections`, in the order of step 3. Where this order is that of logits, a row's score is the sigmoid of its logit in
    float32, which may be a unit in the last place above the score of the row before.
 
+With optional inputs (`PostprocessConfig.runtime_thresholds`), a run gives `score_threshold`, one for all classes or one for each, and
+`iou_threshold` and `class_mask`:
+
+- Step 1. A class that the mask leaves out is no candidate, and is never the best class of one: the best class is that of the others. Their
+  scores stay as they are; a softmax is over all classes. Unusable values count in all classes: a NaN of a class that is left out makes a
+  candidate of the best class unusable, as it does in step 1.
+- Step 2. A candidate is kept if its score is above the threshold of its class.
+
 Rounding. A float32 graph cannot reproduce a float64 decision whose margin is smaller than the rounding of float32. `postprocess` therefore
 takes the observed rows. A decision with a margin below rounding is accepted either way: it follows the observed rows and is counted as a
 close call. A decision with a larger margin never depends on the observed rows. Neither does one with a margin of exactly zero, if float32
@@ -42,7 +50,7 @@ from fusenms.boxes import (
     pairwise_iou,
     pairwise_probiou,
 )
-from fusenms.config import PostprocessConfig
+from fusenms.config import PostprocessConfig, Thresholds
 from fusenms.layout import (
     LARGEST,
     Activation,
@@ -179,9 +187,15 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
     )
 
 
-def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | None = None) -> Expected:
-    """Choose candidates, suppress and select. With ``observed`` rows, close calls follow these rows."""
-    chosen = _choose(found, config, 0.0 if observed is None else found.rounding)
+def postprocess(
+    found: Candidates, config: PostprocessConfig, observed: Rows | None = None, thresholds: Thresholds | None = None
+) -> Expected:
+    """Choose candidates, suppress and select. With ``observed`` rows, close calls follow these rows.
+
+    ``thresholds`` are those of the run; None: those of the settings.
+    """
+    thresholds = thresholds or Thresholds.of(config)
+    chosen = _choose(found, config, 0.0 if observed is None else found.rounding, thresholds)
     boxes, labels = found.boxes[chosen.anchor], chosen.label
     alive: NDArray[np.bool_] = np.ones(len(labels), bool)
     doubtful: NDArray[np.bool_] = chosen.doubtful.copy()
@@ -209,14 +223,14 @@ def postprocess(found: Candidates, config: PostprocessConfig, observed: Rows | N
             continue
         oriented = boxes.shape[1] == 5
         iou = (pairwise_probiou if oriented else pairwise_iou)(boxes[best][None], boxes[rivals])[0]
-        margin = np.abs(iou - config.iou_threshold)
+        margin = np.abs(iou - thresholds.iou)
         rounding = (
             _probiou_rounding(boxes[best], boxes[rivals], iou)
             if oriented
             else _iou_rounding(boxes[best], boxes[rivals])
         )
         close = (margin > 0) & (margin <= rounding) & (observed is not None)
-        alive[rivals[(iou > config.iou_threshold) & ~close]] = False
+        alive[rivals[(iou > thresholds.iou) & ~close]] = False
         doubtful[rivals[close & (iou > 0)]] = True
     order = np.array(picked, np.int64)
     rows = Rows(boxes[order], chosen.score[order], labels[order])
@@ -292,24 +306,28 @@ class _Chosen:
     doubtful: NDArray[np.bool_]
 
 
-def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _Chosen:
+def _choose(found: Candidates, config: PostprocessConfig, rounding: float, thresholds: Thresholds) -> _Chosen:
     """Steps 1 to 3: the candidates, best first. A candidate is doubtful if rounding (relative) decides whether it is among them."""
-    threshold = float(np.float32(config.score_threshold))
+    limits = np.array(thresholds.score, np.float32).astype(np.float64)
     if found.logits:
+        near_half = np.abs(limits - 0.5) < 0.25  # where the difference of the logarithms has lost digits
         with np.errstate(divide="ignore"):
-            threshold = float(np.log(threshold) - np.log1p(-threshold))
+            limits = np.where(near_half, 2 * np.arctanh(2 * limits - 1), np.log(limits) - np.log1p(-limits))
+    classes = found.keys.shape[1]
+    counts: NDArray[np.bool_] = np.array(thresholds.class_mask or (True,) * classes, bool)
     if found.every_class or (config.multi_label and found.given is None):
         anchor, column = (i.ravel() for i in np.indices(found.keys.shape))
         usable = ~np.isnan(found.keys)
     else:
-        anchor, column = np.arange(len(found.keys)), found.labels_by.argmax(1)
+        anchor, column = np.arange(len(found.keys)), np.where(counts, found.labels_by, -np.inf).argmax(1)
         usable = np.broadcast_to(~np.isnan(found.keys).any(axis=1, keepdims=True), found.keys.shape)
     label = column if found.given is None else found.given[anchor]
     key, score = found.keys[anchor, column], found.scores[anchor, column]
+    threshold = np.broadcast_to(limits, classes)[column]
     with np.errstate(invalid="ignore"):
         near: NDArray[np.bool_] = np.asarray(np.abs(key - threshold) <= _key_rounding(threshold, rounding))
         near = near if rounding else np.zeros_like(near)
-        keep = usable[anchor, column] & ((key > threshold) | near)
+        keep = usable[anchor, column] & counts[column] & ((key > threshold) | near)
     anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]
     order = np.argsort(-key, kind="stable")
     finite = ~np.isnan(found.boxes.sum(1))
@@ -323,9 +341,9 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float) -> _C
     return _Chosen(anchor[order], label[order], key[order], score[order], doubtful[order])
 
 
-def _key_rounding(key: float, rounding: float) -> float:
+def _key_rounding(key: float | Floats, rounding: float) -> Floats:
     """Largest error of a key in float32; 0 if keys are exact."""
-    return rounding * abs(key) + SIGMOID_ROUNDING if rounding else 0.0
+    return np.asarray(rounding * np.abs(key) + SIGMOID_ROUNDING if rounding else np.zeros_like(key))
 
 
 def _follow(

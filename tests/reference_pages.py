@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from fusenms import PostprocessConfig, contract, errors  # noqa: E402
 from fusenms.cli import build_parser  # noqa: E402
+from fusenms.layout import Activation, BoxFormat, Decoded, Layout, Tap  # noqa: E402
 
 
 def cli() -> str:
@@ -74,6 +75,24 @@ def attributes(owner: Any) -> dict[str, str]:
     return {name: " ".join(words.split()).replace("``", "`") for name, words in found}
 
 
+def inputs() -> str:
+    """The optional inputs of the contract, of a head that suppresses."""
+    meaning = {
+        contract.SCORE_THRESHOLD: "keep candidates with score > this: one for all classes, or one for each",
+        contract.IOU_THRESHOLD: "suppress above this; only of heads that need suppression",
+        contract.CLASS_MASK: "whether each class counts",
+    }
+    classes = 987  # stands for C
+    boxes, scores = Tap("boxes", 2, 0, 4), Tap("scores", 2, 0, classes)
+    layout = Layout("two-outputs", boxes, scores, None, Activation.NONE, Decoded(BoxFormat.XYXY))
+    rows = ["| optional input | shape | dtype | default | |", "|---|---|---|---|---|"]
+    for given in layout.runtime_inputs(PostprocessConfig(runtime_thresholds=True)):
+        shape = " or ".join(f"[{'C' if length == classes else length}]" for length in given.lengths)
+        value = f"`{given.value}`" if given.name == contract.CLASS_MASK else f"the setting `{given.name}`"
+        rows.append(f"| `{given.name}` | {shape} | {given.dtype} | {value} | {meaning[given.name]} |")
+    return "\n".join(rows)
+
+
 def outputs() -> str:
     """The outputs of the contract."""
     meaning = {
@@ -111,7 +130,7 @@ def errors_() -> str:
 
 PARTS = {
     "cli": ("cli.md", cli), "settings": ("settings.md", settings), "outputs": ("outputs.md", outputs),
-    "presets": ("outputs.md", presets), "errors": ("errors.md", errors_),
+    "inputs": ("outputs.md", inputs), "presets": ("outputs.md", presets), "errors": ("errors.md", errors_),
 }  # fmt: skip
 """Mark to the page and to what makes the part."""
 

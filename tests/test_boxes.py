@@ -3,7 +3,7 @@ import pytest
 from onnx import parser
 
 from fusenms.boxes import area, cxcywh_to_xyxy, ordered, pairwise_iou, pairwise_probiou
-from fusenms.fusion.backends.iou import overlap_oriented
+from fusenms.fusion.backends.iou import oriented_limit, overlap_oriented
 from fusenms.graph.builder import Graph
 from fusenms.graph.session import OnnxRuntimeRunner
 
@@ -82,7 +82,9 @@ def test_graph_decides_as_the_probabilistic_iou_does(threshold, thinnest):
       g (float[1, n, 5] boxes, float[1, 5, m] others) => (float[1, n, 5] x) { x = Identity (boxes) }""")
     g = Graph(model)
     sides = g.split(g.tensor("boxes"), 2, 5), g.split(g.tensor("others"), 1, 5)
-    g.set_outputs([(overlap_oriented(g, *sides, threshold), "close", np.dtype(np.bool_), (1, "n", "m"))])
+    g.set_outputs(
+        [(overlap_oriented(g, *sides, oriented_limit(g, threshold)), "close", np.dtype(np.bool_), (1, "n", "m"))]
+    )
     got = OnnxRuntimeRunner(g.to_model()).run({"boxes": boxes[None], "others": others.T[None]})["close"][0]
     overlap = pairwise_probiou(boxes.astype(np.float64), others.astype(np.float64))
     clear = np.abs(overlap - threshold) > 2e-5

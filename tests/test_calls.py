@@ -130,7 +130,7 @@ def test_thresholds_by_class(detect):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"score_threshold": 0.1}, "at least 0.25, which the file was fused with.*lower score_threshold"),
+        ({"score_threshold": 0.1}, "at least 0.25, which the file was fused with.*a lower one"),
         ({"score_threshold": 1.1}, "from 0 to 1"),
         ({"score_threshold": {"nothing": 0.5}}, "the class 'nothing'; expected a number from 0 to"),
         ({"score_threshold": float("nan")}, "from 0 to 1"),
@@ -144,6 +144,42 @@ def test_thresholds_by_class(detect):
 def test_error_when_a_call_asks_for_what_the_file_has_not(detect, settings, message):
     with pytest.raises(InputError, match=message):
         detect(IMAGES[0], **settings)
+
+
+@pytest.fixture(scope="module", params=["ort", "portable"])
+def open_thresholds(request, tmp_path_factory):
+    model = fuse(SHAPES / "shapes.pt", backend=request.param, runtime_thresholds=True)
+    return model.save(tmp_path_factory.mktemp("open") / f"{request.param}.onnx")
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_thresholds_of_a_call_are_fed(open_thresholds, runtime):
+    """A lower threshold than the file's, another IoU threshold, and a class left out before the best class is chosen."""
+    pytest.importorskip(runtime)
+    settings = {"score_threshold": 0.01, "iou_threshold": 0.9}
+    with (
+        Detector(open_thresholds, runtime=runtime) as detect,
+        Detector(fuse(SHAPES / "shapes.pt", **settings)) as other,
+    ):
+        for found, expected in zip(detect(IMAGES, **settings), other(IMAGES), strict=True):
+            assert_same(found, expected, 1e-4)
+        usual = detect(IMAGES[0])[0]
+        assert len(usual) < len(detect(IMAGES[0], **settings)[0])
+        for found, again in zip(detect(IMAGES), Detector(fuse(SHAPES / "shapes.pt"))(IMAGES), strict=True):
+            assert_same(found, again, 1e-4)
+        label = int(usual.labels[0])
+        (some,) = detect(IMAGES[0], labels=[label])
+        assert set(some.labels) == {label} and len(some) >= (usual.labels == label).sum()
+        by_class = {0: 0.9, 1: 0.05, 2: 0.5}
+        (each,) = detect(IMAGES[0], score_threshold=by_class, max_detections=5)
+        assert len(each) == 5 and all(score > by_class[label] for _, score, label in each)
+        with pytest.raises(InputError, match="iou_threshold is 2; expected a number from 0 to 1"):
+            detect(IMAGES[0], iou_threshold=2)
+
+
+def test_error_when_the_iou_threshold_is_built_in(detect):
+    with pytest.raises(InputError, match=r"has it built in \(0.45\).*runtime_thresholds=True"):
+        detect(IMAGES[0], iou_threshold=0.5)
 
 
 def test_model_in_memory_is_opened(fused, detect):
@@ -283,7 +319,7 @@ def test_input_is_as_large_as_the_image_needs(dynamic, monkeypatch):
     shapes = []
     with Detector(dynamic) as detect:
         real = detect._runner.infer
-        monkeypatch.setattr(detect._runner, "infer", lambda images: shapes.append(images.shape) or real(images))
+        monkeypatch.setattr(detect._runner, "infer", lambda images, more: shapes.append(images.shape) or real(images, more))
         found = detect([wide, IMAGES[0], wide])
         with Detector(dynamic, size=(256, 256)) as fixed:
             whole = fixed([wide, IMAGES[0]])

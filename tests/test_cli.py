@@ -82,7 +82,7 @@ def test_json_is_one_object(capsys):
 @pytest.mark.slow
 def test_every_setting_reaches_the_file(capsys):
     flags = "--score-threshold 0.1 --iou-threshold 0.6 --max-detections 50 --max-candidates 500 --class-agnostic --multi-label"
-    flags += " --backend portable --rounds 9 --indices"
+    flags += " --backend portable --rounds 9 --indices --runtime-thresholds"
     assert (
         main([WEIGHTS, "--size", "96x64", *flags.split(), "--output-preset", "yolov7", "--opset", "18", "-o", "x.onnx"])
         == 0
@@ -93,8 +93,10 @@ def test_every_setting_reaches_the_file(capsys):
     assert values["config"] == {
         "score_threshold": 0.1, "iou_threshold": 0.6, "max_detections": 50, "max_candidates": 500,
         "class_agnostic": True, "multi_label": True, "rounds": 9, "masks": "coefficients", "indices": True, "output_preset": "yolov7",
+        "runtime_thresholds": True,
     }  # fmt: skip
-    assert values["inputs"] == ["images float32[batch, 3, 96, 64]"]
+    assert values["inputs"][0] == "images float32[batch, 3, 96, 64]"
+    assert values["inputs"][1:3] == ["score_threshold float32[score_threshold_length]", "iou_threshold float32[1]"]
     assert values["outputs"][0] == "num_dets int32[batch, 1]"
     assert values["outputs"][4:] == ["converged int32[batch, 1]", "indices int32[batch, 50]"]
 

@@ -143,7 +143,7 @@ def test_wrong_arguments(fused, tmp_path):
         deploy(fused, tmp_path, target="tflite")
     with pytest.raises(ConfigError, match=r"images have shape \[1, 3, 8, 8\]; expected \[n, 3, 160, 160\]"):
         deploy(fused, tmp_path, images=np.zeros((1, 3, 8, 8), np.float32))
-    with pytest.raises(InputError, match="expected none for ncnn, which runs on the CPU"):
+    with pytest.raises(InputError, match="found providers, but ncnn has none"):
         Detector(tmp_path, providers=["CUDAExecutionProvider"])
     with pytest.raises(SourceError, match=TAIL):
         Detector(tmp_path)

@@ -381,9 +381,9 @@ def test_areas_that_count_pixels_in_reference_and_graph_alike_are_found(monkeypa
 def test_thresholds_that_are_not_strict_in_reference_and_graph_alike_are_found(monkeypatch):
     choose, strict = reference._choose, graph_candidates.strict_threshold
 
-    def below(found, config, rounding):
+    def below(found, config, rounding, thresholds):
         loose = float(np.nextafter(np.float32(config.score_threshold), np.float32(0)))
-        return choose(found, replace(config, score_threshold=loose), rounding)
+        return choose(found, config, rounding, replace(thresholds, score=(loose,)))
 
     monkeypatch.setattr(reference, "_choose", below)
     monkeypatch.setattr(graph_candidates, "strict_threshold", lambda *a: np.nextafter(strict(*a), np.float32(-1)))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fusenms import contract
 from fusenms.artifacts.raw import ImageInput
 from fusenms.config import PostprocessConfig
@@ -189,6 +191,9 @@ def check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     for name, output in fused.layout.outputs(config):
         height, width = sizes.get(name, [0, 0])[-2:] if "h" in output.shape else (0, 0)  # the image size sets them
         wanted[name] = [batch, *(int(d) for d in output.shape_for(0, config.max_detections, height, width)[1:])]
+    for given in fused.layout.runtime_inputs(config):
+        wanted[given.name] = [size if isinstance(size, int) else 0 for size in given.shape]
+        _check_default(path, fused.model, given)
     if fused.task != fused.layout.task:
         raise SourceError(
             f"{path}: its metadata says that its task is {fused.task!r}, but its head is for {fused.layout.task!r}; fuse the model again"
@@ -199,3 +204,20 @@ def check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
             raise SourceError(
                 f"{path}: its metadata says {name} {shape} (0: open), but the graph has {found}; fuse the model again"
             )
+
+
+def _check_default(path: str | os.PathLike[str], model: onnx.ModelProto, given: contract.RuntimeInput) -> None:
+    """Refuse a default that is not that of the settings.
+
+    Raises:
+        SourceError: it is missing or another one.
+    """
+    import onnx
+
+    stored = next((item for item in model.graph.initializer if item.name == given.name), None)
+    found = None if stored is None or tuple(stored.dims) != given.default.shape else onnx.numpy_helper.to_array(stored)
+    if found is None or found.dtype != given.dtype or not np.array_equal(found, given.default):
+        raise SourceError(
+            f"{path}: its metadata says that {given.name} is an input with the default {given.dtype}{list(given.default.shape)} "
+            f"{given.value}, but the graph has {'none' if stored is None else 'another default'}; fuse the model again"
+        )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class Check:
     """Result for one image of one run: its position, what was compared, and what differed (empty: nothing).
 
+    ``setting`` says what the optional inputs were fed; empty: nothing, or the model has none.
     ``converged`` is False if the model reports that its rounds were too few; then nothing is compared.
     """
 
@@ -21,14 +22,19 @@ class Check:
     worst_score: float = 0.0
     problems: tuple[str, ...] = ()
     converged: bool = True
+    setting: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every comparison of a verification. It is true if nothing differed, and prints as text."""
+    """Every comparison of a verification. It is true if nothing differed, and prints as text.
+
+    ``unshown`` names the optional inputs that changed nothing in any run, so that nothing was proven of them.
+    """
 
     checks: tuple[Check, ...]
     batches: tuple[int, ...]
+    unshown: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.checks) and self.mismatches == 0
@@ -44,6 +50,11 @@ class Report:
     @property
     def close_calls(self) -> int:
         return sum(check.close_calls for check in self.checks)
+
+    @property
+    def settings(self) -> int:
+        """Number of different values that the optional inputs of the model were fed."""
+        return len({check.setting for check in self.checks} - {""})
 
     @property
     def unconverged(self) -> int:
@@ -65,6 +76,10 @@ class Report:
         close = f" · {counted(self.close_calls, 'close call')}" if self.close_calls else ""
         if self.unconverged:
             close += f" · {counted(self.unconverged, 'image')} did not converge, as the model says (more rounds help)"
+        if self.settings:
+            close += f" · thresholds fed {self.settings} ways"
+        if self.unshown:
+            close += f" · {', '.join(self.unshown)} changed nothing"
         sizes = ", ".join(map(str, self.batches))
         wrong = counted(self.mismatches, "mismatch", "mismatches")
         return (
@@ -76,14 +91,17 @@ class Report:
         lines = [self.summary]
         for check in self.checks:
             lines += [
-                f"  batch {check.batch}, image {check.image} ({check.case}): {problem}" for problem in check.problems
+                f"  batch {check.batch}, image {check.image} ({', '.join(filter(None, (check.case, check.setting)))}): {problem}"
+                for problem in check.problems
             ]
         return "\n".join(lines if len(lines) <= 41 else [*lines[:41], f"  … and {len(lines) - 41} more"])
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for ``--json``."""
         problems = [
-            {"batch": c.batch, "image": c.image, "case": c.case, "problem": p} for c in self.checks for p in c.problems
+            {"batch": c.batch, "image": c.image, "case": c.case, "setting": c.setting, "problem": p}
+            for c in self.checks
+            for p in c.problems
         ]
         return {
             "equal": bool(self),
@@ -92,6 +110,8 @@ class Report:
             "detections": self.detections,
             "mismatches": self.mismatches,
             "close_calls": self.close_calls,
+            "settings": self.settings,
+            "unshown": list(self.unshown),
             "unconverged": self.unconverged,
             "worst_box_px": self.worst_box,
             "worst_score": self.worst_score,

@@ -271,6 +271,9 @@ def printer(steps: Steps, bar: ProgressBar) -> OnEvent:
             thresholds = f"score > {config.score_threshold:g}, IoU > {config.iou_threshold:g} suppressed"
         else:
             thresholds = f"score > {config.score_threshold:g}"
+        if config.runtime_thresholds:
+            names = ", ".join(given.name for given in model.layout.runtime_inputs(config))
+            thresholds += f" (defaults of the inputs {names})"
         steps.line("settings", f"{thresholds}, at most {config.max_detections} detections per image")
         steps.values |= {
             "classes": list(model.class_names), "notes": list(model.notes), "backend": model.backend,

@@ -20,6 +20,7 @@ from fusenms.engines.base import Engine, EngineSettings, Sizes, describe
 from fusenms.engines.plugin import carried, load_plugin_library
 from fusenms.errors import ConfigError, EngineBuildError, SourceError, UnsupportedByBackendError
 from fusenms.fusion.backends.plugin import PLUGIN
+from fusenms.graph.defaults import with_defaults
 from fusenms.limits import DEFAULT_LIMITS
 from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.safety.files import read_regular, write_atomically
@@ -94,6 +95,7 @@ def build(library: Library, path: str, settings: EngineSettings, progress: OnPro
     if settings.plugin_library is not None:
         load_plugin_library(settings.plugin_library)
     whole = with_own_plugin(library, path, model)
+    carries, whole = whole is not model, with_defaults(whole)
     _check_plugins(library, path, whole)
     logger = make_logger(trt)
     try:
@@ -129,7 +131,7 @@ def build(library: Library, path: str, settings: EngineSettings, progress: OnPro
             "name": library.title, "version": trt.__version__, "layers": network.num_layers, "strongly_typed": library.strongly_typed,
             "compute_capabilities": list(dict.fromkeys(settings.compute_capabilities)) or "the builder's choice",
             "version_compatible": settings.version_compatible, "hardware_compatible": settings.hardware_compatible,
-            **({} if whole is model else {"carries": PLUGIN}),
+            **({"carries": PLUGIN} if carries else {}),
         },
         {
             "inputs": {name: {"min": least, "opt": usual, "max": most} for name, (least, usual, most) in inputs.items()},

@@ -6,7 +6,6 @@ with few objects costs little. Otherwise it is `max_candidates`, and candidates 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from fusenms.artifacts.raw import ImageInput
 from fusenms.boxes import MAX_REACH, MAX_REACH_ORIENTED
 from fusenms.config import PostprocessConfig
 from fusenms.fusion.decoding import decode_boxes, order_corners
+from fusenms.fusion.thresholds import class_mask, class_thresholds, strict_threshold
 from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
 from fusenms.layout import MOST_CHANNELS, Activation, Layout, Tap, other_axis
 
@@ -81,16 +81,10 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
     layout, image, total = head.layout, head.image, head.total
     multi_label = layout.every_class or (config.multi_label and layout.labels is None)
     most = config.max_candidates if layout.suppress else config.max_detections
-    pool, origin = _Pool.of_head(g, layout, head.widths), None
-    bounded = layout.objectness is not None and layout.objectness_weight is None
-    if bounded and layout.activation is Activation.SIGMOID and adaptive:
-        origin = _pass_objectness(g, pool, config, total)
-        pool = pool.take(origin)
-    scores, activation = _scores(g, pool, multi_label)
-    threshold = strict_threshold(config.score_threshold, activation)
-    passes = g.op("And", g.op("Greater", scores, g.floats(float(threshold))), g.op("Less", scores, g.floats(np.inf)))
-    above = scores if threshold > NEVER else g.op("Max", scores, g.floats(LOWEST))
-    eligible = g.where(passes, above, g.floats(NEVER))
+    judge = _judged_by_inputs if config.runtime_thresholds else _judged
+    judged = judge(g, head, config, multi_label, adaptive)
+    pool, origin, passes, activation = judged.pool, judged.origin, judged.passes, judged.activation
+    eligible = g.where(passes, judged.scores, g.floats(NEVER))
     if adaptive:
         count = None
         best, place = g.top_k(eligible, _most_passing(g, passes, most))
@@ -118,7 +112,9 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
         else:
             anchor, candidates = at, pool.take(at)
             class_scores = candidates.part(layout.classes)
-            if layout.labels is None:
+            if judged.labels is not None:
+                labels = g.op("GatherElements", judged.labels, at, axis=1)
+            elif layout.labels is None:
                 labels = g.cast(g.op("ArgMax", class_scores, axis=2, keepdims=0), INT32)
             else:
                 labels = g.cast(g.reshape(candidates.part(layout.labels), 0, -1), INT32)
@@ -145,18 +141,81 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
     )
 
 
-def strict_threshold(score_threshold: float, activation: Activation) -> np.float32:
-    """Return the float32 t such that a float32 score x is above the threshold exactly if ``x > t``.
+@dataclass(frozen=True)
+class _Judged:
+    """Scored candidates, and which of them pass.
 
-    With a sigmoid, scores are logits, and t is the largest float32 not above the logit of the threshold.
+    Attributes:
+        pool: the candidates; ``origin`` ``[B, n]`` int32 are their numbers in the head, None if they are all of it.
+        scores: ``[B, n]`` float32, with ``multi_label`` ``[B, n * C]``; those that pass are above `NEVER`.
+        passes: of the same shape, bool.
+        activation: what still turns a score into a probability.
+        labels: ``[B, n]`` int32; None if the classes of the candidates tell them.
     """
-    value = float(np.float32(score_threshold))
-    if activation is Activation.SIGMOID:
-        if value <= 0 or value >= 1:
-            return np.float32(-np.inf if value <= 0 else np.inf)
-        value = math.log(value) - math.log1p(-value)
-    near = np.float32(value)
-    return near if float(near) <= value else np.nextafter(near, np.float32(-np.inf))
+
+    pool: _Pool
+    origin: Tensor | None
+    scores: Tensor
+    passes: Tensor
+    activation: Activation
+    labels: Tensor | None = None
+
+
+def _judged(g: Graph, head: Head, config: PostprocessConfig, multi_label: bool, adaptive: bool) -> _Judged:
+    """Emit the comparison of all scores with the threshold of the settings."""
+    pool, origin = _Pool.of_head(g, head.layout, head.widths), None
+    if adaptive and _bounded(head.layout):
+        least = g.const(strict_threshold(config.score_threshold, Activation.NONE), np.float32)
+        origin = _pass_objectness(g, pool, least, head.total)
+        pool = pool.take(origin)
+    scores, activation = _scores(g, pool, multi_label)
+    threshold = strict_threshold(config.score_threshold, activation)
+    passes = g.op("And", g.op("Greater", scores, g.floats(float(threshold))), g.op("Less", scores, g.floats(np.inf)))
+    above = scores if threshold > NEVER else g.op("Max", scores, g.floats(LOWEST))
+    return _Judged(pool, origin, above, passes, activation)
+
+
+def _judged_by_inputs(g: Graph, head: Head, config: PostprocessConfig, multi_label: bool, adaptive: bool) -> _Judged:
+    """Emit the comparison of each score with the threshold of its class, an input of the graph.
+
+    The best class of a candidate is the best one that the mask lets count. To find it takes three passes over all classes, so that where
+    the number of candidates may depend on the data, those below the lowest threshold are left out before.
+    """
+    layout = head.layout
+    pool, origin = _Pool.of_head(g, layout, head.widths), None
+    last = layout.activation if layout.objectness is None else Activation.NONE
+    last = Activation.NONE if last is Activation.SOFTMAX else last
+    thresholds = class_thresholds(g, layout, last)
+    least = g.reduce("ReduceMin", thresholds, 0, keepdims=True)
+    if adaptive and _bounded(layout):
+        origin = _pass_objectness(g, pool, least, head.total)
+    elif adaptive and not multi_label and layout.objectness is None and layout.activation is not Activation.SOFTMAX:
+        best, _ = _scores(g, pool, False)
+        origin = _numbers(g, g.op("Greater", best, least), head.total)
+    pool = pool if origin is None else pool.take(origin)
+    labels: Tensor | None = None
+    if multi_label:
+        scores, activation = _scores(g, pool, True)
+        each = g.op("Greater", g.reshape(scores, 0, -1, layout.num_classes), thresholds)
+        passes = g.reshape(each, 0, -1)
+    elif layout.labels is not None:
+        scores, activation = _scores(g, pool, False)
+        passes = g.op("Greater", scores, thresholds)
+    else:
+        mask, axis = class_mask(g), pool.channel_axis(layout.classes)
+        labels = g.cast(g.op("ArgMax", _masked(g, mask, pool.part(layout.classes), axis), axis=axis, keepdims=0), INT32)
+        scores, activation = _scores(g, pool, False, mask)
+        passes = g.op("Greater", scores, g.op("Gather", thresholds, labels, axis=0))
+    assert activation is last
+    passes = g.op("And", passes, g.op("Less", scores, g.floats(np.inf)))
+    if activation is Activation.SIGMOID:  # a threshold may be 0
+        scores = g.op("Max", scores, g.floats(LOWEST))
+    return _Judged(pool, origin, scores, passes, activation, labels)
+
+
+def _masked(g: Graph, mask: Tensor, classes: Tensor, axis: int) -> Tensor:
+    """The class values of candidates, ``[B, C, n]`` (``axis`` 1) or ``[B, n, C]``: -infinity for a class that does not count."""
+    return g.where(g.unsqueeze(mask, 1) if axis == 1 else mask, classes, g.floats(-np.inf))
 
 
 @dataclass(frozen=True)
@@ -194,15 +253,18 @@ class _Pool:
         return _Pool(self.g, taken, self.widths, self.layout)
 
 
-def _scores(g: Graph, pool: _Pool, multi_label: bool) -> tuple[Tensor, Activation]:
+def _scores(g: Graph, pool: _Pool, multi_label: bool, mask: Tensor | None = None) -> tuple[Tensor, Activation]:
     """Emit the score of every candidate of the pool. Return it with the activation that still turns it into a probability.
 
-    Scores are ``[B, n]``, the best class of each box; with ``multi_label`` ``[B, n * C]``, with the classes of a box side by side.
+    Scores are ``[B, n]``, the best class of each box; with ``multi_label`` ``[B, n * C]``, with the classes of a box side by side. Only
+    classes of the ``mask`` ``[C]`` bool count, if there is one; a softmax is over all classes.
     """
     layout, activation = pool.layout, pool.layout.activation
     classes, axis = pool.part(layout.classes), pool.channel_axis(layout.classes)
     if activation is Activation.SOFTMAX:
         classes, axis, activation = _softmax(g, pool), 2, Activation.NONE
+    if mask is not None:
+        classes = _masked(g, mask, classes, axis)
     if multi_label:
         scores: Tensor = g.op("Transpose", classes, perm=[0, 2, 1]) if axis == 1 else classes
     else:
@@ -239,15 +301,27 @@ def _objectness(g: Graph, pool: _Pool, tap: Tap) -> Tensor:
     return g.op("Sigmoid", values) if pool.layout.activation is Activation.SIGMOID else values
 
 
-def _pass_objectness(g: Graph, pool: _Pool, config: PostprocessConfig, total: int | None) -> Tensor:
-    """Emit the numbers of the candidates whose objectness alone is above the threshold, ascending, ``[B, k]`` int32.
+def _bounded(layout: Layout) -> bool:
+    """Whether no score is above its objectness: it is the product of two sigmoids."""
+    return (
+        layout.activation is Activation.SIGMOID and layout.objectness is not None and layout.objectness_weight is None
+    )
 
-    The score is objectness times a sigmoid, which is at most 1, so no other candidate can pass. An image with fewer such candidates than
-    the image with the most is padded with other candidates, which their score then removes.
+
+def _pass_objectness(g: Graph, pool: _Pool, least: Tensor, total: int | None) -> Tensor:
+    """Emit the numbers of the candidates whose objectness alone is above ``least``, ascending, ``[B, k]`` int32.
+
+    The score is objectness times a sigmoid, which is at most 1, so no other candidate can pass.
     """
     assert pool.layout.objectness is not None
-    objectness = _objectness(g, pool, pool.layout.objectness)
-    passes = g.op("Greater", objectness, g.const(strict_threshold(config.score_threshold, Activation.NONE), np.float32))
+    return _numbers(g, g.op("Greater", _objectness(g, pool, pool.layout.objectness), least), total)
+
+
+def _numbers(g: Graph, passes: Tensor, total: int | None) -> Tensor:
+    """Emit the numbers of the candidates that pass ``[B, N]``, ascending, ``[B, k]`` int32.
+
+    An image with fewer of them than the image with the most is padded with other candidates, which their score then removes.
+    """
     if total is not None:
         falling: Tensor = g.const(np.arange(total, 0, -1)[None], np.float32)
     else:

@@ -22,6 +22,7 @@ from fusenms.fusion.backends.base import Backend, DetectionTensors, by_candidate
 from fusenms.fusion.backends.portable import PORTABLE
 from fusenms.fusion.candidates import Head
 from fusenms.fusion.decoding import assemble_masks, decode_keypoints
+from fusenms.fusion.thresholds import declare_inputs
 from fusenms.graph.builder import FLOAT, Graph, Tensor
 from fusenms.graph.model import declared_type
 from fusenms.layout import Layout, Tap
@@ -61,6 +62,7 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
     widths = {new.tensor: head.channels(old) for old, new in zip(taps, layout.taps, strict=True)}
     _join(g, layout, types)
     layout = replace(layout, joins=())
+    declare_inputs(g, layout, config)
     suppressor = emitter if layout.angle is None or emitter.knows_oriented else PORTABLE  # NMS operators: upright only
     find, by = suppressor.find, suppressor.suppresses_by
     if not layout.suppress:
@@ -168,19 +170,25 @@ def _check_joins(g: Graph, layout: Layout, config: PostprocessConfig) -> None:
     """Refuse a join whose tensor has a name that is taken.
 
     Raises:
-        ConfigError: a tensor of the model or an output of the fused model has the name.
+        ConfigError: a tensor of the model, or an output or optional input of the fused model, has the name.
     """
-    taken = g.names | {name for name, _ in layout.outputs(config)}
+    taken = g.names | set(_names_of(layout, config))
     if bad := [join.tensor for join in layout.joins if join.tensor in taken]:
         raise ConfigError(
-            f"join into {bad[0]!r}: an output or another tensor has that name; expected its own, as 'joined_{bad[0]}'"
+            f"join into {bad[0]!r}: an output, an optional input or another tensor has that name; expected its own, as 'joined_{bad[0]}'"
         )
 
 
+def _names_of(layout: Layout, config: PostprocessConfig) -> list[str]:
+    """Names of the outputs and of the optional inputs of the fused model."""
+    return [name for name, _ in layout.outputs(config)] + [given.name for given in layout.runtime_inputs(config)]
+
+
 def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:
-    """Rename tensors that have the name of an output of the fused model. Return layout and image input with the new names."""
+    """Rename tensors that have the name of an output or an optional input of the fused model. Return layout and image input with the new
+    names."""
     renamed = {}
-    for name, _ in layout.outputs(config):
+    for name in _names_of(layout, config):
         if name in g.names:
             new = f"head_{name}"
             while new in g.names:

@@ -18,10 +18,11 @@ from fusenms.graph.custom_ops import KNOWN_DOMAINS
 from fusenms.graph.model import DATA_MOVEMENT_OPS
 
 Tensor: TypeAlias = gs.Tensor
-INT32, INT64, FLOAT, BOOL = (
+INT32, INT64, FLOAT, DOUBLE, BOOL = (
     onnx.TensorProto.INT32,
     onnx.TensorProto.INT64,
     onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
     onnx.TensorProto.BOOL,
 )
 TAIL = "fusenms"
@@ -36,6 +37,7 @@ class Graph:
         self._graph = gs.import_onnx(model)
         self._tensors = self._graph.tensors()
         self._count = _last_number(_names(model.graph))
+        self._defaults: list[onnx.TensorProto] = []
 
     @property
     def opset(self) -> int:
@@ -99,6 +101,13 @@ class Graph:
     def names(self) -> set[str]:
         return set(self._tensors)
 
+    def add_optional_input(self, name: str, default: np.ndarray, shape: tuple[str | int, ...]) -> None:
+        """Add an input with a default, an initializer of the same name. `tensor` finds it by its name."""
+        tensor = gs.Variable(name, default.dtype, list(shape))
+        self._graph.inputs.append(tensor)
+        self._tensors[name] = tensor
+        self._defaults.append(onnx.numpy_helper.from_array(default, name))
+
     def set_outputs(self, outputs: Sequence[tuple[Tensor, str, np.dtype[Any], tuple[str | int, ...]]]) -> None:
         """Make these the outputs: (tensor, name, dtype, shape)."""
         self._graph.outputs = []
@@ -110,6 +119,7 @@ class Graph:
         """Return the edited model: unused nodes removed, nodes in order, metadata and producer as before."""
         self._graph.cleanup(remove_unused_graph_inputs=False).toposort()
         model = gs.export_onnx(self._graph, do_type_check=False)
+        model.graph.initializer.extend(self._defaults)
         model.ir_version = self._model.ir_version
         model.producer_name, model.producer_version = self._model.producer_name, self._model.producer_version
         model.metadata_props.extend(self._model.metadata_props)

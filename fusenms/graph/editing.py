@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 
 from fusenms.errors import ConfigError
 from fusenms.graph.custom_ops import KNOWN_DOMAINS
+from fusenms.graph.model import declare_optional_inputs
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,7 @@ def _exported(graph: gs.Graph, model: onnx.ModelProto) -> onnx.ModelProto:
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     made = gs.export_onnx(graph, do_type_check=False)
     made.ir_version = model.ir_version
+    declare_optional_inputs(made, model)
     foreign = {name for node in made.graph.node if node.domain not in KNOWN_DOMAINS for name in node.output}
     kept = [entry for entry in model.graph.value_info if entry.name in foreign]
     del made.graph.value_info[:]

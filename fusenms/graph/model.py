@@ -1,4 +1,7 @@
-"""Models as values: their outputs, the part after some tensors, what their outputs declare. No function changes its arguments."""
+"""Models as values: their outputs, the part after some tensors, what their outputs declare.
+
+No function changes its arguments, but for `declare_optional_inputs`.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,20 @@ def cut_before(model: onnx.ModelProto, tensors: dict[str, tuple[int, ...]]) -> o
     graph.inputs = [tensor for tensor in graph.inputs if tensor.outputs]
     cut = gs.export_onnx(graph, do_type_check=False)
     cut.ir_version = model.ir_version
+    declare_optional_inputs(cut, model)
     return cut
+
+
+def optional_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Inputs that have a default, an initializer of the same name. Before IR version 4, every initializer was listed as an input."""
+    defaults = {item.name for item in model.graph.initializer} if model.ir_version >= 4 else set()
+    return [entry for entry in model.graph.input if entry.name in defaults]
+
+
+def declare_optional_inputs(made: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """List those of a model again in another one that onnx-graphsurgeon, which takes them for constants, made of it."""
+    present = {item.name for item in made.graph.initializer}
+    made.graph.input.extend(entry for entry in optional_inputs(model) if entry.name in present)
 
 
 def declared_shape(model: onnx.ModelProto, tensor: str) -> tuple[int, ...]:

@@ -234,9 +234,9 @@ class OnnxRuntimeRunner:
         """
         return dict(zip(self.outputs, self._session.run(inputs), strict=True))
 
-    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Run on images ``[B, 3, height, width]`` float32; return outputs by name."""
-        return self.run({self.inputs[0]: images})
+    def infer(self, images: np.ndarray, more: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Run on images ``[B, 3, height, width]`` float32 and optional inputs; return outputs by name."""
+        return self.run({self.inputs[0]: images, **(more or {})})
 
     def close(self) -> None:
         self._session.close()

@@ -11,7 +11,7 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.config import PostprocessConfig
-from fusenms.contract import Output
+from fusenms.contract import Output, RuntimeInput
 from fusenms.errors import ConfigError, SourceError
 from fusenms.layout.box_decodes import BOX_DECODES, BoxDecode, BoxFormat, Decoded, Distances, GridOffsets, PointOffsets
 from fusenms.layout.taps import Join, Tap, check_tap, is_finite, is_name, named, other_axis
@@ -165,6 +165,23 @@ class Layout:
             optional.append(Output(contract.KEYPOINTS, floats, shape))
         named = zip(config.output_names, (number, *own), strict=True)
         return (*named, *((output.name, output) for output in optional))
+
+    def runtime_inputs(self, config: PostprocessConfig) -> tuple[RuntimeInput, ...]:
+        """Every optional input of a model fused with these settings.
+
+        A head that needs no suppression has no IoU threshold. A head that gives labels itself does not show its number of classes, so
+        that it has one score threshold and no class mask.
+        """
+        if not config.runtime_thresholds:
+            return ()
+        floats, classes = np.dtype(np.float32), self.num_classes
+        lengths = (1, classes) if classes else (1,)
+        inputs = [RuntimeInput(contract.SCORE_THRESHOLD, floats, lengths, config.score_threshold)]
+        if self.suppress:
+            inputs.append(RuntimeInput(contract.IOU_THRESHOLD, floats, (1,), config.iou_threshold))
+        if classes:
+            inputs.append(RuntimeInput(contract.CLASS_MASK, np.dtype(np.bool_), (classes,), True))
+        return tuple(inputs)
 
     @property
     def every_class(self) -> bool:

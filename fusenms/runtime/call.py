@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
 
 from fusenms.config import PostprocessConfig
+from fusenms.contract import CLASS_MASK, IOU_THRESHOLD, SCORE_THRESHOLD
 from fusenms.errors import InputError
+from fusenms.layout import Layout
 from fusenms.safety.text import printable
 
+MOST_CLASSES = 4096
+"""Of a file that does not say how many it has."""
 Label = int | str
 """A class: its number or its name."""
 
@@ -20,6 +24,7 @@ class CallFields(TypedDict, total=False):
     """The settings of one call."""
 
     score_threshold: float | Mapping[Label, float] | None
+    iou_threshold: float | None
     labels: Sequence[Label] | None
     max_detections: int | None
 
@@ -29,11 +34,13 @@ class Call:
     """Settings of one call, checked.
 
     Attributes:
+        inputs: what the optional inputs of the graph are fed (`PostprocessConfig.runtime_thresholds`).
         thresholds: ``[C]`` float32, a score threshold for each class; None: those of the file.
         classes: ``[C]`` bool, the classes that are wanted; None: all.
         rows: maximum number of detections in an image; None: that of the file.
     """
 
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
     thresholds: np.ndarray | None = None
     classes: np.ndarray | None = None
     rows: int | None = None
@@ -47,24 +54,27 @@ class Call:
         if self.thresholds is not None:
             wanted &= scores > np.take(self.thresholds, labels, mode="clip")
         if self.classes is not None:
-            wanted &= np.take(self.classes, labels, mode="clip")
+            wanted &= np.take(self.classes, labels, mode="clip") & (labels < len(self.classes))
         return np.flatnonzero(wanted)[: self.rows]
 
 
 def checked_call(
+    layout: Layout,
     config: PostprocessConfig,
     class_names: Sequence[str],
-    num_classes: int,
     *,
     score_threshold: Any = None,
+    iou_threshold: Any = None,
     labels: Any = None,
     max_detections: Any = None,
 ) -> Call:
-    """Check the settings of a call against those of the file.
+    """Check the settings of a call against those of the file. Optional inputs of the graph are fed; else, rows are chosen of what it gives.
 
     Raises:
         InputError: one is no number or no class of the file, or asks for more than the file gives.
     """
+    given = {entry.name: entry for entry in layout.runtime_inputs(config)}
+    num_classes = layout.num_classes or len(class_names) or MOST_CLASSES
 
     def number_of(label: Any) -> int:
         if isinstance(label, str) and label in class_names:
@@ -84,8 +94,9 @@ def checked_call(
             else dict.fromkeys(range(num_classes), score_threshold)
         )
         thresholds = np.full(num_classes, config.score_threshold, np.float32)
+        least = 0.0 if SCORE_THRESHOLD in given else config.score_threshold
         for label, value in each.items():
-            thresholds[number_of(label)] = _threshold(value, config.score_threshold)
+            thresholds[number_of(label)] = _number("score_threshold", value, least)
     classes = None
     if labels is not None:
         if isinstance(labels, str) or not hasattr(labels, "__iter__"):
@@ -97,16 +108,30 @@ def checked_call(
             f"max_detections is {max_detections!r}; expected a whole number from 1 to {config.max_detections}, which the file was fused "
             "with: for more, fuse the weights again with a larger max_detections"
         )
-    return Call(thresholds, classes, max_detections)
+    if iou_threshold is not None and IOU_THRESHOLD not in given:
+        why = f"has it built in ({config.iou_threshold:g})" if layout.suppress else "has no suppression"
+        raise InputError(
+            f"found iou_threshold, but the file {why}; leave it out, or fuse the weights again with runtime_thresholds=True"
+        )
+    inputs = {}
+    if iou_threshold is not None:
+        inputs[IOU_THRESHOLD] = np.array([_number("iou_threshold", iou_threshold, 0.0)], np.float32)
+    if thresholds is not None and SCORE_THRESHOLD in given:
+        each_class = num_classes in given[SCORE_THRESHOLD].lengths
+        inputs[SCORE_THRESHOLD] = thresholds if each_class else thresholds.min(keepdims=True)
+        thresholds = None if each_class else thresholds
+    if classes is not None and CLASS_MASK in given:
+        inputs[CLASS_MASK], classes = classes, None
+    return Call(inputs, thresholds, classes, max_detections)
 
 
-def _threshold(value: Any, least: float) -> float:
+def _number(name: str, value: Any, least: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
-        raise InputError(f"score_threshold is {value!r}; expected a number from 0 to 1")
+        raise InputError(f"{name} is {value!r}; expected a number from 0 to 1")
     if value < least:
         raise InputError(
-            f"score_threshold is {value!r}; expected at least {least:g}, which the file was fused with: for less, fuse the weights again "
-            "with a lower score_threshold"
+            f"{name} is {value!r}; expected at least {least:g}, which the file was fused with: for less, fuse the weights again with a "
+            "lower one, or with runtime_thresholds=True"
         )
     return float(value)
 

@@ -136,7 +136,7 @@ class Detector:
         self._source = self._path or fused.source
         self._image, self._names, self._config = fused.image, fused.config.output_names, fused.config
         self._outputs, self._rows = fused.layout.outputs(fused.config), fused.config.max_detections
-        self._num_classes = fused.layout.num_classes
+        self._layout = fused.layout
         self._size, self._fixed = _size(size, fused)
         least, most = opened.batches or (1, batch_size)
         self._least = fused.image.batch or least
@@ -192,8 +192,11 @@ class Detector:
         Args:
             images: one image or several. An image is a path, the contents of an image file (bytes), an array ``[height, width, 3]`` uint8
                 (gray or with opacity too; RGB unless ``channels`` says BGR) or a PIL image. An array ``[B, height, width, 3]`` is several.
-            score_threshold: keep scores above this: a number, or numbers by class; at least that of the file.
-            labels: keep these classes only, by number or name. They are chosen from what the model finds, after its suppression.
+            score_threshold: keep scores above this: a number, or numbers by class; at least that of the file, unless it was fused with
+                ``runtime_thresholds``.
+            iou_threshold: suppress above this, if the file was fused with ``runtime_thresholds``.
+            labels: keep these classes only, by number or name. They are chosen from what the model finds, after its suppression; with
+                ``runtime_thresholds``, the model runs as if it did not know the others.
             max_detections: keep the best of each image, at most as many as the file has rows.
 
         Returns:
@@ -311,7 +314,7 @@ class Detector:
         self([gray] * count)
 
     def _call(self, settings: CallFields) -> Call:
-        return checked_call(self._config, self.class_names, self._num_classes, **settings)
+        return checked_call(self._layout, self._config, self.class_names, **settings)
 
     def _place(self, source: Any) -> Placed:
         """Read an image and scale it to the model's input. Channels are put in order afterwards, when the image is small."""
@@ -351,7 +354,7 @@ class Detector:
     def _infer(self, runner: Runner, batch: list[Placed], call: Call) -> list[Detections]:
         canvases = [canvas for canvas, _ in batch]
         filled = canvases + canvases[-1:] * (self._least - len(canvases))
-        outputs = runner.infer(to_tensor(filled))
+        outputs = runner.infer(to_tensor(filled), call.inputs)
         self._check(outputs, len(filled))
         outputs = {name: value[: len(canvases)] for name, value in outputs.items()}
         counts = outputs[self._names[0]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,13 @@ class NcnnRunner:
                 found[name].append(array.reshape(shape).astype(np.float32))
         return {name: np.stack(values) for name, values in found.items()}
 
-    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Run on images ``[B, 3, height, width]`` float32; return outputs by name.
+    def infer(self, images: np.ndarray, more: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Run on images ``[B, 3, height, width]`` float32 and optional inputs of the tail; return outputs by name.
 
         Raises:
             RunError: ncnn or ONNX Runtime fails, or does not finish within the time limit.
         """
-        return self._tail.run(self.head(images))
+        return self._tail.run(self.head(images) | dict(more or {}))
 
     def close(self) -> None:
         self._net.clear()

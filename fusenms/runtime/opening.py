@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,8 +40,8 @@ DEVICES = {
 class Runner(Protocol):
     """A model that is open in a runtime."""
 
-    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Run on images ``[B, 3, height, width]`` float32; return outputs by name."""
+    def infer(self, images: np.ndarray, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run on images ``[B, 3, height, width]`` float32 and optional inputs; return outputs by name."""
 
     def close(self) -> None:
         """Free the model."""
@@ -174,6 +174,7 @@ def _open_engine(path: Path, runtime: str, limits: Limits) -> Opened:
             raise SourceError(
                 f"{path}: its sidecar is damaged ({first_line(error)}); build the engine again"
             ) from error
+    fused = replace(fused, config=replace(fused.config, runtime_thresholds=False))  # an engine has them as constants
     runner = _OneByOne(EngineRunner(engine, LIBRARIES[ENGINE_RUNTIMES[runtime]]()))
     return Opened(fused=fused, runtime=runtime, runner=runner, batches=(least, most))
 
@@ -184,7 +185,8 @@ class _OneByOne:
     def __init__(self, runner: EngineRunner) -> None:
         self._runner, self._running = runner, threading.Lock()
 
-    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def infer(self, images: np.ndarray, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert not more  # an engine has its thresholds as constants
         with self._running:
             return self._runner.infer(images)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from fusenms.errors import BackendUnavailableError, InputError, RunError, SourceError, first_line
+from fusenms.graph.model import optional_inputs
 from fusenms.limits import DEFAULT_LIMITS
 
 
@@ -50,6 +53,7 @@ class OpenVinoRunner:
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
+        model, self._defaults = _without_defaults(model)
         try:
             self._compiled = core.compile_model(core.read_model(model.SerializeToString()), name, settings)
         except Exception as error:  # OpenVINO raises RuntimeError, protobuf a ValueError beyond 2 GB
@@ -93,15 +97,29 @@ class OpenVinoRunner:
         self._idle.put(request)
         return outputs
 
-    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Run on images ``[B, 3, height, width]`` float32; return outputs by name. Errors are those of `run`."""
-        return self.run({self._image: images})
+    def infer(self, images: np.ndarray, more: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Run on images ``[B, 3, height, width]`` float32 and optional inputs; return outputs by name. Errors are those of `run`."""
+        return self.run({self._image: images, **self._defaults, **(more or {})})
 
     def close(self) -> None:
         """Free the model."""
         self._compiled = None
         while not self._idle.empty():
             self._idle.get_nowait()
+
+
+def _without_defaults(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The model with its optional inputs as plain ones, and their defaults. OpenVINO takes an input with a default for a constant."""
+    names = {entry.name for entry in optional_inputs(model)}
+    defaults = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer if item.name in names}
+    if not defaults:
+        return model, {}
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    kept = [item for item in plain.graph.initializer if item.name not in defaults]
+    del plain.graph.initializer[:]
+    plain.graph.initializer.extend(kept)
+    return plain, defaults
 
 
 def _last_line(error: Exception) -> str:

@@ -5,6 +5,9 @@ Two runs are compared:
 1. The *whole* model runs on images. The head's tensors are outputs too, so the reference works on exactly the values that the tail got.
 2. The *tail*, cut out of the model after its head, runs on synthetic heads (`synthetic_heads`): random, dense, empty, tied, at the
    thresholds, crowded, unusable.
+
+Optional inputs (`PostprocessConfig.runtime_thresholds`) are first left out, so that their defaults are compared, and then fed in several
+ways (`settings`).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +23,7 @@ import onnx
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel, load_fused
 from fusenms.artifacts.report import Check, Report
+from fusenms.config import Thresholds
 from fusenms.errors import FusenmsError, InputError, RunError, SourceError, first_line
 from fusenms.fusion.backends import get_backend
 from fusenms.graph.model import cut_before, with_outputs
@@ -26,6 +31,7 @@ from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.heads.probe import probe_image
 from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
 from fusenms.verification.diagnosis import explain
+from fusenms.verification.settings import Setting, settings
 from fusenms.verification.synthetic_heads import SYNTHETIC_HEADS, Stage, heads
 from fusenms.verification.task_outputs import task_output_differences
 
@@ -73,15 +79,18 @@ def verify(
         other = replace(image, height=image.height + image.stride, width=image.width + 2 * image.stride)
         sizes.append((replace(fused, image=other), probe_image(other.height, other.width)))
     checks: list[Check] = []
+    unshown: tuple[str, ...] = ()
     for sized, own in sizes:
         try:
-            checks += _Verification(sized, progress).run(own, tuple(batches))
+            verification = _Verification(sized, progress)
+            checks += verification.run(own, tuple(batches), settings(sized) if sized is fused else ())
+            unshown = verification.unshown if sized is fused else unshown
         except FusenmsError:
             raise
         except Exception as error:  # graph and layout may come from a file of unknown origin
             message = f"the layout in the metadata does not fit the head's tensors ({type(error).__name__}: {first_line(error)})"
             raise SourceError(f"{message}; the file was changed after it was written: fuse the model again") from error
-    return Report(tuple(checks), tuple(batches))
+    return Report(tuple(checks), tuple(batches), unshown)
 
 
 def verify_tail(fused: FusedModel, shapes: Mapping[str, tuple[int, ...]], progress: OnProgress | None = None) -> Report:
@@ -91,7 +100,9 @@ def verify_tail(fused: FusedModel, shapes: Mapping[str, tuple[int, ...]], progre
         shapes: shapes of the head's tensors at the default size, without the batch.
     """
     batches = BATCHES if fused.image.batch is None else (fused.image.batch,)
-    return Report(tuple(_Verification(fused, progress).run_tail(dict(shapes), batches)), batches)
+    verification = _Verification(fused, progress)
+    checks = verification.run_tail(dict(shapes), batches, settings(fused))
+    return Report(tuple(checks), batches, verification.unshown)
 
 
 def images_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
@@ -124,8 +135,24 @@ class _Verification:
         self.model = self.backend.in_float(fused.model)
         self.progress = progress or (lambda *_: None)
         self.checks: list[Check] = []
+        self.setting: Setting | None = None
+        self.shown: set[str] = set()
 
-    def run(self, images: np.ndarray, batches: tuple[int, ...]) -> list[Check]:
+    @property
+    def unshown(self) -> tuple[str, ...]:
+        """Optional inputs that changed nothing in any run."""
+        return tuple(given.name for given in self.layout.runtime_inputs(self.config) if given.name not in self.shown)
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Those of the current run."""
+        return Thresholds.of(self.config) if self.setting is None else self.setting.thresholds
+
+    def _check(self, **values: Any) -> None:
+        """Add a check."""
+        self.checks.append(Check(**values, setting="" if self.setting is None else self.setting.name))
+
+    def run(self, images: np.ndarray, batches: tuple[int, ...], fed: Sequence[Setting]) -> list[Check]:
         produced = {name for node in self.model.graph.node for name in node.output}
         if lost := [name for name in self.layout.tensors if name not in produced]:
             raise SourceError(
@@ -133,12 +160,23 @@ class _Verification:
                 "it was changed after it was written: fuse the model again"
             )
         whole = self._open(with_outputs(self.model, self.layout.tensors))
-        shapes = self._on_images(whole, images, batches)
+        starts = [(b, 0) for b in batches] + [(max(batches), i) for i in range(max(batches), len(images), max(batches))]
+        shapes = self._on_images(whole, images, starts)
+        for self.setting in fed if shapes else ():
+            self._on_images(whole, images, [(min(batches), 0)])
+        self.setting = None
         whole.close()
-        return self.run_tail(shapes, batches) if shapes else self._judged()
+        return self.run_tail(shapes, batches, fed) if shapes else self._judged()
 
-    def run_tail(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> list[Check]:
-        self._on_synthetic_heads(shapes, batches)
+    def run_tail(
+        self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...], fed: Sequence[Setting]
+    ) -> list[Check]:
+        tail = self._open(cut_before(self.model, shapes))
+        self._on_synthetic_heads(tail, shapes, batches)
+        for self.setting in fed:
+            self._on_synthetic_heads(tail, shapes, (max(batches),))
+        self.setting = None
+        tail.close()
         return self._judged()
 
     def _judged(self) -> list[Check]:
@@ -159,11 +197,10 @@ class _Verification:
         )
 
     def _on_images(
-        self, whole: OnnxRuntimeRunner, images: np.ndarray, batches: tuple[int, ...]
+        self, whole: OnnxRuntimeRunner, images: np.ndarray, starts: Sequence[tuple[int, int]]
     ) -> dict[str, tuple[int, ...]]:
-        """Run images at each batch size, and all images at the largest one. Return the shapes of the head's tensors."""
+        """Run batches of images: (size, first image). Return the shapes of the head's tensors."""
         shapes: dict[str, tuple[int, ...]] = {}
-        starts = [(b, 0) for b in batches] + [(max(batches), i) for i in range(max(batches), len(images), max(batches))]
         for step, (batch, start) in enumerate(starts):
             self.progress("images", step, len(starts))
             filled = images[(start + np.arange(batch)) % len(images)]
@@ -175,11 +212,13 @@ class _Verification:
             self._compare(head, outputs, tuple(f"image {(start + i) % len(images)}" for i in range(batch)))
         return shapes
 
-    def _on_synthetic_heads(self, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]) -> None:
+    def _on_synthetic_heads(
+        self, tail: OnnxRuntimeRunner, shapes: dict[str, tuple[int, ...]], batches: tuple[int, ...]
+    ) -> None:
         """Run the tail on synthetic heads: each at every batch size, with a different one for each image."""
         tap = self.layout.classes
-        stage = Stage(self.layout, self.config, self.fused.image, shapes[tap.tensor][tap.candidate_axis - 1])
-        tail = self._open(cut_before(self.model, shapes))
+        count = shapes[tap.tensor][tap.candidate_axis - 1]
+        stage = Stage(self.layout, self.config, self.fused.image, count, self.thresholds)
         names = tuple(SYNTHETIC_HEADS)
         runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
         for step, (batch, some) in enumerate(runs):
@@ -194,14 +233,15 @@ class _Verification:
             outputs = self._infer(tail, inputs, batch, ", ".join(some))
             if outputs is not None:
                 self._compare(head, outputs, batch_names)
-        tail.close()
 
     def _infer(
         self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, case: str
     ) -> dict[str, np.ndarray] | None:
         """Run. A failure or a wrong shape is recorded as a problem of the whole batch; the result is then None."""
         try:
-            outputs = runner.run(inputs)
+            outputs = runner.run(
+                inputs | ({} if self.setting is None else self.setting.inputs(self.layout, self.config))
+            )
         except RunError as error:
             frozen = (
                 " (the batch is frozen)"
@@ -209,7 +249,7 @@ class _Verification:
                 else ""
             )
             problem = f"does not run at batch {batch}{frozen}: {first_line(error)}"
-            self.checks.append(Check(batch=batch, image=0, case=case, problems=(problem,)))
+            self._check(batch=batch, image=0, case=case, problems=(problem,))
             return None
         for name, output in self.layout.outputs(self.config):
             expected = output.shape_for(batch, self.config.max_detections, *self._prototype_sides(outputs, inputs))
@@ -218,7 +258,7 @@ class _Verification:
                 found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
                 frozen = " (the batch is frozen)" if got is not None and got.shape[:1] != (batch,) else ""
                 problem = f"output {name}: found {found}, expected {output.dtype}{list(expected)}{frozen}"
-                self.checks.append(Check(batch=batch, image=0, case=case, problems=(problem,)))
+                self._check(batch=batch, image=0, case=case, problems=(problem,))
                 return None
         return outputs
 
@@ -229,7 +269,7 @@ class _Verification:
         converged = outputs.get(contract.CONVERGED) if self.config.rounds is not None else None
         for i, case in enumerate(cases):
             if converged is not None and converged[i, 0] == 0:
-                self.checks.append(Check(batch=len(cases), image=i, case=case, converged=False))
+                self._check(batch=len(cases), image=i, case=case, converged=False)
                 continue
             count = int(np.clip(counts[i, 0], 0, len(scores[i])))
             observed = Rows(
@@ -239,7 +279,8 @@ class _Verification:
                 outputs[contract.INDICES][i, :count] if self.config.indices else None,
             )
             found = candidates(head, i, self.layout, size)
-            expected = postprocess(found, self.config, observed)
+            expected = postprocess(found, self.config, observed, self.thresholds)
+            self._note_effects(found, expected)
             problems = _differences(observed, expected)
             if counts[i, 0] != count:
                 problems.append(f"num_detections is {counts[i, 0]}, outside of 0 to {len(scores[i])}")
@@ -255,18 +296,25 @@ class _Verification:
             matched = min(len(observed), len(expected.rows)) if not problems else 0
             worst_box = float(np.abs(observed.boxes[:matched] - expected.rows.boxes[:matched]).max(initial=0))
             worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
-            self.checks.append(
-                Check(
-                    batch=len(cases),
-                    image=i,
-                    case=case,
-                    detections=len(observed),
-                    close_calls=close_calls,
-                    worst_box=worst_box,
-                    worst_score=worst_score,
-                    problems=tuple(problems),
-                )
+            self._check(
+                batch=len(cases),
+                image=i,
+                case=case,
+                detections=len(observed),
+                close_calls=close_calls,
+                worst_box=worst_box,
+                worst_score=worst_score,
+                problems=tuple(problems),
             )
+
+    def _note_effects(self, found: Candidates, expected: Expected) -> None:
+        """Note the inputs without which other candidates would be expected."""
+        if self.setting is None:
+            return
+        for name in self.unshown:
+            other = postprocess(found, self.config, None, self.setting.without(name, self.config))
+            if not np.array_equal(other.indices, expected.indices):
+                self.shown.add(name)
 
     def _prototype_sides(self, outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> tuple[int, ...]:
         """Height and width of the head's prototypes; empty if it has none."""
@@ -276,7 +324,7 @@ class _Verification:
         return (inputs if name in inputs else outputs)[name].shape[2:]
 
     def _explain(self, observed: Rows, expected: Expected, found: Candidates, first: Rows | None) -> str:
-        cause = explain(observed, expected.rows, found, self.config, first)
+        cause = explain(observed, expected.rows, found, self.config, first, self.setting)
         return f" [{cause}]" if cause else ""
 
 

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
 from fusenms.boxes import cxcywh_to_xyxy
 from fusenms.config import PostprocessConfig
+from fusenms.contract import CLASS_MASK, IOU_THRESHOLD, SCORE_THRESHOLD
 from fusenms.reference import SCORE_TOLERANCE, Candidates, Rows, matches, postprocess
+from fusenms.verification.settings import Setting
 
 
 def explain(
-    observed: Rows, expected: Rows, found: Candidates, config: PostprocessConfig, first_image: Rows | None
+    observed: Rows,
+    expected: Rows,
+    found: Candidates,
+    config: PostprocessConfig,
+    first_image: Rows | None,
+    fed: Setting | None,
 ) -> str:
     """Return the mistake that turns ``expected`` into ``observed``, or "" if no common mistake does.
 
-    ``first_image``: the observed rows of the first image of the batch, for the images after it.
+    Args:
+        first_image: the observed rows of the first image of the batch, for the images after it.
+        fed: what the optional inputs were fed, if anything.
     """
-    for name, rows in _mistakes(observed, expected, found, config, first_image):
+    for name, rows in chain(
+        () if fed is None else _input_mistakes(observed, found, config, fed),
+        _mistakes(observed, expected, found, config, first_image),
+    ):
         if len(rows) and _equal(observed, rows) and not _equal(expected, rows):
             return name
     if len(observed) == 0 and first_image is not None and len(first_image):
@@ -60,6 +73,14 @@ def _mistakes(
     )
     unsuppressed = replace(config, iou_threshold=1.0)
     yield "nothing was suppressed", postprocess(found, unsuppressed, observed).rows
+
+
+def _input_mistakes(
+    observed: Rows, found: Candidates, config: PostprocessConfig, fed: Setting
+) -> Iterator[tuple[str, Rows]]:
+    for name in (SCORE_THRESHOLD, IOU_THRESHOLD, CLASS_MASK):
+        yield f"the input {name} has no effect", postprocess(found, config, observed, fed.without(name, config)).rows
+    yield "the optional inputs have no effect", postprocess(found, config, observed).rows
 
 
 def _upright_mistakes(expected: Rows) -> Iterator[tuple[str, Rows]]:

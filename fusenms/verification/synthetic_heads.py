@@ -9,8 +9,8 @@ from fractions import Fraction
 import numpy as np
 
 from fusenms.artifacts.raw import ImageInput
-from fusenms.config import PostprocessConfig
-from fusenms.fusion.candidates import strict_threshold
+from fusenms.config import PostprocessConfig, Thresholds
+from fusenms.fusion.thresholds import strict_threshold
 from fusenms.layout import (
     Activation,
     BoxFormat,
@@ -27,12 +27,22 @@ LOW = -9.0  # logit of a candidate without an object
 
 @dataclass(frozen=True)
 class Stage:
-    """What synthetic heads are made for: layout, settings, image input and number of candidates."""
+    """What synthetic heads are made for: layout, settings, image input, number of candidates, and the thresholds of the run."""
 
     layout: Layout
     config: PostprocessConfig
     image: ImageInput
     count: int
+    thresholds: Thresholds | None = None
+
+    @property
+    def score_thresholds(self) -> tuple[float, ...]:
+        """One for all classes, or one for each."""
+        return (self.thresholds or Thresholds.of(self.config)).score
+
+    @property
+    def iou_threshold(self) -> float:
+        return (self.thresholds or Thresholds.of(self.config)).iou
 
 
 @dataclass
@@ -82,12 +92,12 @@ def thresholds(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """Scores at the threshold and one float to either side; pairs of boxes with IoU exactly at the threshold, if that is possible."""
     head = empty(stage, rng)
     head.boxes = _even_boxes(stage)
-    at = strict_threshold(stage.config.score_threshold, Activation.SIGMOID)
-    scores = [at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf))]
     rows = rng.choice(stage.count, min(stage.count, 60), replace=False)
-    head.classes[rows, rng.integers(stage.layout.classes.channels, size=len(rows))] = np.resize(
-        np.clip(scores, -80, 80), len(rows)
-    )
+    classes = rng.integers(stage.layout.classes.channels, size=len(rows))
+    each = [strict_threshold(value, Activation.SIGMOID) for value in stage.score_thresholds]
+    at = np.resize(np.array(each, np.float32), stage.layout.classes.channels)[classes]
+    sides = np.stack((at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf))))
+    head.classes[rows, classes] = np.clip(sides[np.arange(len(rows)) % 3, np.arange(len(rows))], -80, 80)
     head.objectness[rows] = 40.0
     _place_pairs(stage, head)
     return head
@@ -174,11 +184,12 @@ def _further(stage: Stage, rng: np.random.Generator) -> list[tuple[Tap, np.ndarr
 
 def _exact_threshold(stage: Stage, names: tuple[str, ...], tensors: dict[str, np.ndarray]) -> None:
     """Set probabilities within 1e-7 of the threshold to the threshold. Finished probabilities can equal it exactly."""
-    tap, threshold = stage.layout.classes, np.float32(stage.config.score_threshold)
+    tap = stage.layout.classes
+    threshold = np.resize(np.array(stage.score_thresholds, np.float32), tap.channels)
     for i in (i for i, name in enumerate(names) if name == "thresholds"):
         values = tensors[tap.tensor][i]
         rows = (values.T if tap.channel_axis == 1 else values)[:, tap.start : tap.stop]
-        rows[np.abs(rows - threshold) <= 1e-7] = threshold
+        np.copyto(rows, threshold, where=np.abs(rows - threshold) <= 1e-7)
 
 
 def _squash(logits: np.ndarray) -> np.ndarray:
@@ -260,8 +271,8 @@ def _place_pairs(stage: Stage, head: SyntheticHead) -> None:
     if stage.layout.angle is not None:  # the probabilistic IoU is not a fraction
         return
     decode, most = stage.layout.decode, 28
-    share = Fraction(stage.config.iou_threshold).limit_denominator(most)
-    if float(share) != stage.config.iou_threshold or not 0 < share < 1 or stage.count < 16:
+    share = Fraction(stage.iou_threshold).limit_denominator(most)
+    if float(share) != stage.iou_threshold or not 0 < share < 1 or stage.count < 16:
         return
     if not isinstance(decode, (Decoded, Distances)) or (isinstance(decode, Distances) and 1 < decode.bins < 16):
         return

@@ -75,6 +75,7 @@ class Backend:
         adaptive: whether the number of candidates may depend on the data; otherwise it is fixed.
         has_rounds: whether it supports `PostprocessConfig.rounds`.
         knows_oriented: whether it suppresses oriented boxes itself.
+        has_runtime_thresholds: whether its thresholds can be inputs of the graph.
         in_float: converts a model whose plugin reads float16 head tensors to one that reads float32. For checking only.
     """
 
@@ -87,6 +88,7 @@ class Backend:
     adaptive: bool
     has_rounds: bool = False
     knows_oriented: bool = False
+    has_runtime_thresholds: bool = False
     in_float: Callable[[onnx.ModelProto], onnx.ModelProto] = lambda model: model
 
 

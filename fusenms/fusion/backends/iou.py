@@ -12,7 +12,22 @@ SLACK = 2.0**-21
 """Relative. A threshold and a product are each rounded to 2^-24. The reference's limit for a close call is twenty times as large."""
 
 
-def overlap_upright(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor], threshold: float) -> Tensor:
+def upright_limit(g: Graph, threshold: float | Tensor) -> Tensor:
+    """The raised threshold, a number or ``[1]`` float32, for `overlap_upright`."""
+    if isinstance(threshold, float):
+        return g.floats(threshold * (1 + SLACK))
+    return g.op("Mul", threshold, g.floats(1 + SLACK))
+
+
+def oriented_limit(g: Graph, threshold: float | Tensor) -> Tensor:
+    """Twice the Bhattacharyya distance at the threshold, a number or ``[1]`` float32, for `overlap_oriented`."""
+    if isinstance(threshold, float):
+        return g.floats(2 * farthest_overlapping(threshold))
+    share = g.op("Mul", threshold, g.op("Sub", g.floats(2.0), threshold))  # 1 - (1 - t)^2 without its cancellation
+    return g.op("Mul", g.op("Log", g.op("Add", share, g.floats(PROBIOU_EPSILON))), g.floats(-2.0))
+
+
+def overlap_upright(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor], limit: Tensor) -> Tensor:
     """Whether the IoU of boxes is above the threshold, ``[B, b, n]`` bool.
 
     The test is intersection > threshold * union. It avoids a division, which not every runtime rounds correctly (OpenVINO multiplies by a
@@ -21,6 +36,7 @@ def overlap_upright(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor],
     Args:
         boxes: x1, y1, x2, y2, each ``[B, b, 1]``.
         others: x1, y1, x2, y2 of the other boxes, each ``[B, 1, n]``.
+        limit: what `upright_limit` emits.
     """
     (x1, y1, x2, y2), (u1, v1, u2, v2) = boxes, others
     width = g.op("Relu", g.op("Sub", g.op("Min", x2, u2), g.op("Max", x1, u1)))
@@ -29,10 +45,10 @@ def overlap_upright(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor],
     other = g.op("Mul", g.op("Sub", u2, u1), g.op("Sub", v2, v1))
     shared = g.op("Mul", width, height)
     union = g.op("Sub", g.op("Add", area, other), shared)
-    return g.op("Greater", shared, g.op("Mul", union, g.floats(threshold * (1 + SLACK))))
+    return g.op("Greater", shared, g.op("Mul", union, limit))
 
 
-def overlap_oriented(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor], threshold: float) -> Tensor:
+def overlap_oriented(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor], limit: Tensor) -> Tensor:
     """Whether the probabilistic IoU of oriented boxes is above the threshold, ``[B, b, n]`` bool.
 
     A box is a normal distribution with variances w^2/12 and h^2/12 along its sides. The IoU is 1 minus the Hellinger distance of two such
@@ -51,6 +67,7 @@ def overlap_oriented(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor]
     Args:
         boxes: cx, cy, w, h in pixels and the angle in radians, each ``[B, b, 1]``.
         others: the same values of the other boxes, each ``[B, 1, n]``.
+        limit: what `oriented_limit` emits.
     """
     one, two = (_gaussian(g, box) for box in (boxes, others))
     dx, dy = (g.op("Sub", one[i], two[i]) for i in ("x", "y"))
@@ -76,7 +93,7 @@ def overlap_oriented(g: Graph, boxes: Sequence[Tensor], others: Sequence[Tensor]
     apart = g.op("Div", g.op("Add", terms(one), terms(two)), determinant)
     shape = g.op("Log", g.op("Div", determinant, mul(one["area"], two["area"])))  # includes the 4
     distance = g.op("Add", mul(apart, g.floats(0.5)), shape)  # twice the Bhattacharyya distance
-    close = g.op("Less", distance, g.floats(2 * farthest_overlapping(threshold)))
+    close = g.op("Less", distance, limit)
     return g.op("And", close, g.op("And", one["thick"], two["thick"]))
 
 

@@ -9,6 +9,7 @@ from fusenms.artifacts.fused import FusedModel
 from fusenms.config import PostprocessConfig
 from fusenms.fusion.backends.base import Backend, SelectionTensors, by_candidates, one_class_each
 from fusenms.fusion.candidates import CandidateTensors
+from fusenms.fusion.thresholds import iou_threshold
 from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 
 
@@ -19,6 +20,8 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
        if a float32 sigmoid changes the order of scores that are almost equal. Its score rows are only the classes that occur.
     2. The operator lists its picks by image, then class, then score. They are scattered back onto the candidates.
     3. The first K picked candidates of each image are taken.
+
+    At a threshold of 1 all candidates are picked, since no IoU is larger. OpenVINO's operator would drop boxes that are equal.
     """
     boxes, labels, valid = candidates.decode(None)
     rank = _descending(g, candidates)
@@ -28,13 +31,16 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
         scores = one_class_each(g, rank, labels, valid, _present(g, labels, candidates.num_classes), 1)
     most = g.const([config.max_detections], np.int64)
     nothing = g.op("Mul", rank, g.floats(0.0))
-    if config.iou_threshold < 1:
-        limits = (g.const([just_above(config.iou_threshold)], np.float32), g.const([-0.5], np.float32))
+    threshold = iou_threshold(g, config)
+    if isinstance(threshold, float) and threshold == 1:
+        picked = g.where(valid, rank, nothing)
+    else:
+        limits = (_just_above(g, threshold), g.const([-0.5], np.float32))
         picks = g.op("NonMaxSuppression", boxes, scores, most, *limits)  # rows of (image, class, candidate)
         places = g.concat([g.slice(picks, 1, 0, 1), g.slice(picks, 1, 2, 3)], 1)
         picked = g.op("ScatterND", nothing, places, g.op("GatherND", rank, places))
-    else:  # no IoU is larger; OpenVINO would drop boxes that are equal
-        picked = g.where(valid, rank, nothing)
+        if not isinstance(threshold, float):
+            picked = g.where(g.op("Less", threshold, g.floats(1.0)), picked, g.where(valid, rank, nothing))
     if (
         candidates.count is None or candidates.count < config.max_detections
     ):  # fewer candidates than rows: pad with blank rows
@@ -46,15 +52,19 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
     return SelectionTensors(valid, row, g.take_rows(boxes, row, 1, 4), g.op("GatherElements", labels, row, axis=1))
 
 
-def just_above(threshold: float) -> np.float32:
-    """The next float32 number above an IoU threshold.
+def _just_above(g: Graph, threshold: float | Tensor) -> Tensor:
+    """Emit the next float32 number above an IoU threshold, ``[1]``; of an input the next or the one after, at most 1.
 
     The standard suppresses above the threshold, OpenVINO 2026.4 at the threshold too. With the next number, both keep a box whose IoU is
-    the threshold itself; only an IoU that is one rounding error above it is decided otherwise. It is a normal number, since a runtime may
+    the threshold itself; only an IoU that is a rounding error above it is decided otherwise. It is a normal number, since a runtime may
     take others for 0.
     """
-    above = np.nextafter(np.float32(threshold), np.float32(2))
-    return np.maximum(above, np.finfo(np.float32).tiny)
+    tiny = float(np.finfo(np.float32).tiny)
+    if isinstance(threshold, float):
+        above = max(float(np.nextafter(np.float32(threshold), np.float32(2))), tiny)
+        return g.const([above], np.float32)
+    above = g.op("Max", g.op("Mul", threshold, g.floats(1 + 2**-23)), g.floats(tiny))
+    return g.op("Min", above, g.floats(1.0))
 
 
 def _present(g: Graph, labels: Tensor, num_classes: int) -> Tensor:
@@ -85,4 +95,5 @@ ORT = Backend(
     to_standard,
     runs_on_onnxruntime=True,
     adaptive=True,
+    has_runtime_thresholds=True,
 )

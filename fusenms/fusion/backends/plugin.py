@@ -23,8 +23,9 @@ from fusenms.fusion.backends.base import Backend, DetectionTensors
 from fusenms.fusion.backends.iou import SLACK, farthest_overlapping
 from fusenms.fusion.backends.ort import ORT
 from fusenms.fusion.backends.portable import PORTABLE
-from fusenms.fusion.candidates import Head, strict_threshold
+from fusenms.fusion.candidates import Head
 from fusenms.fusion.decoding import decode_boxes
+from fusenms.fusion.thresholds import strict_threshold
 from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 from fusenms.graph.model import sorted_model
 from fusenms.layout import (

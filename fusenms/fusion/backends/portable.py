@@ -31,8 +31,9 @@ import onnx
 from fusenms.artifacts.fused import FusedModel
 from fusenms.config import PostprocessConfig
 from fusenms.fusion.backends.base import Backend, SelectionTensors, by_candidates
-from fusenms.fusion.backends.iou import overlap_oriented, overlap_upright
+from fusenms.fusion.backends.iou import oriented_limit, overlap_oriented, overlap_upright, upright_limit
 from fusenms.fusion.candidates import CandidateTensors
+from fusenms.fusion.thresholds import iou_threshold
 from fusenms.graph.builder import FLOAT, INT32, Graph, Tensor
 
 BLOCK, UNROLLED_BLOCK = 64, 960
@@ -47,7 +48,8 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
     """
     assert candidates.count is not None
     count = math.ceil(candidates.count / (BLOCK if config.rounds is None else UNROLLED_BLOCK))
-    blocks = _Blocks(g, candidates, config, candidates.count, math.ceil(candidates.count / count))
+    limit = (oriented_limit if candidates.oriented else upright_limit)(g, iou_threshold(g, config))
+    blocks = _Blocks(g, candidates, config, limit, candidates.count, math.ceil(candidates.count / count))
     if config.rounds is None and count > 1:
         found, converged = blocks.while_any_is_open(count), None
     else:
@@ -68,12 +70,14 @@ class _Blocks:
     """Emits the processing of blocks of ``size`` candidates, ``total`` in all.
 
     The selection so far is passed on as *found*, ``[B, box + 2, max_detections]`` float32, the best first: box, label, rank. A rank is
-    ``total`` minus the candidate's place (exact, because both are far below 2^24), and 0 in columns that are not in use.
+    ``total`` minus the candidate's place (exact, because both are far below 2^24), and 0 in columns that are not in use. ``limit`` is the
+    IoU threshold, as its test takes it.
     """
 
     g: Graph
     candidates: CandidateTensors
     config: PostprocessConfig
+    limit: Tensor
     total: int
     size: int
 
@@ -163,7 +167,7 @@ class _Blocks:
         g, overlap = self.g, overlap_oriented if self.candidates.oriented else overlap_upright
         *box, label = g.split(own, 2, self.label + 1)  # [B, b, 1]
         *other, other_label = g.split(others, 1, self.label + 1)  # [B, 1, n]
-        close = overlap(g, box, other, self.config.iou_threshold)
+        close = overlap(g, box, other, self.limit)
         if self.config.class_agnostic or self.candidates.num_classes == 1:
             return close
         return g.op("And", close, g.op("Equal", label, other_label))
@@ -189,5 +193,6 @@ PORTABLE = Backend(
     runs_on_onnxruntime=True,
     adaptive=False,
     has_rounds=True,
+    has_runtime_thresholds=True,
     knows_oriented=True,
 )
