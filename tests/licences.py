@@ -58,7 +58,7 @@ Not installed in the tests, as their publishers state it: `onnxruntime-gpu` (ext
 `nvidia-*` packages of PyTorch's CUDA build (extra `export` on Linux, from PyPI) NVIDIA's proprietary licences; `triton` MIT.
 
 A wheel can carry libraries with licences of their own beside the one stated. Those of `opencv-python-headless` (extra `images`)
-carry FFmpeg (LGPL-2.1), which decodes videos and which fusenms does not call, and libquadmath (LGPL-2.1), as shared libraries. They
+carry FFmpeg (LGPL-2.1), which decodes and encodes the videos of `detect`, and libquadmath (LGPL-2.1), as shared libraries. They
 and NumPy's carry libgfortran (GPL-3.0 with the runtime library exception)."""
 
 

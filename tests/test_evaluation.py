@@ -449,6 +449,22 @@ def test_detections_in_a_crowd_do_not_count():
 
 
 @needs_library
+def test_size_of_a_mask_is_its_own_and_not_that_of_its_box():
+    """A wrong mask that is small does not count among objects of medium size, however large its box is."""
+    mask = np.zeros((90, 90), bool)
+    mask[10:60, 10:60] = True
+    small = np.zeros((90, 90), bool)
+    small[80:85, 10:15] = small[20:25, 80:85] = True
+    truth = one(1, bbox=[10, 10, 50, 50], area=2500, segmentation=encode_mask(mask))
+    right, wrong = (
+        {**truth, "score": 0.2},
+        {**truth, "score": 0.9, "segmentation": encode_mask(small), "bbox": [10, 20, 75, 65]},
+    )
+    got = score("masks", {1: (90, 90)}, {1: "a"}, [truth], [right, wrong])
+    assert (got.medium, got.map50_95) == (1, pytest.approx(0.5))
+
+
+@needs_library
 def test_no_detections_score_zero():
     got = score("boxes", {1: (60, 60)}, {1: "a", 2: "b"}, [one(1)], [])
     assert (got.map50_95, got.recall) == (0, 0)

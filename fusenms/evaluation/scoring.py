@@ -79,13 +79,18 @@ def library() -> Any:
         import faster_coco_eval
     except ModuleNotFoundError as error:
         raise BackendUnavailableError(
-            "evaluating needs faster-coco-eval; install it with: pip install 'fusenms[eval]'"
+            "metrics and masks in COCO's format need faster-coco-eval; install it with: pip install 'fusenms[eval]'"
         ) from error
     return faster_coco_eval
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Encode a boolean mask ``[height, width]`` by run lengths, as COCO does."""
+    """Encode a boolean mask ``[height, width]`` by run lengths, as COCO does.
+
+    Raises:
+        BackendUnavailableError: faster-coco-eval is not installed.
+    """
+    library()
     from faster_coco_eval import mask as encoder
 
     encoded = encoder.encode(np.asfortranarray(mask.astype(np.uint8)))
