@@ -25,7 +25,8 @@ from fusenms.heads import Anchors, HeadSpec, check_tensors, raw_head, recognize
 from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
 from fusenms.runtime.example_images import example_images
-from fusenms.runtime.images import list_images, load_tensor
+from fusenms.runtime.images import list_images
+from fusenms.runtime.placement import load_tensor
 from fusenms.sources import LoadFields, LoadOptions, load, options_from
 from fusenms.transforms.dynamic_batch import open_batch
 from fusenms.transforms.half_precision import PRECISIONS, to_half

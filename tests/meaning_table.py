@@ -23,7 +23,8 @@ from fusenms.heads.meaning import check_meaning
 from fusenms.heads.motion import measure_motion, other_readings, slide
 from fusenms.layout import Activation, AnchorBoxes, Decoded, Distances, GridOffsets, Layout
 from fusenms.runtime.example_images import example_images
-from fusenms.runtime.images import letterbox, read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 
 ZOO = Path(__file__).resolve().parents[2] / "shared" / "zoo"
 FILES = (

@@ -21,7 +21,8 @@ from fusenms import Detections, Detector, FusedModel, fuse
 from fusenms.errors import BackendUnavailableError, InputError, SourceError, UnsupportedByBackendError
 from fusenms.limits import Limits
 from fusenms.runtime.drawing import draw
-from fusenms.runtime.images import letterbox, read_image
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox
 
 pytestmark = pytest.mark.usefixtures("shared_exports")
 
@@ -123,7 +124,7 @@ def test_gray_image_is_taken(detect):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4, 4), np.uint8), r"uint8\[4, 4, 4\]; expected uint8 \[height, width, 3\]"),
+        (np.zeros((4, 4, 5), np.uint8), r"uint8\[4, 4, 5\]; expected uint8 \[height, width, 3\]"),
         (np.zeros((4, 4, 3), np.float32), r"float32\[4, 4, 3\]; expected uint8"),
         (np.zeros((0, 4, 3), np.uint8), "expected uint8"),
         ([3], "found int; expected a path"),
@@ -286,7 +287,7 @@ def test_third_party_files_find_what_they_came_with(zoo, tmp_path, file):
 def test_real_checkpoint_at_every_batch_size_is_as_alone(zoo, tmp_path):
     """Photos through the real network: each image's rows do not depend on what stands beside it."""
     from fusenms.graph.session import OnnxRuntimeRunner
-    from fusenms.runtime.images import load_tensor
+    from fusenms.runtime.placement import load_tensor
 
     images = np.resize(load_tensor(zoo / "coco" / "images", 640, 640, False)[:16], (16, 3, 640, 640))
     runner = OnnxRuntimeRunner(fuse(zoo / "derived" / "yolov8n.pt", unverified=True).model)

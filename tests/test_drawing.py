@@ -8,8 +8,8 @@ import pytest
 from fusenms.boxes import cxcywh_to_xyxy, oriented_to_corners, upright_around
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.drawing import draw, draw_shapes, labels_of, save_image, text_height
-from fusenms.runtime.images import Placement
 from fusenms.runtime.masks import Masks
+from fusenms.runtime.placement import Placement
 
 NAMES = ("tie", "person", "triangle", "a class name that is longer than most of them", "Größe 大")
 

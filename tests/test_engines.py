@@ -31,7 +31,8 @@ from fusenms.errors import (
     UnsupportedByBackendError,
 )
 from fusenms.fusion.backends.trt import PLUGIN
-from fusenms.runtime.images import letterbox, read_image, stretched, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, stretched, to_tensor
 from fusenms.verification.agreement import Agreement
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]

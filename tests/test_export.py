@@ -13,7 +13,8 @@ from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.graph.unlike_images import Difference
 from fusenms.reference import Rows, candidates, postprocess
-from fusenms.runtime.images import read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import to_tensor
 from fusenms.sources import export as export_module
 from fusenms.sources import parity
 

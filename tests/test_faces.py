@@ -46,7 +46,7 @@ def test_yunet_gives_what_its_own_decode_gives(tmp_path):
     raw = load(path)
     layout = recognize(raw)
     assert (layout.family, layout.task, layout.decode) == ("yunet", "pose", GridOffsets(Yunet.strides))
-    fused = fuse(path, score_threshold=0.0, iou_threshold=1.0, max_detections=80, pixels="rgb")
+    fused = fuse(path, family="yunet", score_threshold=0.0, iou_threshold=1.0, max_detections=80, pixels="rgb")
     assert fused.report, fused.report
     image = np.random.default_rng(3).random((1, 3, SIZE, SIZE), dtype=np.float32)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from fusenms.artifacts.preprocessing import PIXELS, Pixels
 from fusenms.errors import ConfigError, SourceError
 from fusenms.fusion.backends import BACKENDS
 from fusenms.graph.session import OnnxRuntimeRunner
-from fusenms.runtime.images import to_tensor
+from fusenms.runtime.placement import to_tensor
 from fusenms.sources.huggingface import SIGMOID, SOFTMAX
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]

@@ -102,7 +102,8 @@ def test_images_of_the_user_are_looked_at(tmp_path):
 
 
 def _shapes():
-    from fusenms.runtime.images import letterbox, read_image, to_tensor
+    from fusenms.runtime.images import read_image
+    from fusenms.runtime.placement import letterbox, to_tensor
 
     return to_tensor([letterbox(read_image(SHAPES / f"shapes{i}.jpg"), 256, 256)[0] for i in (0, 1)])
 
@@ -115,7 +116,7 @@ def test_strict_on_the_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_without_opencv_nothing_is_looked_at(monkeypatch):
-    monkeypatch.setattr(shipped, "find_spec", lambda name: None)
+    monkeypatch.setattr(shipped, "has_opencv", lambda: False)
     example_images.cache_clear()
     try:
         found = inspect(SHAPES / "shapes.pt")

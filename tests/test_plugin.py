@@ -30,7 +30,8 @@ from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.heads import raw_head
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, Layout, Tap
 from fusenms.reference import Rows, candidates, postprocess
-from fusenms.runtime.images import letterbox, read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 from fusenms.transforms.half_precision import to_half
 from fusenms.verification import checks as verification
 from fusenms.verification.synthetic_heads import Stage, heads

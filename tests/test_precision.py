@@ -15,7 +15,8 @@ from fusenms.cli import main
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError
 from fusenms.fusion.backends import BACKENDS
-from fusenms.runtime.images import letterbox, read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 from fusenms.transforms.half_precision import nodes_after_weights, to_half
 from fusenms.verification.agreement import agreement
 from fusenms.verification.checks import verify

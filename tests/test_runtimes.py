@@ -11,7 +11,8 @@ from conftest import ROOT, SHAPES
 from test_portable import CASES, Tail, tied_case
 
 from fusenms import fuse
-from fusenms.runtime.images import letterbox, read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 
 sys.path.insert(0, str(ROOT / "tests" / "runtimes"))
 import compare
@@ -65,6 +66,49 @@ def test_openvino_suppresses_every_scene_alike(tmp_path, config):
     for name, values in expected.items():
         np.testing.assert_array_equal(got[name], values, err_msg=name)
     assert expected["num_detections"].sum() > 200
+
+
+@pytest.mark.skipif("openvino" not in INSTALLED, reason="needs openvino (pip install openvino)")
+@pytest.mark.parametrize("backend", ["ort", "portable"])
+def test_openvino_keeps_boxes_at_the_threshold(backend):
+    """Boxes whose IoU is the threshold itself, equal boxes at 1, and boxes apart at 0. OpenVINO's operator alone drops them all."""
+    import openvino
+
+    from fusenms.graph.model import cut_before
+
+    rng = np.random.default_rng(4)
+    for part, whole in [
+        (0, 1),
+        (1, 10),
+        (1, 4),
+        (1, 3),
+        (2, 5),
+        (9, 20),
+        (1, 2),
+        (3, 5),
+        (2, 3),
+        (7, 10),
+        (9, 10),
+        (19, 20),
+        (1, 1),
+    ]:
+        unit, left = rng.integers(1, 20), rng.integers(0, 500, 2)
+        first = np.array([*left, left[0] + whole * unit, left[1] + 30])
+        second = first.copy()
+        second[2] = left[0] + part * unit
+        if part == 0:
+            second = np.add(first, (1000, 0, 1000, 0))
+        boxes = np.stack((first, second))[None].astype(np.float32)
+        scores = np.array([[[0.9], [0.8]]], np.float32)
+        tail = Tail(2, classes=1, backend=backend, iou_threshold=part / whole, max_detections=2)
+        model = cut_before(tail.fused.model, {"head_boxes": (2, 4), "head_scores": (2, 1)})
+        core = openvino.Core()
+        compiled = core.compile_model(
+            core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        found = compiled({"head_boxes": boxes, "head_scores": scores})
+        kept = {key.any_name: np.array(value) for key, value in found.items()}["num_detections"]
+        assert kept == tail.run(boxes, scores)["num_detections"] == 2, (part, whole)
 
 
 def test_a_difference_is_seen(tmp_path):

@@ -20,7 +20,8 @@ from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import candidates
 from fusenms.runtime.drawing import draw
-from fusenms.runtime.images import letterbox, read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 from fusenms.sources.checkpoint import load_checkpoint
 from fusenms.sources.export import network_of
 

@@ -102,7 +102,8 @@ def test_implementations_of_fcos_are_asked_for(tmp_path, module):
 @pytest.mark.parametrize("module", [Scrfd, BlazeFace])
 def test_landmarks_of_faces_are_read_as_they_are_meant(tmp_path, module):
     path = write(module(), tmp_path / "m.onnx")
-    fused = fuse(path, score_threshold=0.0, iou_threshold=1.0, max_detections=200, pixels="rgb", indices=True)
+    wanted = {"family": module.family if module.bare else None, "pixels": "rgb"}
+    fused = fuse(path, score_threshold=0.0, iou_threshold=1.0, max_detections=200, indices=True, **wanted)
     image = probe_image(SIZE, SIZE)
     with torch.no_grad():
         boxes, scores = (t[0].numpy() for t in module().truth(torch.from_numpy(image)))

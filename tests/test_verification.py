@@ -112,8 +112,8 @@ def keep_equal_scores(fused: FusedModel) -> FusedModel:
 
 
 def drop_equal_overlap(fused: FusedModel) -> FusedModel:
-    """>= for > on IoU: the threshold one float lower; of the plugin's node, as many as lead below the margin that it has."""
-    lower = 0.5 * (1 - 2**-20) if fused.backend == "trt" else float(np.nextafter(np.float32(0.5), np.float32(0)))
+    """>= for > on IoU: the threshold lower by as many floats as lead below the margin that the node has."""
+    lower = 0.5 * (1 - (2**-20 if fused.backend == "trt" else 2**-23))
     strict = fused_model(fused.layout, fused.backend, **SETTINGS | {"iou_threshold": lower})
     return FusedModel(**{**fused.__dict__, "model": strict.model})
 

@@ -115,6 +115,7 @@ class Scrfd(Stranger):
     """Two candidates a cell; scores, distances and landmarks as rows, the candidates of a cell side by side."""
 
     family = "scrfd"
+    bare = True
     first_class = 0
     channels = 2 * 15
 

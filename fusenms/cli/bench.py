@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     (shape,) = shapes
     images = probe_image(*shape)
     if args.image is not None:
-        from fusenms.runtime.images import letterbox, read_image, to_tensor
+        from fusenms.runtime.images import read_image
+        from fusenms.runtime.placement import letterbox, to_tensor
 
         images = to_tensor([letterbox(read_image(args.image, args.limits), *shape)[0]])
     entries = contestants(args.files, args.threads)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fusenms.artifacts.fused import load_fused
 from fusenms.cli.printing import Steps
 from fusenms.deployment import TARGETS, deploy
-from fusenms.runtime.images import load_tensor
+from fusenms.runtime.placement import load_tensor
 
 NAME = "deploy"
 HELP = "write a fused file for another runtime (ncnn), and compare its detections there"

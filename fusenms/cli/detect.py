@@ -9,7 +9,6 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +17,6 @@ import numpy as np
 from fusenms.cli.inputs import Input, inputs_of
 from fusenms.cli.printing import ProgressBar, Steps
 from fusenms.errors import ConfigError, InputError, SourceError
-from fusenms.evaluation.results import results_of
 from fusenms.runtime import Detections, Detector
 from fusenms.runtime.drawing import VISIBLE, draw, save_image
 from fusenms.runtime.images import read_image
@@ -171,8 +169,7 @@ class Output:
             self.results.append(result)
         self._line(result)
         if self.coco is not None:
-            numbers = {label: label for label in set(found.labels.tolist())}
-            self.coco += [row | {"image_id": key} for row in results_of(found, 0, numbers)]
+            self.coco += [row | {"image_id": key} for row in found.to_coco(0)]
 
     def fail(self, name: str, error: InputError) -> None:
         """Take the error of an image or a video."""
@@ -261,7 +258,9 @@ def _video(detect: Detector, source: Input, out: Output, every: int, batch: int,
     try:
         for found in streamed(detect, images(), 1 if camera else batch):
             frame = frames.popleft()
-            assert isinstance(found, Detections)
+            if isinstance(found, InputError):
+                errors.append(found)
+                continue
             result = _result(source.name, found) | {"frame": frame.number, "seconds": frame.seconds}
             if target is not None:
                 target.write(draw(frame.image, found))
@@ -282,19 +281,7 @@ def _video(detect: Detector, source: Input, out: Output, every: int, batch: int,
 
 def streamed(detect: Detector, images: Iterable[Any], batch: int) -> Iterator[Detections | InputError]:
     """For each image, in order, its detections, or the error that says why it cannot be read."""
-    items = iter(images)
-    while some := [_read(detect, item) for item in islice(items, batch)]:
-        good = [image for image in some if not isinstance(image, InputError)]
-        found = iter(detect(good) if good else [])
-        for image in some:
-            yield image if isinstance(image, InputError) else next(found)
-
-
-def _read(detect: Detector, image: Any) -> np.ndarray | InputError:
-    try:
-        return read_image(image, detect.limits)
-    except InputError as error:
-        return error
+    return detect.stream(images, batch_size=batch)
 
 
 def _result(name: str, found: Detections) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fusenms.evaluation import Evaluation, evaluate
 from fusenms.evaluation.models import SETTINGS
 from fusenms.evaluation.result import TOLERANCE
 from fusenms.heads import known_heads
+from fusenms.runtime.opening import AUTO, ONNXRUNTIME, OPENVINO
 from fusenms.safety.files import check_writable
 from fusenms.safety.text import printable
 from fusenms.sources import LoadOptions
@@ -56,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="JSON", help="write all detections as COCO's results")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images in one run (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="number of threads of a run (default: chosen by ONNX Runtime)")
+    parser.add_argument(
+        "--runtime",
+        choices=[AUTO, ONNXRUNTIME, OPENVINO],
+        default=AUTO,
+        help="runtime that runs it (default: %(default)s)",
+    )
     model = parser.add_argument_group("weights")
     model.add_argument(
         "--family", choices=[head.name for head in known_heads()], help="detector family, if several fit the file"
@@ -98,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             against=args.against_raw,
             batch_size=args.batch,
             threads=args.threads,
+            runtime=args.runtime,
             on_event=printer(steps, bar),
             progress=bar.update,
             limits=args.limits,

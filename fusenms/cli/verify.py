@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     steps, fused = Steps(args.json), load_fused(args.file, limits=args.limits)
     images = None
     if args.images is not None:
-        from fusenms.runtime.images import load_tensor
+        from fusenms.runtime.placement import load_tensor
 
         images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch, args.limits)
     with ProgressBar("verify") as bar:
@@ -68,7 +68,7 @@ def _engine(args: argparse.Namespace) -> int:
         load_plugin_library(args.plugin_library)
     images = None
     if args.images is not None:
-        from fusenms.runtime.images import load_tensor
+        from fusenms.runtime.placement import load_tensor
 
         stretch = json.loads(info["metadata"].get(KEY_IMAGE, "{}")).get("stretch", False)
         usual = next(iter(info["inputs"].values()))["opt"]

@@ -25,7 +25,7 @@ from fusenms.graph.unlike_images import unlike_images
 from fusenms.limits import Limits
 from fusenms.pipeline import fuse
 from fusenms.runtime.example_images import example_images
-from fusenms.runtime.images import load_tensor
+from fusenms.runtime.placement import load_tensor
 from fusenms.verification.agreement import Agreement, agreement, agreement_of
 
 MOST_TRACED = 2

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ def evaluate(
     against: Any = None,
     batch_size: int = 8,
     threads: int | None = None,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    runtime: str = "auto",
+    device: str = "cpu",
     on_event: OnEvent | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **fields: Unpack[FuseFields],
@@ -62,7 +63,7 @@ def evaluate(
         family: name of the detector family, if more than one fits the weights.
         against: also run the raw model with `fusenms.reference` as its post-processing on the same images: True for the weights in
             ``file``, or the weights that a fused file was made of (a loaded `RawModel`, if they need options).
-        batch_size, threads, providers: as for `Detector`.
+        batch_size, threads, runtime, device: as for `Detector`.
         on_event: called after each step of fusing, as for `fusenms.fuse`.
         progress: called with the name of the step, the number of images done, and the total.
         **fields: fields of `PostprocessConfig` other than those above, and of `LoadOptions`. For a fused model only ``limits``.
@@ -108,7 +109,7 @@ def evaluate(
     else:
         assert yolo is not None
         truth = read_yolo(Path(yolo), limits)
-    opening = {"batch_size": batch_size, "threads": threads, "providers": providers}
+    opening = {"batch_size": batch_size, "threads": threads, "runtime": runtime, "device": device}
     with open_subject(
         file, family=family, against=against, fields=fields, opening=opening, on_event=on_event
     ) as subject:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,10 +97,9 @@ def open_subject(
         raw = RawDetector(recognized[0].raw, recognized[0].layout, fused)
     elif against is not None and against is not False:
         raw = RawDetector(_weights(against, fused, limits), None, fused)
-    with (
-        _on_disk(fused, None if recognized or path is None else Path(path)) as place,
-        Detector(place, **opening) as detect,
-    ):
+    if fused.image.dynamic_size:  # one size for all images, as the raw model has
+        opening["size"] = (fused.image.height, fused.image.width)
+    with Detector(fused if recognized or path is None else path, **opening) as detect:
         yield Subject(name=str(path) if path is not None else fused.source, fused=fused, detect=detect, raw=raw)
 
 
@@ -131,13 +129,3 @@ def _fused(path: Path, limits: Limits) -> FusedModel | None:
     if path.suffix.lower() != ".onnx" or not path.exists():
         return None
     return load_fused(path, limits=limits) if contract.KEY_BACKEND in read_metadata(read_onnx(path, limits)) else None
-
-
-@contextmanager
-def _on_disk(fused: FusedModel, path: Path | None) -> Iterator[Path]:
-    """Where a fused model lies: its file, or a temporary one."""
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="fusenms-eval-") as folder:
-        yield fused.save(Path(folder) / "fused.onnx", unverified=fused.report is None)

@@ -11,8 +11,8 @@ from fusenms.errors import ConfigError
 from fusenms.heads import Probe, raw_head, recognize
 from fusenms.layout import Layout
 from fusenms.runtime import Detections
-from fusenms.runtime.images import letterbox, stretched, to_tensor
 from fusenms.runtime.masks import Masks, logits_of
+from fusenms.runtime.placement import letterbox, stretched, to_tensor
 
 
 class RawDetector:
@@ -60,13 +60,11 @@ class RawDetector:
         points = np.zeros((len(rows), 0, 2))
         if layout.keypoints is not None:
             points = reference.keypoints(head, 0, layout, size, numbers)
-        sides = boxes[:, 2:] - boxes[:, :2]
         return Detections(
             boxes=boxes,
             scores=rows.scores.astype(np.float32),
             labels=rows.labels.astype(np.int32),
             class_names=self._class_names,
-            oriented_boxes=np.concatenate((boxes[:, :2] + sides / 2, sides, np.zeros_like(boxes[:, :1])), 1),
             keypoints=place.points_to_image(points),
             masks=Masks(logits, boxes, place, size),
             indices=numbers.astype(np.int32),

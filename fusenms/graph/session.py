@@ -31,6 +31,8 @@ from fusenms.limits import DEFAULT_LIMITS
 if TYPE_CHECKING:
     import onnx
 
+Provider = str | tuple[str, dict[str, Any]]
+"""An execution provider of ONNX Runtime: its name, or its name and its options."""
 _LACKS_OPERATOR = re.compile("is not a registered function/op|No opset import for domain|Unrecognized schema")
 
 
@@ -48,18 +50,20 @@ class Session:
         *,
         source: str,
         max_seconds: float = DEFAULT_LIMITS.max_run_seconds,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[Provider] = ("CPUExecutionProvider",),
         threads: int | None = None,
         arena: bool = True,
+        options: Any = None,
     ) -> None:
         """Open a model.
 
         Args:
             source: name of the file, for messages.
             max_seconds: time limit of one run.
-            providers: execution providers, in order of preference.
+            providers: execution providers, in order of preference, each a name or a name with options.
             threads: threads of one run; default: ONNX Runtime's choice.
             arena: keep freed memory for the next run, as ONNX Runtime does by default.
+            options: an `onnxruntime.SessionOptions` to start from; ``threads`` and ``arena`` are set on it.
 
         Raises:
             BackendUnavailableError: ONNX Runtime, or a provider, is not installed or cannot start on this machine.
@@ -71,10 +75,12 @@ class Session:
         except ModuleNotFoundError as error:
             raise BackendUnavailableError(MISSING) from error
         available = onnxruntime.get_available_providers()
-        if missing := [name for name in providers if name not in available]:
+        names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+        if missing := [name for name in names if name not in available]:
             raise BackendUnavailableError(f"ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # problems are raised as errors
+        if options is None:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4  # problems are raised as errors
         options.enable_cpu_mem_arena = arena
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -92,7 +98,7 @@ class Session:
             raise SourceError(
                 f"{source}: ONNX Runtime refuses the model ({first_line(error)}); it is damaged, or too new for this version"
             ) from error
-        if lost := [name for name in providers if name not in self._session.get_providers()]:
+        if lost := [name for name in names if name not in self._session.get_providers()]:
             raise BackendUnavailableError(
                 f"ONNX Runtime has {', '.join(lost)}, but cannot start it on this machine; expected its hardware, driver and libraries "
                 "(CUDA: an NVIDIA GPU, and CUDA and cuDNN of the version that onnxruntime-gpu was built for)"
@@ -200,16 +206,23 @@ class OnnxRuntimeRunner:
     def __init__(
         self,
         model: onnx.ModelProto,
-        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        providers: Sequence[Provider] = ("CPUExecutionProvider",),
         threads: int | None = None,
         *,
         arena: bool = True,
+        options: Any = None,
         source: str = "the model",
         max_seconds: float = DEFAULT_LIMITS.max_run_seconds,
     ) -> None:
         """Open the model. Arguments and errors are those of `fusenms.graph.session.Session`."""
         self._session = Session(
-            model, source=source, max_seconds=max_seconds, providers=providers, threads=threads, arena=arena
+            model,
+            source=source,
+            max_seconds=max_seconds,
+            providers=providers,
+            threads=threads,
+            arena=arena,
+            options=options,
         )
         self.inputs, self.outputs = self._session.inputs, self._session.outputs
 

@@ -92,10 +92,11 @@ def check_meaning(
     if anchors is not None:
         lines.append(str(anchors))
     if guessed and not seen.shown and _bare(head.layout):
-        family, or_images = head.layout.family, ", or give images of objects that it knows (images)" if large else ""
+        family, width = head.layout.family, head.layout.boxes.channels
+        or_images = ", or give images of objects that it knows (images)" if large else ""
         raise AmbiguousHeadError(
-            f"{raw.source}: may be {family}, but four box channels by level may be distances, offsets or deltas, in any order, and that is "
-            f"{seen.line}; if it is {family}, say family={family!r}{or_images}"
+            f"{raw.source}: may be {family}, but its {width} box channels by level may be distances, offsets, deltas or class scores, in "
+            f"any order, and that is {seen.line}; if it is {family}, say family={family!r}{or_images}"
         )
     if strict and not (images and seen.shown):
         why = f" ({seen.line})" if images else ""
@@ -107,9 +108,16 @@ def check_meaning(
 
 
 def _bare(layout: Layout) -> bool:
-    """Whether nothing but four channels a level, without bins, anchors or landmarks, says what the boxes are."""
-    plain = isinstance(layout.decode, GridOffsets) or (isinstance(layout.decode, Distances) and layout.decode.bins == 1)
-    return plain and bool(layout.joins) and layout.keypoints is None
+    """Whether nothing but the shapes of levels says what the boxes are: four channels without bins or anchors, or as many as classes."""
+    bins = (
+        layout.decode.bins
+        if isinstance(layout.decode, Distances)
+        else 1
+        if isinstance(layout.decode, GridOffsets)
+        else 0
+    )
+    alike = layout.boxes.channels == layout.classes.channels
+    return bool(layout.joins) and (bins == 1 or (bins > 1 and alike))
 
 
 def _wrong_count(raw: RawModel, head: RawHead) -> str | None:

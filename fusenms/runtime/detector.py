@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusenms import contract
-from fusenms.artifacts.fused import load_fused
+from fusenms.artifacts.fused import FusedModel
 from fusenms.boxes import oriented_to_corners, upright_around
-from fusenms.errors import InputError, RunError, SourceError, UnsupportedByBackendError
-from fusenms.fusion.backends import get_backend
-from fusenms.graph.custom_ops import custom_ops as use_custom_ops
-from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.errors import InputError, RunError, SourceError
 from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.runtime.ahead import work_ahead
+from fusenms.runtime.call import Call, CallFields, checked_call
 from fusenms.runtime.detections import Detections
-from fusenms.runtime.images import Placement, is_single, letterbox, read_image, stretched, to_tensor
+from fusenms.runtime.images import is_single, open_image, red_first
 from fusenms.runtime.masks import Masks, logits_of
-from fusenms.runtime.ncnn import TAIL, NcnnRunner, load_ncnn, sha256
+from fusenms.runtime.ncnn import TAIL, sha256
+from fusenms.runtime.opening import Runner, Wanted, open_model
+from fusenms.runtime.placement import Placement, letterbox, rectangle, stretched, to_tensor
 from fusenms.safety.text import printable
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fusenms.graph.session import Provider
+
 _LOG = logging.getLogger(__name__)
+Placed = tuple[np.ndarray, Placement]
+"""The input ``[height, width, 3]`` uint8 RGB made of an image, and where the image lies in it."""
 
 
 class Detector:
-    """A fused model, open in ONNX Runtime, or deployed for ncnn. Calling and closing it are thread-safe.
+    """A fused model that is open in a runtime. Calling and closing it are thread-safe.
 
     with Detector("yolov8n.ort.onnx") as detect:
         for found in detect(["a.jpg", "b.jpg"]):
@@ -36,83 +44,106 @@ class Detector:
 
     A pickled detector holds the absolute path of its file, the SHA-256 of the file, and the settings. Unpickling opens the file again, and
     raises `SourceError` if the file is missing or has changed. A copy (`copy.copy`, `copy.deepcopy`) shares the open model, and is closed
-    separately. After a fork, open the file again in the child process, because the threads of ONNX Runtime remain in the parent. With
-    ``threads=1`` this is not necessary.
+    separately. After a fork, open the file again in the child process, because the threads of the runtime remain in the parent. In ONNX
+    Runtime with ``threads=1`` this is not necessary. In asyncio, run a call in a thread: ``await asyncio.to_thread(detect, image)``.
+
+    Attributes:
+        class_names: names of the classes.
+        runtime: name of the runtime that the model is open in.
+        limits: bounds on the file, on the images, and on the time of each run.
 
     Example:
         >>> import fusenms
         >>> path = fusenms.fuse("yolov8n.pt").save("yolov8n.ort.onnx")
         >>> with fusenms.Detector(path) as detect:
         ...     found = detect("bus.jpg")[0]
+        ...     sure = detect("bus.jpg", score_threshold=0.6, labels=[0])[0]
         >>> found.boxes.shape[1], found.boxes.dtype
         (4, dtype('float32'))
+        >>> len(sure) <= len(found)
+        True
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        model: str | os.PathLike[str] | FusedModel,
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        runtime: str = "auto",
+        device: str = "cpu",
+        channels: str = "rgb",
+        size: int | tuple[int, int] | None = None,
+        providers: Sequence[Provider] | None = None,
+        session_options: Any = None,
         batch_size: int = 8,
         threads: int | None = None,
         custom_ops: Sequence[str | os.PathLike[str]] = (),
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """Open a fused file, or a folder that `fusenms.deploy` wrote.
+        """Open a fused model.
 
         Args:
-            providers: ONNX Runtime execution providers, in order of preference.
-            batch_size: maximum number of images in one run. It is 1 for models in which the images of a batch affect each other. A model
-                with a fixed batch always runs on that many; copies of the last image fill up the batch.
-            threads: number of threads of one run; default: chosen by ONNX Runtime.
+            model: path of a fused `.onnx`, of a folder that `fusenms.deploy` wrote, or of an engine with its sidecar; or a model that
+                `fusenms.fuse` or `fusenms.load_fused` returned.
+            runtime: ``onnxruntime``, ``openvino``, ``ncnn``, ``tensorrt`` or ``tensorrt-rtx``. ``auto`` is the one that the file is made
+                for; ONNX Runtime for an `.onnx`.
+            device: ``cpu`` or ``cuda`` (``cuda:1``) in ONNX Runtime; ``cpu``, ``gpu``, ``npu`` or ``auto`` in OpenVINO.
+            channels: order of the channels of arrays, ``rgb`` or ``bgr`` (as OpenCV reads them). Files and PIL images know theirs.
+            size: of a model with a dynamic size: the longer side of its input, or height and width; default: that of the file. With
+                a number or None, the input is only as large as the image needs, in whole strides; with two, it is that size always.
+            providers: ONNX Runtime execution providers, in order of preference, each a name or a name with options; instead of ``device``.
+            session_options: an `onnxruntime.SessionOptions` to open the model with.
+            batch_size: maximum number of images in one run. It is 1 for models in which the images of a batch affect each other, and at
+                most the largest batch of an engine. A model with a fixed batch always runs on that many; copies of the last image fill up
+                the batch.
+            threads: number of threads of one run; default: chosen by the runtime.
             custom_ops: paths of ONNX Runtime custom-op libraries, as for `fusenms.custom_ops`. A library is code: name only your own.
-            limits: bounds on the file, on the images, and on the time of each run.
+            limits: bounds on the file, on the images, and on the time of each run (but for engines).
 
         Raises:
             ConfigError: a custom-op library cannot be used.
             UnsupportedOperatorError: nothing here runs an operator of the model.
             SourceError: the file cannot be read, or is not a fused model.
-            UnsupportedByBackendError: its backend does not run on ONNX Runtime.
-            BackendUnavailableError: ONNX Runtime or a provider is missing.
+            UnsupportedByBackendError: its backend does not run in that runtime.
+            BackendUnavailableError: the runtime, a provider or a device is missing.
             InputError: an argument is invalid.
         """
-        if isinstance(providers, str) or not all(isinstance(name, str) for name in providers):
-            raise InputError(f"providers is {providers!r}; expected a list of names, as ['CPUExecutionProvider']")
+        if providers is not None and (isinstance(providers, str) or not all(map(_is_provider, providers))):
+            raise InputError(
+                f"providers is {providers!r}; expected a list of names, as ['CPUExecutionProvider'], or of names with options"
+            )
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
         if isinstance(custom_ops, (str, os.PathLike)):
             raise InputError(f"custom_ops is {custom_ops!r}; expected a list of paths, as ['libfold.so']")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
-        stamp, deployed = _stamp(path), isinstance(path, (str, os.PathLike)) and os.path.isdir(path)
-        if deployed and tuple(providers) != ("CPUExecutionProvider",):
-            raise InputError(f"providers is {list(providers)!r}; expected none for ncnn, which runs on the CPU")
-        fused = load_ncnn(path, limits) if deployed else load_fused(path, limits=limits)
-        plugins = {node.domain for node in fused.model.graph.node} - {"", "ai.onnx"}
-        if plugins and not get_backend(fused.backend).runs_on_onnxruntime:
-            raise UnsupportedByBackendError(
-                f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; "
-                "fuse the weights again with backend='ort', or build a TensorRT engine of this file (trtexec --onnx=FILE)"
-            )
-        self.class_names = fused.class_names
-        self._image, self._names = fused.image, fused.config.output_names
-        self._outputs, self._rows = fused.layout.outputs(fused.config), fused.config.max_detections
-        self._batch_size = (fused.image.batch or batch_size) if fused.image.independent else 1
-        self.limits = limits
-        self._path, self._stamp = os.path.abspath(path), stamp
+        if channels not in ("rgb", "bgr"):
+            raise InputError(f"channels is {channels!r}; expected 'rgb' or 'bgr'")
         self._settings: dict[str, Any] = {
-            "providers": tuple(providers), "batch_size": batch_size, "threads": threads, "limits": limits,
+            "runtime": runtime, "device": device, "channels": channels, "size": size, "session_options": session_options,
+            "providers": None if providers is None else tuple(providers), "batch_size": batch_size, "threads": threads, "limits": limits,
             "custom_ops": tuple(map(os.path.abspath, custom_ops)),
         }  # fmt: skip
-        self._process = None if threads == 1 else os.getpid()
-        with use_custom_ops(*custom_ops):
-            self._runner: OnnxRuntimeRunner | NcnnRunner | None = (
-                NcnnRunner(path, fused, threads)
-                if deployed
-                else OnnxRuntimeRunner(
-                    fused.model, tuple(providers), threads, source=str(path), max_seconds=limits.max_run_seconds
-                )
-            )
+        self._path, self._stamp = (
+            ("", None) if isinstance(model, FusedModel) else (os.path.abspath(model), _stamp(model))
+        )
+        wanted = Wanted(
+            runtime=runtime, device=device, providers=providers, session_options=session_options, threads=threads, custom_ops=custom_ops
+        )  # fmt: skip
+        opened = open_model(model, wanted, limits)
+        fused = opened.fused
+        self.runtime, self.limits, self.class_names = opened.runtime, limits, fused.class_names
+        self._source = self._path or fused.source
+        self._image, self._names, self._config = fused.image, fused.config.output_names, fused.config
+        self._outputs, self._rows = fused.layout.outputs(fused.config), fused.config.max_detections
+        self._num_classes = fused.layout.num_classes
+        self._size, self._fixed = _size(size, fused)
+        least, most = opened.batches or (1, batch_size)
+        self._least = fused.image.batch or least
+        self._batch_size = (fused.image.batch or min(batch_size, most)) if fused.image.independent else 1
+        self._channels = channels
+        self._process = None if threads == 1 and opened.runtime == "onnxruntime" else os.getpid()
+        self._runner: Runner | None = opened.runner
 
     def __enter__(self) -> Detector:
         return self
@@ -136,82 +167,190 @@ class Detector:
         """Pickle by path.
 
         Raises:
-            InputError: the detector is closed.
+            InputError: the detector is closed, or has no file, or has options of ONNX Runtime that cannot be pickled.
             SourceError: the file is missing, or has changed since it was opened.
         """
         if self._runner is None:
             raise InputError("the detector is closed, so it cannot be pickled; open the file again")
+        if not self._path:
+            raise InputError(
+                "the detector was opened from a model in memory, so it cannot be pickled; save the model, and open its file"
+            )
+        if self._settings["session_options"] is not None:
+            raise InputError(
+                "the detector has session_options, which cannot be pickled; open the file again in the other process"
+            )
         if self._stamp is None or _stamp(self._path) != self._stamp:
             raise SourceError(
                 f"{printable(self._path)}: is missing or has changed since it was opened, so its detector cannot be pickled; open it again"
             )
         return _reopen, (self._path, _sha256(self._path, self.limits), self._settings)
 
-    def __call__(self, images: Any) -> list[Detections]:
+    def __call__(self, images: Any, **settings: Unpack[CallFields]) -> list[Detections]:
         """Detect objects in images.
 
         Args:
-            images: one image or several. An image is a path, an array ``[height, width, 3]`` uint8 RGB or a PIL image.
+            images: one image or several. An image is a path, the contents of an image file (bytes), an array ``[height, width, 3]`` uint8
+                (gray or with opacity too; RGB unless ``channels`` says BGR) or a PIL image. An array ``[B, height, width, 3]`` is several.
+            score_threshold: keep scores above this: a number, or numbers by class; at least that of the file.
+            labels: keep these classes only, by number or name. They are chosen from what the model finds, after its suppression.
+            max_detections: keep the best of each image, at most as many as the file has rows.
 
         Returns:
             one `Detections` for each image, in order.
 
         Raises:
-            InputError: an image is invalid or exceeds the limits, there is not enough memory, or the detector is closed.
+            InputError: an image is invalid or exceeds the limits, there is not enough memory, a setting asks for what the file does not
+                give, or the detector is closed.
             RunError: the model fails, takes too long, or returns outputs that violate its contract.
         """
         self._open_runner()  # fail before an image is read
+        call = self._call(settings)
         single = is_single(images)
         if not single and not isinstance(images, Iterable):
             raise InputError(
-                f"found {printable(type(images).__name__)}; expected an image (a path, an array or a PIL image), or several"
+                f"found {printable(type(images).__name__)}; expected an image (a path, bytes, an array or a PIL image), or several"
             )
         sources: Iterable[Any] = [images] if single else images
-        found: list[Detections] = []
-        canvases: list[np.ndarray] = []
-        places: list[Placement] = []
-        for source in sources:
-            canvas, place = self._place(source)
-            canvases.append(canvas)
-            places.append(place)
-            if len(canvases) == self._batch_size:
-                found += self._run(canvases, places)
-                canvases, places = [], []
-        return found + (self._run(canvases, places) if canvases else [])
+        found: dict[int, Detections] = {}
+        waiting: dict[tuple[int, ...], list[tuple[int, Placed]]] = {}
+        for number, source in enumerate(sources):
+            placed = self._place(source)
+            batch = waiting.setdefault(placed[0].shape, [])
+            batch.append((number, placed))
+            if len(batch) == self._batch_size:
+                found |= self._run(waiting.pop(placed[0].shape), call)
+        for batch in waiting.values():
+            found |= self._run(batch, call)
+        return [found[number] for number in range(len(found))]
 
-    def _place(self, source: Any) -> tuple[np.ndarray, Placement]:
-        """Read an image and scale it to the model's input."""
-        image = read_image(source, self.limits)
+    def stream(
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int | None = None,
+        prefetch: int = 2,
+        readers: int = 2,
+        **settings: Unpack[CallFields],
+    ) -> Iterator[Detections | InputError]:
+        """Detect objects in the images of an iterable, without end if need be. The next images are read while the model runs.
+
+        Args:
+            images: as for a call. It is iterated in other threads, one item at a time.
+            batch_size: number of images in one run; default: that of the detector. 1 gives each result as soon as possible.
+            prefetch: number of batches that are read ahead. So many, and one more, are in memory.
+            readers: number of threads that read and scale images.
+            **settings: as for a call.
+
+        Yields:
+            for each image, in order, its `Detections`; for one that cannot be read, the `InputError` that says why.
+
+        Raises:
+            InputError: an argument is invalid, or the detector is closed.
+            RunError: the model fails.
+
+        Example:
+            >>> import fusenms
+            >>> path = fusenms.fuse("yolov8n.pt", size=64).save("small.ort.onnx")
+            >>> with fusenms.Detector(path) as detect:
+            ...     for found in detect.stream(["bus.jpg", "missing.jpg"]):
+            ...         print(type(found).__name__)
+            Detections
+            InputError
+        """
+        for name, value in (
+            ("prefetch", prefetch),
+            ("readers", readers),
+            ("batch_size", batch_size or self._batch_size),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if is_single(images) or not isinstance(images, Iterable):
+            raise InputError(f"found one {printable(type(images).__name__)}; expected an iterable of images")
+        self._open_runner()
+        size = min(batch_size or self._batch_size, self._batch_size)
+        return self._streamed(images, size, prefetch, readers, self._call(settings))
+
+    def _streamed(
+        self, images: Iterable[Any], size: int, prefetch: int, readers: int, call: Call
+    ) -> Iterator[Detections | InputError]:
+        some: list[Placed | InputError] = []
+        for placed in work_ahead(images, self._placed_or_error, prefetch * size, readers):
+            some.append(placed)
+            if len(some) == size:
+                yield from self._run_some(some, call)
+                some = []
+        yield from self._run_some(some, call)
+
+    def _placed_or_error(self, source: Any) -> Placed | InputError:
+        try:
+            return self._place(source)
+        except InputError as error:
+            return error
+
+    def _run_some(self, some: list[Placed | InputError], call: Call) -> Iterator[Detections | InputError]:
+        """Results of images of any sizes, in order, errors in their places."""
+        batches: dict[tuple[int, ...], list[tuple[int, Placed]]] = {}
+        for number, placed in enumerate(some):
+            if not isinstance(placed, InputError):
+                batches.setdefault(placed[0].shape, []).append((number, placed))
+        found: dict[int, Detections] = {}
+        for batch in batches.values():
+            found |= self._run(batch, call)
+        for number, placed in enumerate(some):
+            yield placed if isinstance(placed, InputError) else found[number]
+
+    def warm_up(self, batch_size: int | None = None) -> None:
+        """Run once on a gray image, so that the first image does not wait for what the runtime does on its first run.
+
+        Args:
+            batch_size: number of images; default: that of the detector.
+        """
+        count = min(batch_size or self._batch_size, self._batch_size)
+        gray = np.full((*self._size, 3), 114, np.uint8)
+        self([gray] * count)
+
+    def _call(self, settings: CallFields) -> Call:
+        return checked_call(self._config, self.class_names, self._num_classes, **settings)
+
+    def _place(self, source: Any) -> Placed:
+        """Read an image and scale it to the model's input. Channels are put in order afterwards, when the image is small."""
+        image, reversed_ = open_image(source, self.limits, self._channels)
+        height, width = self._size
+        if not self._fixed:
+            height, width = rectangle(image, height, width, self._image.stride)
         fit = stretched if self._image.stretch else letterbox
         try:
-            return fit(image, self._image.height, self._image.width)
+            canvas, place = fit(image, height, width)
         except MemoryError as error:
             raise InputError("not enough memory for the image; expected a smaller one") from error
+        return (red_first(canvas) if reversed_ else canvas), place
 
-    def _open_runner(self) -> OnnxRuntimeRunner | NcnnRunner:
+    def _open_runner(self) -> Runner:
         runner = self._runner
         if runner is None:
             raise InputError("the detector is closed; open the file again")
         if self._process not in (None, os.getpid()):
             raise InputError(
-                "the detector was opened before this process was forked, and the threads of ONNX Runtime remain in the parent; open the "
-                "file again in this process, or with threads=1"
+                "the detector was opened before this process was forked, and the threads of its runtime remain in the parent; open the "
+                "file again in this process, or in ONNX Runtime with threads=1"
             )
         return runner
 
-    def _run(self, canvases: list[np.ndarray], places: list[Placement]) -> list[Detections]:
+    def _run(self, batch: list[tuple[int, Placed]], call: Call) -> dict[int, Detections]:
+        """Results of numbered images of one size, by number."""
         runner = self._open_runner()
         try:
-            return self._infer(runner, canvases, places)
+            found = self._infer(runner, [placed for _, placed in batch], call)
         except MemoryError as error:
             raise InputError(
-                f"not enough memory for {len(canvases)} images at once; expected a smaller batch_size"
+                f"not enough memory for {len(batch)} images at once; expected a smaller batch_size"
             ) from error
+        return dict(zip((number for number, _ in batch), found, strict=True))
 
-    def _infer(
-        self, runner: OnnxRuntimeRunner | NcnnRunner, canvases: list[np.ndarray], places: list[Placement]
-    ) -> list[Detections]:
-        filled = canvases + canvases[-1:] * ((self._image.batch or 0) - len(canvases))
+    def _infer(self, runner: Runner, batch: list[Placed], call: Call) -> list[Detections]:
+        canvases = [canvas for canvas, _ in batch]
+        filled = canvases + canvases[-1:] * (self._least - len(canvases))
         outputs = runner.infer(to_tensor(filled))
         self._check(outputs, len(filled))
         outputs = {name: value[: len(canvases)] for name, value in outputs.items()}
@@ -224,9 +363,9 @@ class Detector:
             )  # fmt: skip
         return [
             self._found(
-                {name: value[i] for name, value in outputs.items()}, int(counts[i, 0]), place, bool(converged[i])
+                {name: value[i] for name, value in outputs.items()}, int(counts[i, 0]), placed, bool(converged[i]), call
             )
-            for i, place in enumerate(places)
+            for i, placed in enumerate(batch)
         ]
 
     def _check(self, outputs: dict[str, np.ndarray], batch: int) -> None:
@@ -242,22 +381,26 @@ class Detector:
             if not isinstance(value, np.ndarray) or value.shape != expected or value.dtype != output.dtype:
                 found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else "nothing"
                 raise RunError(
-                    f"{self._path}: gives {name} {found}; expected {output.dtype}{list(expected)}. Fuse the model again"
+                    f"{self._source}: gives {name} {found}; expected {output.dtype}{list(expected)}. Fuse the model again"
                 )
         counts, boxes, scores, _ = (outputs[name] for name in self._names)
         if counts.min() < 0 or counts.max() > self._rows:
             raise RunError(
-                f"{self._path}: gives {counts.ravel().tolist()[:8]} detections; expected 0 to {self._rows}. Fuse the model again"
+                f"{self._source}: gives {counts.ravel().tolist()[:8]} detections; expected 0 to {self._rows}. Fuse the model again"
             )
         used = np.arange(self._rows) < counts
         if not (np.isfinite(boxes).all(2) & np.isfinite(scores))[used].all():
             raise RunError(
-                f"{self._path}: gives boxes or scores that are not finite; the weights or the file are damaged"
+                f"{self._source}: gives boxes or scores that are not finite; the weights or the file are damaged"
             )
 
-    def _found(self, outputs: dict[str, np.ndarray], count: int, place: Placement, converged: bool) -> Detections:
-        """The detections in one image, from its outputs."""
-        boxes, scores, labels = (outputs[name][:count] for name in self._names[1:])
+    def _found(
+        self, outputs: dict[str, np.ndarray], count: int, placed: Placed, converged: bool, call: Call
+    ) -> Detections:
+        """The detections in one image that a call asks for, from its outputs."""
+        canvas, place = placed
+        rows = call.choose(*(outputs[name][:count] for name in self._names[2:]))
+        boxes, scores, labels = (outputs[name][rows] for name in self._names[1:])
         turned = boxes.shape[1] == 5
         if turned:
             oriented = place.oriented_to_image(boxes)
@@ -266,27 +409,54 @@ class Detector:
             boxes = place.to_image(boxes)
             sides = boxes[:, 2:] - boxes[:, :2]
             oriented = np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, sides, np.zeros_like(boxes[:, :1])), 1)
-        points = outputs.get(contract.KEYPOINTS, np.zeros((count, 0, 2), np.float32))[:count]
+        points = outputs[contract.KEYPOINTS][rows] if contract.KEYPOINTS in outputs else np.zeros((len(rows), 0, 2))
         return Detections(
             boxes=boxes,
-            scores=scores.copy(),
-            labels=labels.copy(),
+            scores=scores,
+            labels=labels,
             class_names=self.class_names,
             oriented_boxes=oriented,
             keypoints=place.points_to_image(points),
-            masks=Masks(self._mask_logits(outputs, count), boxes, place, (self._image.height, self._image.width)),
-            indices=outputs.get(contract.INDICES, np.full(count, -1, np.int32))[:count].copy(),
+            masks=Masks(self._mask_logits(outputs, rows), boxes, place, canvas.shape[:2]),
+            indices=outputs[contract.INDICES][rows]
+            if contract.INDICES in outputs
+            else np.full(len(rows), -1, np.int32),
             oriented=turned,
             converged=converged,
         )
 
-    def _mask_logits(self, outputs: dict[str, np.ndarray], count: int) -> np.ndarray:
-        """Mask logits ``[n, h, w]`` float32, above 0 inside the masks. n is 0 if the model has no masks."""
+    def _mask_logits(self, outputs: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+        """Mask logits ``[n, h, w]`` float32 of some rows, above 0 inside the masks. n is 0 if the model has no masks."""
         if contract.MASKS in outputs:
-            return outputs[contract.MASKS][:count] - np.float32(0.5)
+            return outputs[contract.MASKS][rows] - np.float32(0.5)
         if contract.PROTOTYPES not in outputs:
             return np.zeros((0, 1, 1), np.float32)
-        return logits_of(outputs[contract.MASK_COEFFICIENTS][:count], outputs[contract.PROTOTYPES])
+        return logits_of(outputs[contract.MASK_COEFFICIENTS][rows], outputs[contract.PROTOTYPES])
+
+
+def _is_provider(value: Any) -> bool:
+    """Whether a value is an execution provider: a name, or a name with options."""
+    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict)
+    return isinstance(value[0] if pair else value, str)
+
+
+def _size(size: Any, fused: FusedModel) -> tuple[tuple[int, int], bool]:
+    """Height and width of the input, and whether every input has that size.
+
+    Raises:
+        InputError: the model does not take images of that size.
+    """
+    image = fused.image
+    if size is None:
+        return (image.height, image.width), not image.dynamic_size or image.stretch
+    sides = size if isinstance(size, tuple) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % image.stride == 0 for side in sides):
+        raise InputError(f"size is {size!r}; expected a multiple of {image.stride}, or two as (height, width)")
+    if not image.dynamic_size and sides != (image.height, image.width):
+        raise InputError(
+            f"size is {size!r}, but the model takes {image.height}x{image.width} only; fuse the weights again with dynamic_size=True"
+        )
+    return sides, isinstance(size, tuple) or not image.dynamic_size or image.stretch
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:

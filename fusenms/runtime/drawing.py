@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fusenms.errors import InputError
-from fusenms.runtime.detections import Detections
 from fusenms.runtime.images import opencv
 from fusenms.runtime.labels import Obstacles, place_labels
 from fusenms.safety.files import write_atomically
@@ -34,13 +33,36 @@ BRIGHT = 140
 """Colors of a greater luminance (0 to 255) carry black text, others white text."""
 
 
+class Drawable(Protocol):
+    """What is drawn of `fusenms.Detections`, which are described there."""
+
+    @property
+    def boxes(self) -> np.ndarray: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def keypoints(self) -> np.ndarray: ...
+
+    @property
+    def corners(self) -> np.ndarray: ...
+
+    @property
+    def masks(self) -> Sequence[np.ndarray]: ...
+
+    def name(self, label: int) -> str: ...
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, float, int]]: ...
+
+
 def color_of(label: int) -> tuple[int, int, int]:
     """A color (RGB, 0 to 255) for a class; neighbors in number are far apart in hue."""
     red, green, blue = colorsys.hsv_to_rgb((0.06 + label * 0.618034) % 1.0, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw(image: np.ndarray, detections: Detections) -> np.ndarray:
+def draw(image: np.ndarray, detections: Drawable) -> np.ndarray:
     """Draw masks, boxes (oriented ones as they lie), keypoints and labels onto a copy of an image, the best on top.
 
     A label is the class name and the score. Text and lines are sized by the image. No label covers another or leaves the image. Where
@@ -61,7 +83,7 @@ def draw(image: np.ndarray, detections: Detections) -> np.ndarray:
     return canvas
 
 
-def draw_shapes(canvas: np.ndarray, detections: Detections) -> None:
+def draw_shapes(canvas: np.ndarray, detections: Drawable) -> None:
     """Draw masks, boxes and keypoints onto an image."""
     cv2 = opencv()
     line = line_width(*canvas.shape[:2])
@@ -155,7 +177,7 @@ class Label:
         canvas[top:bottom, left:right] = ground
 
 
-def labels_of(height: int, width: int, detections: Detections) -> list[Label]:
+def labels_of(height: int, width: int, detections: Drawable) -> list[Label]:
     """Labels of the detections in an image of that size, each in its place; those without room are missing."""
     obstacles = Obstacles(height, width, detections.boxes, visible(detections.keypoints))
     texts = [texts_of(detections.name(label), score) for _, score, label in detections]
@@ -170,7 +192,7 @@ def labels_of(height: int, width: int, detections: Detections) -> list[Label]:
     return list(_labels(places, texts, sizes, detections, font))
 
 
-def _labels(places: Any, texts: Any, sizes: Any, detections: Detections, font: Font) -> Iterator[Label]:
+def _labels(places: Any, texts: Any, sizes: Any, detections: Drawable, font: Font) -> Iterator[Label]:
     for i, place in enumerate(places):
         if place is not None:
             number, left, top = place

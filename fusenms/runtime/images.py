@@ -1,9 +1,10 @@
-"""Converts images of any kind to arrays, and arrays to the input of a model."""
+"""Reads images: converts files, their contents, arrays and PIL images to arrays ``[height, width, 3]`` uint8."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from fusenms.runtime.headers import check_pixels, read_header, without_notes
 from fusenms.safety.files import is_folder, read_regular
 from fusenms.safety.text import printable
 
-GREY = 114
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+CONTENTS = (bytes, bytearray, memoryview)
+"""Types of the contents of a file."""
 PIL_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 """Formats that Pillow may decode. Their headers state the size, and decoding runs no other program. An ICO can contain an image of another
 size, and EPS starts a program."""
+
+
+@cache
+def has_opencv() -> bool:
+    """Whether OpenCV is installed."""
+    return find_spec("cv2") is not None
 
 
 def opencv() -> Any:
@@ -38,16 +46,33 @@ def opencv() -> Any:
 
 
 def is_single(value: Any) -> bool:
-    """Whether a value is one image: a path, an array or a PIL image."""
-    return isinstance(value, (str, bytes, os.PathLike, np.ndarray)) or hasattr(value, "convert")
+    """Whether a value is one image: a path, the contents of a file, an array of up to three dimensions or a PIL image."""
+    if isinstance(value, (str, os.PathLike, *CONTENTS)) or hasattr(value, "convert"):
+        return True
+    return hasattr(value, "__dlpack__") and getattr(value, "ndim", 0) < 4
 
 
-def read_image(source: Any, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """Convert a path, an array or a PIL image to an array ``[height, width, 3]`` uint8 RGB.
+def read_image(source: Any, limits: Limits = DEFAULT_LIMITS, channels: str = "rgb") -> np.ndarray:
+    """Convert an image of any kind to an array ``[height, width, 3]`` uint8 RGB. Arguments and errors are those of `open_image`."""
+    image, reversed_ = open_image(source, limits, channels)
+    return red_first(image) if reversed_ else image
 
-    A file is JPEG, PNG, BMP, WebP or TIFF, as its content shows. Its size is read from its header before it is decoded.
 
-    An array is uint8, ``[height, width, 3]`` RGB or ``[height, width]`` gray.
+def red_first(image: np.ndarray) -> np.ndarray:
+    """Convert an image ``[height, width, 3]`` from BGR to RGB."""
+    cv2 = opencv()
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def open_image(source: Any, limits: Limits = DEFAULT_LIMITS, channels: str = "rgb") -> tuple[np.ndarray, bool]:
+    """Convert an image of any kind to an array ``[height, width, 3]`` uint8, and say whether its channels are BGR.
+
+    A file, or its contents as bytes, is JPEG, PNG, BMP, WebP or TIFF, as its content shows. Its size is read from its header before it is
+    decoded.
+
+    An array is uint8, ``[height, width, 3]``, ``[height, width, 4]`` (the last channel, opacity, is dropped), ``[height, width]`` or
+    ``[height, width, 1]`` gray. The order of its channels is ``channels``: ``rgb`` or ``bgr``. A tensor on the CPU that has ``__dlpack__``
+    is taken as an array.
 
     A PIL image is rotated according to its EXIF orientation. 16-bit modes (such as ``I;16``) keep their upper 8 bits. Mode ``I`` has no
     fixed range: values up to 255 count as 8 bits, others up to 65535 as 16 bits.
@@ -57,15 +82,42 @@ def read_image(source: Any, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
             not fit into memory.
     """
     try:
-        if isinstance(source, (str, bytes, os.PathLike)):
-            return _read_file(Path(os.fsdecode(source)), limits)
-        if isinstance(source, np.ndarray):
-            return _from_array(source, limits)
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            return _decoded(
+                read_regular(path, limits.max_image_file_bytes, error=InputError), printable(path), limits
+            ), True
+        if isinstance(source, CONTENTS):
+            return _from_contents(bytes(source), limits), True
         if hasattr(source, "convert"):  # a PIL image, without importing PIL
-            return _from_pil(source, limits)
+            return _from_pil(source, limits), False
+        if isinstance(source, np.ndarray):
+            return _from_array(source, limits), channels == "bgr"
+        if hasattr(source, "__dlpack__"):
+            return _from_array(_from_dlpack(source), limits), channels == "bgr"
     except MemoryError as error:
         raise InputError("not enough memory for the image; expected a smaller one") from error
-    raise InputError(f"found {printable(type(source).__name__)}; expected a path, an array or a PIL image")
+    raise InputError(
+        f"found {printable(type(source).__name__)}; expected a path, the contents of a file, an array or a PIL image"
+    )
+
+
+def _from_contents(data: bytes, limits: Limits) -> np.ndarray:
+    if len(data) > limits.max_image_file_bytes:
+        raise InputError(
+            f"found {len(data)} bytes; expected at most {limits.max_image_file_bytes} for an image (max_image_file_bytes)"
+        )
+    return _decoded(data, "bytes", limits)
+
+
+def _from_dlpack(source: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(source)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise InputError(
+            f"found a {printable(type(source).__name__)} that NumPy cannot share ({printable(error)[:100]}); expected it on the CPU: "
+            "move it there with .cpu()"
+        ) from error
 
 
 def _from_array(source: np.ndarray, limits: Limits) -> np.ndarray:
@@ -74,16 +126,32 @@ def _from_array(source: np.ndarray, limits: Limits) -> np.ndarray:
             f"found a NumPy {type(source).__name__}; expected a plain array: convert it with np.asarray(...), which drops a mask"
         )
     array = np.asarray(source)
-    gray = array.ndim == 2
-    if not (gray or (array.ndim == 3 and array.shape[2] == 3)) or array.dtype != np.uint8 or 0 in array.shape:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.dtype != np.uint8 or 0 in array.shape:
         shown = printable(str(array.dtype)[:60])
-        raise InputError(f"found an array {shown}{list(array.shape)}; expected uint8 [height, width, 3] (RGB)")
+        raise InputError(
+            f"found an array {shown}{list(source.shape)}; expected uint8 [height, width, 3] (RGB){_way_out(np.asarray(source))}"
+        )
     check_pixels(array.shape[0], array.shape[1], "an array", limits)
     if _overlaps(array):
         raise InputError(
             f"found an array with strides {list(array.strides)}, whose rows share memory; expected one without: copy it with np.array(...)"
         )
-    return np.ascontiguousarray(np.repeat(array[..., None], 3, 2) if gray else array)
+    return np.ascontiguousarray(np.repeat(array, 3, 2) if array.shape[2] == 1 else array[..., :3])
+
+
+def _way_out(array: np.ndarray) -> str:
+    """How an array of another form becomes an image, for the end of a message."""
+    if 0 in array.shape:
+        return ""
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        return "; its channels come first: give array.transpose(1, 2, 0)"
+    if array.dtype == np.uint8 and array.ndim > 3:
+        return "; give images one by one, or a batch [B, height, width, 3]"
+    if array.ndim in (2, 3) and np.issubdtype(array.dtype, np.floating):
+        return "; of values from 0 to 1 make (array * 255).round().astype(np.uint8)"
+    return ""
 
 
 def _overlaps(array: np.ndarray) -> bool:
@@ -148,8 +216,8 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
     return (values if mode == "I" and most <= 0xFF else values.astype(np.int64) >> 8).astype(np.uint8)
 
 
-def _read_file(path: Path, limits: Limits) -> np.ndarray:
-    data, name = read_regular(path, limits.max_image_file_bytes, error=InputError), printable(path)
+def _decoded(data: bytes, name: str, limits: Limits) -> np.ndarray:
+    """The image that an image file holds, BGR."""
     header = read_header(data, name, limits)
     cv2 = opencv()
     try:
@@ -167,7 +235,7 @@ def _read_file(path: Path, limits: Limits) -> np.ndarray:
             f"{name}: not a readable image (its header says {header.width} x {header.height} pixels, but it has {image.shape[1]} x "
             f"{image.shape[0]}); it is damaged"
         )
-    return np.ascontiguousarray(image[..., ::-1])
+    return image
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -185,90 +253,3 @@ def list_images(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"{printable(folder)}: has no images; expected {', '.join(SUFFIXES)}")
     return found
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The position of an image in the model's input, in whole pixels. Each axis has its own scale, because the size is rounded.
-
-    Attributes:
-        height, width: size of the image.
-        left, top: position of the image's corner in the input.
-        inner_height, inner_width: size of the scaled image in the input.
-    """
-
-    height: int
-    width: int
-    left: int
-    top: int
-    inner_height: int
-    inner_width: int
-
-    def to_image(self, boxes: np.ndarray) -> np.ndarray:
-        """Convert boxes ``[n, 4]`` xyxy from pixels of the input to pixels of the image, float32, clipped to the image."""
-        gain = np.array([self.inner_width / self.width, self.inner_height / self.height] * 2)
-        moved = (boxes - np.array([self.left, self.top] * 2)) / gain
-        return np.clip(moved, 0, [self.width, self.height] * 2).astype(np.float32)
-
-    def points_to_image(self, points: np.ndarray) -> np.ndarray:
-        """Convert points ``[..., 2 or more]``, x and y first, from pixels of the input to pixels of the image, float32, clipped to it."""
-        gain = np.array([self.inner_width / self.width, self.inner_height / self.height])
-        moved = np.clip((points[..., :2] - np.array([self.left, self.top])) / gain, 0, [self.width, self.height])
-        return np.concatenate((moved, points[..., 2:]), -1).astype(np.float32)
-
-    def oriented_to_image(self, boxes: np.ndarray) -> np.ndarray:
-        """Convert oriented boxes ``[n, 5]`` from pixels of the input to pixels of the image, float32. They are not clipped.
-
-        As in Ultralytics, the sides are scaled as if the box were upright. This is exact if both axes have the same scale.
-        """
-        gain = np.array([self.inner_width / self.width, self.inner_height / self.height])
-        moved = (boxes[:, :2] - np.array([self.left, self.top])) / gain
-        return np.concatenate((moved, boxes[:, 2:4] / gain, boxes[:, 4:]), 1).astype(np.float32)
-
-
-def letterbox(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
-    """Scale an image ``[h, w, 3]`` uint8 to fit the input, and center it on gray.
-
-    Return the input ``[height, width, 3]`` uint8, and the placement of the image in it. Sizes are rounded as in Ultralytics, because its
-    models are trained and evaluated that way.
-    """
-    gain = min(height / image.shape[0], width / image.shape[1])
-    inner = (max(1, round(image.shape[1] * gain)), max(1, round(image.shape[0] * gain)))
-    left, top = (round((side - part) / 2 - 0.1) for side, part in zip((width, height), inner, strict=True))
-    scaled = image if inner == (image.shape[1], image.shape[0]) else _resize(image, inner)
-    canvas = np.full((height, width, 3), GREY, np.uint8)
-    canvas[top : top + inner[1], left : left + inner[0]] = scaled
-    return canvas, Placement(image.shape[0], image.shape[1], left, top, inner[1], inner[0])
-
-
-def stretched(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, Placement]:
-    """Scale an image ``[h, w, 3]`` uint8 to ``[height, width, 3]``, ignoring its aspect ratio. Return it with its placement."""
-    whole = Placement(image.shape[0], image.shape[1], 0, 0, height, width)
-    if image.shape[:2] == (height, width):
-        return image, whole
-    return _resize(image, (width, height)), whole
-
-
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    cv2 = opencv()
-    try:
-        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-    except cv2.error as error:
-        raise InputError(
-            f"an image of {image.shape[1]} x {image.shape[0]} pixels cannot be scaled to {size[0]} x {size[1]} ({error.err})"
-        ) from error
-
-
-def to_tensor(canvases: list[np.ndarray]) -> np.ndarray:
-    """Stack images ``[height, width, 3]`` uint8 RGB of one size into ``[B, 3, height, width]`` float32, 0 to 1."""
-    return np.ascontiguousarray(np.stack(canvases).transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
-
-
-def load_tensor(folder: Path, height: int, width: int, stretch: bool, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """Read all images of a folder, letterboxed or stretched, into ``[n, 3, height, width]`` float32, 0 to 1.
-
-    Raises:
-        InputError: the folder has no images, or an image is unreadable.
-    """
-    fit = stretched if stretch else letterbox
-    return to_tensor([fit(read_image(path, limits), height, width)[0] for path in list_images(folder)])

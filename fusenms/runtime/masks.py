@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fusenms.runtime.images import Placement, opencv
+from fusenms.errors import InputError
+from fusenms.runtime.images import opencv
+from fusenms.runtime.placement import Placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,46 @@ class Masks(Sequence[np.ndarray]):
     boxes: np.ndarray
     place: Placement
     size: tuple[int, int]
+
+    @classmethod
+    def none(cls) -> Masks:
+        """No masks."""
+        return cls(np.zeros((0, 1, 1), np.float32), np.zeros((0, 4), np.float32), Placement(1, 1, 0, 0, 1, 1), (1, 1))
+
+    @classmethod
+    def of_arrays(cls, arrays: np.ndarray) -> Masks:
+        """Masks that are known at the size of the image, ``[n, height, width]`` bool."""
+        count, height, width = arrays.shape
+        whole = np.tile(np.array([0, 0, width, height], np.float32), (count, 1))
+        return cls(
+            arrays.astype(np.float32) - np.float32(0.5),
+            whole,
+            Placement(height, width, 0, 0, height, width),
+            (height, width),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Masks]) -> Masks:
+        """The masks of several, in order.
+
+        Raises:
+            InputError: some have masks and others not, or they are of images of other sizes.
+        """
+        lengths = {len(part) > 0 for part in parts}
+        if not parts or lengths == {False}:
+            return cls.none()
+        if len(lengths) > 1 or len({(part.place.height, part.place.width) for part in parts}) > 1:
+            raise InputError(
+                "found detections with masks and others without, or of images of other sizes; expected those of one image"
+            )
+        first = parts[0]
+        if all(
+            (part.place, part.size, part.logits.shape[1:]) == (first.place, first.size, first.logits.shape[1:])
+            for part in parts
+        ):
+            logits, boxes = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "boxes"))
+            return cls(logits, boxes, first.place, first.size)
+        return cls.of_arrays(np.concatenate([np.asarray(part) for part in parts]))
 
     def __len__(self) -> int:
         return len(self.logits)

@@ -145,8 +145,8 @@ def test_drawn_names_are_escaped(attack, monkeypatch):
 
 
 def made(fields: dict) -> Detections:
-    from fusenms.runtime.images import Placement
     from fusenms.runtime.masks import Masks
+    from fusenms.runtime.placement import Placement
 
     box = fields["boxes"]
     oriented = np.concatenate(((box[:, :2] + box[:, 2:]) / 2, box[:, 2:] - box[:, :2], np.zeros((1, 1), np.float32)), 1)

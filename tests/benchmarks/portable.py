@@ -24,7 +24,8 @@ from fusenms.fusion.backends import portable
 from fusenms.graph.model import with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import candidates
-from fusenms.runtime.images import letterbox, list_images, read_image, to_tensor
+from fusenms.runtime.images import list_images, read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 
 
 def rounds_needed(rivals: np.ndarray) -> int:

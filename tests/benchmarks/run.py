@@ -234,7 +234,8 @@ def ultralytics_tail(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.Model
 
 def read(path: Path | None, size: int) -> np.ndarray:
     from fusenms.heads.probe import probe_image
-    from fusenms.runtime.images import letterbox, read_image, to_tensor
+    from fusenms.runtime.images import read_image
+    from fusenms.runtime.placement import letterbox, to_tensor
 
     return probe_image(size, size) if path is None else to_tensor([letterbox(read_image(path), size, size)[0]])
 

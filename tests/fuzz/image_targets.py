@@ -21,7 +21,8 @@ from encoded import bmp, jpeg, pillow, png, tiff, webp
 from fusenms.errors import FusenmsError
 from fusenms.limits import Limits
 from fusenms.runtime.headers import read_header
-from fusenms.runtime.images import letterbox, read_image, stretched
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, stretched
 
 LIMITS = Limits(max_pixels=200_000, max_image_file_bytes=2**20)
 SLOW = 2.0

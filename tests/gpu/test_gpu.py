@@ -28,7 +28,8 @@ from fusenms.fusion.backends.plugin import INPUTS, settings_of
 from fusenms.fusion.candidates import Head
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import Rows, candidates, postprocess
-from fusenms.runtime.images import letterbox, read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 from fusenms.verification import verify
 from fusenms.verification.agreement import agreement_of
 from fusenms.verification.synthetic_heads import Stage, heads

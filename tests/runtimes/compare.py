@@ -26,7 +26,8 @@ from fusenms.artifacts.fused import FusedModel, load_fused
 from fusenms.errors import first_line
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.heads.probe import probe_image
-from fusenms.runtime.images import letterbox, read_image, to_tensor
+from fusenms.runtime.images import read_image
+from fusenms.runtime.placement import letterbox, to_tensor
 
 Outputs = dict[str, np.ndarray]
 Run = Callable[[Path, np.ndarray], Outputs]

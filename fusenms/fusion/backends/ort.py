@@ -27,10 +27,14 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
     else:
         scores = one_class_each(g, rank, labels, valid, _present(g, labels, candidates.num_classes), 1)
     most = g.const([config.max_detections], np.int64)
-    limits = (g.const([config.iou_threshold], np.float32), g.const([-0.5], np.float32))
-    picks = g.op("NonMaxSuppression", boxes, scores, most, *limits)  # rows of (image, class, candidate)
-    places = g.concat([g.slice(picks, 1, 0, 1), g.slice(picks, 1, 2, 3)], 1)
-    picked = g.op("ScatterND", g.op("Mul", rank, g.floats(0.0)), places, g.op("GatherND", rank, places))
+    nothing = g.op("Mul", rank, g.floats(0.0))
+    if config.iou_threshold < 1:
+        limits = (g.const([just_above(config.iou_threshold)], np.float32), g.const([-0.5], np.float32))
+        picks = g.op("NonMaxSuppression", boxes, scores, most, *limits)  # rows of (image, class, candidate)
+        places = g.concat([g.slice(picks, 1, 0, 1), g.slice(picks, 1, 2, 3)], 1)
+        picked = g.op("ScatterND", nothing, places, g.op("GatherND", rank, places))
+    else:  # no IoU is larger; OpenVINO would drop boxes that are equal
+        picked = g.where(valid, rank, nothing)
     if (
         candidates.count is None or candidates.count < config.max_detections
     ):  # fewer candidates than rows: pad with blank rows
@@ -40,6 +44,17 @@ def suppress(g: Graph, candidates: CandidateTensors, config: PostprocessConfig) 
     valid = g.op("Greater", value, g.floats(0.0))
     row = g.where(valid, row, g.ints(0))
     return SelectionTensors(valid, row, g.take_rows(boxes, row, 1, 4), g.op("GatherElements", labels, row, axis=1))
+
+
+def just_above(threshold: float) -> np.float32:
+    """The next float32 number above an IoU threshold.
+
+    The standard suppresses above the threshold, OpenVINO 2026.4 at the threshold too. With the next number, both keep a box whose IoU is
+    the threshold itself; only an IoU that is one rounding error above it is decided otherwise. It is a normal number, since a runtime may
+    take others for 0.
+    """
+    above = np.nextafter(np.float32(threshold), np.float32(2))
+    return np.maximum(above, np.finfo(np.float32).tiny)
 
 
 def _present(g: Graph, labels: Tensor, num_classes: int) -> Tensor:
