@@ -20,6 +20,7 @@ from fusenms.errors import InputError, SourceError
 from fusenms.limits import Limits
 from fusenms.runtime.video import Video, VideoFile
 
+pytestmark = pytest.mark.slow
 FRAMES = 9
 
 
@@ -151,6 +152,23 @@ def test_frames_of_a_video_are_detected_and_drawn(fused, clip, capsys):
     got = [each.image for each in drawn.frames()]
     assert (len(got), drawn.fps) == (FRAMES, 10)
     assert [np.abs(image.astype(float) - frame(i)).mean() < 30 for i, image in enumerate(got)] == [True] * FRAMES
+    assert os.listdir("detections") == ["clip.mp4"]
+
+
+def test_frames_of_a_stopped_run_are_kept(fused, clip, monkeypatch, capsys):
+    write, seen = VideoFile.write, []
+
+    def stops(self, image):
+        seen.append(image)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        write(self, image)
+
+    monkeypatch.setattr(VideoFile, "write", stops)
+    assert main(["detect", fused, str(clip), "--jsonl", "out.jsonl", "--batch", "2"]) == 130
+    with open("out.jsonl") as file:
+        assert [row["frame"] for row in lines(file.read())] == [0, 1]
+    assert len(list(Video(Path("detections/clip.mp4")).frames())) == 2
     assert os.listdir("detections") == ["clip.mp4"]
 
 

@@ -100,6 +100,7 @@ def found(drawn, fused):
     return fusenms.evaluate(fused, coco=drawn.json, images=drawn.folder / "images")
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_separate_code(found, drawn, fused):
     with Detector(fused) as detect:
         own = separate.mean_average_precision(drawn.truths, detect(drawn.images))
@@ -107,6 +108,7 @@ def test_metrics_are_those_of_separate_code(found, drawn, fused):
     assert (found.map50_95, found.map50, found.boxes.map75) == pytest.approx((own.mean(), own[0], own[5]), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_detector(found, drawn, fused):
     with Detector(fused) as detect:
         rows = [row for row in found.results if row["image_id"] == 98]
@@ -117,6 +119,7 @@ def test_results_are_those_of_the_detector(found, drawn, fused):
     assert [np.float32(row["score"]) for row in rows] == expected.scores.tolist()
 
 
+@pytest.mark.slow
 def test_objects_and_classes_are_counted(found, drawn):
     labels = np.concatenate([labels for _, labels in drawn.truths])
     counts = {each.name: each.objects for each in found.boxes.classes}
@@ -126,6 +129,7 @@ def test_objects_and_classes_are_counted(found, drawn):
     assert found.boxes.curves.mean(1).tolist() == pytest.approx([found.map50, found.boxes.map75, found.map50_95])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["", "images"])
 def test_both_formats_give_the_same(where, found, drawn, fused):
     other = fusenms.evaluate(fused, yolo=drawn.folder / where)
@@ -133,6 +137,7 @@ def test_both_formats_give_the_same(where, found, drawn, fused):
     assert other.matched == "by number"
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_areas(found, drawn, fused):
     """An object whose area says that it is small is one, whatever its box."""
     data = copy.deepcopy(drawn.data)
@@ -144,6 +149,7 @@ def test_sizes_are_those_of_the_areas(found, drawn, fused):
     assert found.boxes.large is not None
 
 
+@pytest.mark.slow
 @needs_library
 def test_weights_are_fused_with_settings_for_map(drawn, found, raw):
     weights = fusenms.evaluate(raw, coco=drawn.json, images=drawn.folder / "images", against=True)
@@ -158,6 +164,7 @@ def test_weights_are_fused_with_settings_for_map(drawn, found, raw):
     assert weights.raw_scores["boxes"].map50_95 > 0.3
 
 
+@pytest.mark.slow
 @needs_library
 def test_difference_to_the_raw_model_is_found(drawn, raw):
     """The graph suppresses at 0.2, and its metadata say 0.7."""
@@ -168,6 +175,7 @@ def test_difference_to_the_raw_model_is_found(drawn, raw):
     assert got.raw_difference > 1e-3
 
 
+@pytest.mark.slow
 @needs_library
 def test_file_with_a_higher_threshold_says_that_its_map_is_a_lower_bound(drawn, found, raw, tmp_path):
     path = fuse(raw, unverified=True).save(tmp_path / "f.onnx", unverified=True)
@@ -178,6 +186,7 @@ def test_file_with_a_higher_threshold_says_that_its_map_is_a_lower_bound(drawn, 
     assert not found.notes
 
 
+@pytest.mark.slow
 @needs_library
 def test_images_that_cannot_be_read_are_left_out_and_named(drawn, fused, capsys):
     data = copy.deepcopy(drawn.data)
@@ -202,12 +211,14 @@ def test_images_that_cannot_be_read_are_left_out_and_named(drawn, fused, capsys)
     assert "3 of 8 images" in printed
 
 
+@pytest.mark.slow
 @needs_library
 def test_error_when_no_image_can_be_read(drawn, fused):
     with pytest.raises(InputError, match=r"none of its 5 images can be read.*0\.png"):
         fusenms.evaluate(fused, coco=drawn.json)
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -222,6 +233,7 @@ def test_error_without_one_ground_truth(arguments, message, fused):
         fusenms.evaluate(fused, **arguments)
 
 
+@pytest.mark.slow
 @needs_library
 def test_error_when_settings_are_given_for_a_fused_file(drawn, fused):
     with pytest.raises(ConfigError, match="found iou_threshold, size, but the model is fused already"):
@@ -402,6 +414,7 @@ def test_error_when_classes_do_not_match(truth, message):
         match_classes(("cat", "dog", "bird"), truth)
 
 
+@pytest.mark.slow
 @needs_library
 def test_error_when_a_label_has_a_class_that_the_model_lacks(fused, tmp_path):
     with pytest.raises(
@@ -471,6 +484,7 @@ def test_no_detections_score_zero():
     assert [each.ap50 for each in got.classes] == [0, None]
 
 
+@pytest.mark.slow
 @needs_library
 def test_command_prints_plots_and_saves(drawn, fused, found, tmp_path, capsys):
     plot, saved = tmp_path / "pr.svg", tmp_path / "results.json"
@@ -495,6 +509,7 @@ def test_command_prints_plots_and_saves(drawn, fused, found, tmp_path, capsys):
     assert values["config"]["score_threshold"] == 0.001
 
 
+@pytest.mark.slow
 @needs_library
 def test_command_fails_when_the_raw_model_differs(drawn, raw, fused, monkeypatch, capsys):
     reads = RawDetector.__call__
