@@ -208,6 +208,15 @@ def short_avi(folder) -> bytes:
     return data[: len(data) // 2]
 
 
+def test_frames_have_the_colors_of_the_video(clip):
+    """Red is first, as in every image of the package."""
+    video = Video(clip)
+    image = next(video.frames()).image.astype(float)
+    video.close()
+    right, swapped = (np.abs(image - expected).mean() for expected in (frame(0), frame(0)[..., ::-1]))
+    assert right < 8 < swapped - right, (right, swapped)
+
+
 def test_frames_have_a_limit(clip):
     with pytest.raises(InputError, match="max_pixels"):
         Video(clip, Limits(max_pixels=1000))
