@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fusenms.editing import edit, expose, extract, restamp
     from fusenms.engines import Engine, EngineSettings, build_engine
     from fusenms.errors import FusenmsError
+    from fusenms.evaluation import Evaluation, evaluate
     from fusenms.graph.custom_ops import custom_ops
     from fusenms.heads import recognize
     from fusenms.inspection import Inspection, inspect
@@ -33,6 +34,7 @@ _HOMES = {
     "Detector": "fusenms.runtime",
     "Engine": "fusenms.engines",
     "EngineSettings": "fusenms.engines",
+    "Evaluation": "fusenms.evaluation",
     "FusedModel": "fusenms.artifacts.fused",
     "FusenmsError": "fusenms.errors",
     "Inspection": "fusenms.inspection",
@@ -47,6 +49,7 @@ _HOMES = {
     "custom_ops": "fusenms.graph.custom_ops",
     "doctor": "fusenms.diagnosis",
     "edit": "fusenms.editing",
+    "evaluate": "fusenms.evaluation",
     "expose": "fusenms.editing",
     "extract": "fusenms.editing",
     "fuse": "fusenms.pipeline",
@@ -65,6 +68,7 @@ __all__ = [
     "Detector",
     "Engine",
     "EngineSettings",
+    "Evaluation",
     "FusedModel",
     "FusenmsError",
     "Inspection",
@@ -79,6 +83,7 @@ __all__ = [
     "deploy",
     "doctor",
     "edit",
+    "evaluate",
     "expose",
     "extract",
     "fuse",

@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "licences.md"
-EXTRAS = ("cpu", "export", "hf", "images", "bench", "rtx", "plugin", "openvino", "ncnn", "docs", "dev")
+EXTRAS = ("cpu", "export", "hf", "images", "bench", "eval", "rtx", "plugin", "openvino", "ncnn", "docs", "dev")
 """Those that install without a GPU. `gpu` and `trt` are in `ELSEWHERE`."""
 
 STRONG = re.compile(
@@ -51,12 +51,14 @@ ALLOWED_PROPRIETARY = {
     "cuda-python": "calls the GPU",
 }  # fmt: skip
 """NVIDIA's own terms; each comes with an extra that somebody asks for by name, none with fusenms itself."""
+IN_ITS_FILE = {"faster-coco-eval": ("Apache-2.0", "Apache License Version 2.0")}
+"""Distributions whose metadata state no licence: the licence, and how the file of that name in them begins."""
 ELSEWHERE = """\
 Not installed in the tests, as their publishers state it: `onnxruntime-gpu` (extra `gpu`) MIT; `tensorrt` (extra `trt`) and the
 `nvidia-*` packages of PyTorch's CUDA build (extra `export` on Linux, from PyPI) NVIDIA's proprietary licences; `triton` MIT.
 
 A wheel can carry libraries with licences of their own beside the one stated. Those of `opencv-python-headless` (extra `images`)
-carry FFmpeg (LGPL-2.1), which decodes videos and which fusenms does not call, and libquadmath (LGPL-2.1), as shared libraries. They
+carry FFmpeg (LGPL-2.1), which decodes and encodes the videos of `detect`, and libquadmath (LGPL-2.1), as shared libraries. They
 and NumPy's carry libgfortran (GPL-3.0 with the runtime library exception)."""
 
 
@@ -98,7 +100,16 @@ def licences() -> dict[str, str]:
     """Licence of every distribution that is installed here, as it states it."""
     command = [sys.executable, "-m", "piplicenses", "--from=mixed", "--with-system", "--format=json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {canonicalize_name(entry["Name"]): entry["License"] for entry in json.loads(done.stdout)}
+    stated = {canonicalize_name(entry["Name"]): entry["License"] for entry in json.loads(done.stdout)}
+    return stated | {name: in_its_file(name) for name in IN_ITS_FILE if name in stated}
+
+
+def in_its_file(name: str) -> str:
+    """The licence of a distribution by its file; "UNKNOWN" if that does not begin as it should."""
+    licence, start = IN_ITS_FILE[name]
+    files = [file for file in metadata.files(name) or () if file.name == "LICENSE"]
+    texts = [" ".join(Path(str(file.locate())).read_text().split()) for file in files]
+    return licence if texts and all(text.startswith(start) for text in texts) else "UNKNOWN"
 
 
 def problem(name: str, licence: str) -> str | None:

@@ -274,12 +274,13 @@ def test_stream_without_end_is_read_a_bounded_number_ahead(detect):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fusenms-ahead") and not taken]
 
 
-def test_error_of_the_users_iterable_comes_at_its_place(detect):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_error_of_the_users_iterable_comes_at_its_place(detect, batch_size):
     def some():
         yield IMAGES[0]
         raise ZeroDivisionError("mine")
 
-    stream = detect.stream(some(), batch_size=1)
+    stream = detect.stream(some(), batch_size=batch_size)
     assert isinstance(next(stream), Detections)
     with pytest.raises(ZeroDivisionError, match="mine"):
         next(stream)
@@ -319,7 +320,9 @@ def test_input_is_as_large_as_the_image_needs(dynamic, monkeypatch):
     shapes = []
     with Detector(dynamic) as detect:
         real = detect._runner.infer
-        monkeypatch.setattr(detect._runner, "infer", lambda images, more: shapes.append(images.shape) or real(images, more))
+        monkeypatch.setattr(
+            detect._runner, "infer", lambda images, more: shapes.append(images.shape) or real(images, more)
+        )
         found = detect([wide, IMAGES[0], wide])
         with Detector(dynamic, size=(256, 256)) as fixed:
             whole = fixed([wide, IMAGES[0]])

@@ -13,7 +13,17 @@ from conftest import SHAPES
 import fusenms
 from fusenms.layout import Layout
 
-VALUES = {"Comparison", "Detections", "Engine", "FusedModel", "FusenmsError", "Inspection", "RawModel", "Report"}
+VALUES = {
+    "Comparison",
+    "Detections",
+    "Engine",
+    "Evaluation",
+    "FusedModel",
+    "FusenmsError",
+    "Inspection",
+    "RawModel",
+    "Report",
+}
 """What functions return or raise; the examples of those functions show them."""
 PUBLIC = {name: getattr(fusenms, name) for name in fusenms.__all__ if name not in VALUES} | {"Layout": Layout}
 

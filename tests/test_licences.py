@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+import licences
 import pytest
-from licences import ALLOWED_COPYLEFT, ALLOWED_PROPRIETARY, DOCS, installed, problem
+from licences import ALLOWED_COPYLEFT, ALLOWED_PROPRIETARY, DOCS, IN_ITS_FILE, in_its_file, installed, problem
 
 pytest.importorskip("piplicenses", reason="needs pip-licenses, of the extra dev")
 
@@ -45,3 +46,11 @@ def test_no_exception_comes_without_being_asked_for(found):
     """With fusenms itself, that is without an extra, come neither copyleft nor proprietary distributions."""
     always = {name for name, (_, extras) in found.items() if "always" in extras}
     assert not always & (set(ALLOWED_COPYLEFT) | set(ALLOWED_PROPRIETARY))
+
+
+@pytest.mark.parametrize("name", IN_ITS_FILE)
+def test_licence_in_a_file_is_read(name, monkeypatch):
+    pytest.importorskip(name.replace("-", "_"))
+    assert in_its_file(name) == IN_ITS_FILE[name][0]
+    monkeypatch.setitem(licences.IN_ITS_FILE, name, ("MIT", "MIT License"))
+    assert problem(name, in_its_file(name))

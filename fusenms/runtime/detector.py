@@ -278,11 +278,15 @@ class Detector:
         self, images: Iterable[Any], size: int, prefetch: int, readers: int, call: Call
     ) -> Iterator[Detections | InputError]:
         some: list[Placed | InputError] = []
-        for placed in work_ahead(images, self._placed_or_error, prefetch * size, readers):
-            some.append(placed)
-            if len(some) == size:
-                yield from self._run_some(some, call)
-                some = []
+        try:
+            for placed in work_ahead(images, self._placed_or_error, prefetch * size, readers):
+                some.append(placed)
+                if len(some) == size:
+                    full, some = some, []
+                    yield from self._run_some(full, call)
+        except Exception:  # of the user's own iterable: what came before it is not lost
+            yield from self._run_some(some, call)
+            raise
         yield from self._run_some(some, call)
 
     def _placed_or_error(self, source: Any) -> Placed | InputError:
