@@ -89,7 +89,7 @@ def test_thirty_settings_equal_thirty_references(backend, kind):
             expected = postprocess(candidates(head, i, layout, (SIZE, SIZE)), fused.config, rows, setting.thresholds)
             assert not differs(rows, expected.rows), (setting, i)
             counts.add((len(rows), setting.thresholds))
-    assert len({count for count, _ in counts}) > 3
+    assert len({count for count, _ in counts}) > 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
