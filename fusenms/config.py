@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypedDict
 
-from fusenms.contract import MASK_KINDS, OUTPUT_PRESETS
+from fusenms.contract import MASK_KINDS, ONE_TENSOR, OUTPUT_PRESETS
 from fusenms.errors import ConfigError
 
 MAX_CANDIDATES_LIMIT = 3840
@@ -32,7 +32,7 @@ class PostprocessConfig:
         masks: mask outputs of a segmentation model: ``coefficients`` gives `mask_coefficients` and `prototypes`; ``prototype`` gives the
             masks at the size of the prototypes.
         indices: add the output `indices`, the candidate number of each row.
-        output_preset: names of the first four outputs, a key of `fusenms.contract.OUTPUT_PRESETS`.
+        output_preset: names of the first four outputs, a key of `fusenms.contract.OUTPUT_PRESETS`; ``ultralytics``: all rows in one output.
         runtime_thresholds: make the thresholds and a class mask optional inputs of the graph, `score_threshold`, `iou_threshold` and
             `class_mask`, whose defaults are these settings. Backends `ort` and `portable`.
 
@@ -84,6 +84,12 @@ class PostprocessConfig:
         for name, choices in (("masks", MASK_KINDS), ("output_preset", OUTPUT_PRESETS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+
+        if self.output_preset == ONE_TENSOR and (self.indices or self.rounds is not None or self.masks == "prototype"):
+            raise ConfigError(
+                f"found indices, rounds or masks='prototype' with output_preset {ONE_TENSOR!r}, whose one output has no place "
+                "for them; leave them out"
+            )
 
     @property
     def output_names(self) -> tuple[str, str, str, str]:

@@ -85,8 +85,11 @@ OUTPUT_PRESETS: Final[dict[str, tuple[str, str, str, str]]] = {
     "tensorrt": ("num_detections", "detection_boxes", "detection_scores", "detection_classes"),
     "deepstream": ("num_dets", "det_boxes", "det_scores", "det_classes"),
     "yolov7": ("num_dets", "det_boxes", "det_scores", "det_classes"),
+    "ultralytics": (NUM_DETECTIONS, BOXES, SCORES, LABELS),
 }
 """Output names that existing consumers parse, in the order of `OUTPUTS`. All other outputs keep the names of fusenms."""
+ONE_TENSOR: Final = "ultralytics"
+"""The preset whose file has all rows in one tensor (`fusenms.artifacts.one_tensor`); the names are those in memory."""
 
 # Metadata keys of fusenms.
 PREFIX: Final = "fusenms."
@@ -110,6 +113,10 @@ KEY_STRIDE: Final = "stride"
 KEY_TASK: Final = "task"
 KEY_IMGSZ: Final = "imgsz"
 KEY_KEYPOINTS: Final = "kpt_shape"
+KEY_BATCH: Final = "batch"
+KEY_END_TO_END: Final = "end2end"
+KEY_ARGUMENTS: Final = "args"
+"""These three only if the file has all rows in one tensor."""
 
 UNVERIFIED: Final = "unverified"
 """Value of `KEY_VERIFICATION` in a file that was written without verification."""

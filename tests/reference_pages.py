@@ -113,7 +113,7 @@ def outputs() -> str:
 def presets() -> str:
     """The presets of output names."""
     rows = [f"| preset | {' | '.join(f'`{output.name}`' for output in contract.OUTPUTS)} |", "|---|---|---|---|---|"]
-    presets = contract.OUTPUT_PRESETS.items()
+    presets = [(name, names) for name, names in contract.OUTPUT_PRESETS.items() if name != contract.ONE_TENSOR]
     return "\n".join([*rows, *(f"| `{name}` | {' | '.join(f'`{n}`' for n in names)} |" for name, names in presets)])
 
 

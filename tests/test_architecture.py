@@ -126,4 +126,6 @@ def test_metadata_keys_are_those_of_files_that_exist():
         "verification",
         "ncnn",
     )
-    assert keys == {f"fusenms.{name}" for name in own} | {"names", "stride", "task", "imgsz", "kpt_shape"}
+    assert keys == {f"fusenms.{name}" for name in own} | {
+        "names", "stride", "task", "imgsz", "kpt_shape", "batch", "end2end", "args",
+    }  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusenms import contract
+from fusenms.artifacts import one_tensor
 from fusenms.artifacts.raw import ImageInput
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, SourceError, VerificationError, first_line
@@ -54,27 +55,41 @@ class FusedModel:
         """Metadata of the file: keys of `fusenms.contract` to text."""
         from fusenms._version import __version__
 
-        return {
-            contract.KEY_VERSION: __version__,
-            contract.KEY_BACKEND: self.backend,
-            contract.KEY_SOURCE: self.source,
-            contract.KEY_LAYOUT: json.dumps(self.layout.to_dict()),
-            contract.KEY_CONFIG: json.dumps(self.config.to_dict()),
-            contract.KEY_IMAGE: json.dumps(self.image.to_dict()),
-            contract.KEY_DECODE: self.layout.decode_stage,
-            contract.KEY_SUPPRESSION: self.suppressed_by,
-            contract.KEY_PRECISION: self.precision,
-            contract.KEY_NOTES: json.dumps(list(self.notes)),
-            contract.KEY_VERIFICATION: self.report.summary if self.report else contract.UNVERIFIED,
-            contract.KEY_NAMES: str(dict(enumerate(self.class_names))),
-            contract.KEY_TASK: self.task,
-            contract.KEY_STRIDE: str(self.image.stride),
-            contract.KEY_IMGSZ: str([self.image.height, self.image.width]),
-        } | self._keypoints()
+        return (
+            {
+                contract.KEY_VERSION: __version__,
+                contract.KEY_BACKEND: self.backend,
+                contract.KEY_SOURCE: self.source,
+                contract.KEY_LAYOUT: json.dumps(self.layout.to_dict()),
+                contract.KEY_CONFIG: json.dumps(self.config.to_dict()),
+                contract.KEY_IMAGE: json.dumps(self.image.to_dict()),
+                contract.KEY_DECODE: self.layout.decode_stage,
+                contract.KEY_SUPPRESSION: self.suppressed_by,
+                contract.KEY_PRECISION: self.precision,
+                contract.KEY_NOTES: json.dumps(list(self.notes)),
+                contract.KEY_VERIFICATION: self.report.summary if self.report else contract.UNVERIFIED,
+                contract.KEY_NAMES: str(dict(enumerate(self.class_names))),
+                contract.KEY_TASK: self.task,
+                contract.KEY_STRIDE: str(self.image.stride),
+                contract.KEY_IMGSZ: str([self.image.height, self.image.width]),
+            }
+            | self._keypoints()
+            | self._one_tensor()
+        )
 
     def _keypoints(self) -> dict[str, str]:
         points = self.layout.keypoints
         return {} if points is None else {contract.KEY_KEYPOINTS: str([points.count, points.dims])}
+
+    def _one_tensor(self) -> dict[str, str]:
+        """What Ultralytics has to know of a file whose rows are in one tensor: they are final; a file of one size runs image by image."""
+        if not one_tensor.has_one_tensor(self.config):
+            return {}
+        return {
+            contract.KEY_BATCH: str(self.image.batch or 1),
+            contract.KEY_END_TO_END: "True",
+            contract.KEY_ARGUMENTS: str({"dynamic": self.image.dynamic_size}),
+        }
 
     def save(self, path: str | os.PathLike[str], *, unverified: bool = False) -> Path:
         """Write the model to ``path`` atomically and return the path.
@@ -97,7 +112,10 @@ class FusedModel:
         import onnx
 
         model = onnx.ModelProto()
-        model.CopyFrom(self.model)
+        in_file = self.model
+        if one_tensor.has_one_tensor(self.config):
+            in_file = one_tensor.cut(self.model, self.layout, self.image.dynamic_size)
+        model.CopyFrom(in_file)
         kept = {item.key: item.value for item in model.metadata_props} | self.metadata
         del model.metadata_props[:]
         onnx.helper.set_model_props(model, kept)
@@ -134,6 +152,8 @@ def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
     with untrusted(path, "reading its metadata"):
         try:
             fused = from_metadata(model, metadata, limits)
+            if one_tensor.has_one_tensor(fused.config):
+                fused = replace(fused, model=one_tensor.with_contract(model, fused.layout, fused.config))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError) as error:
             raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
         check_graph(path, fused)

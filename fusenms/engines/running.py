@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fusenms.artifacts.fused import load_fused
+from fusenms.artifacts import one_tensor
+from fusenms.artifacts.fused import FusedModel, load_fused
 from fusenms.engines.base import Engine, load_engine
 from fusenms.engines.nvidia import Library, make_logger
 from fusenms.engines.rtx import load_rtx
@@ -113,6 +114,13 @@ class EngineRunner:
         return result[0] if result else None
 
 
+def contract_outputs(outputs: dict[str, np.ndarray], fused: FusedModel) -> dict[str, np.ndarray]:
+    """The outputs of the contract, of those of an engine, which is built from the file and may have all rows in one tensor."""
+    if not one_tensor.has_one_tensor(fused.config):
+        return outputs
+    return one_tensor.taken_apart(outputs, fused.layout, fused.config)
+
+
 def _cuda() -> Any:
     try:
         from cuda.bindings import runtime
@@ -161,6 +169,6 @@ def compare_engine(
     found = []
     for batch in dict.fromkeys((least, usual, odd, most)):
         filled = images[np.arange(batch) % len(images)]
-        found.append((batch, agreement_of(fused, filled, fused, runner.infer(filled))))
+        found.append((batch, agreement_of(fused, filled, fused, contract_outputs(runner.infer(filled), fused))))
     runner.close()
     return found

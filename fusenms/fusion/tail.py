@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fusenms import contract
+from fusenms.artifacts import one_tensor
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw import ImageInput, RawModel
@@ -69,23 +70,33 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
         find, by = by_candidates(select, adaptive=False), NO_SUPPRESSION
     tail = _Tail(g, layout, image, config, widths, sides, emitter.adaptive)
     outputs = tail.outputs(find(g, Head(layout, image, widths, total), config))
-    g.set_outputs(
-        [
-            (
-                outputs[output.name],
-                name,
-                output.dtype,
-                output.shape_for(image.batch or "batch", config.max_detections, *(sides or ("h", "w"))),
-            )
-            for name, output in layout.outputs(config)
-        ]
-    )
+    batch, (height, width) = image.batch or "batch", sides or ("h", "w")
+    if one_tensor.has_one_tensor(config):
+        shape: tuple[str | int, ...] = (batch, config.max_detections, one_tensor.width(layout))
+        g.set_outputs([(_rows(g, outputs, layout, config), one_tensor.ROWS, np.dtype(np.float32), shape)])
+        if layout.masks is not None:
+            shape = (batch, layout.masks.coefficients.channels, height, width)
+            g.add_output(outputs[contract.PROTOTYPES], one_tensor.PROTOTYPES, np.dtype(np.float32), shape)
+        model = one_tensor.with_contract(g.to_model(), layout, config)
+    else:
+        g.set_outputs(
+            [
+                (
+                    outputs[output.name],
+                    name,
+                    output.dtype,
+                    output.shape_for(batch, config.max_detections, height, width),
+                )
+                for name, output in layout.outputs(config)
+            ]
+        )
+        model = g.to_model()
     names = raw.class_names or tuple(f"class{i}" for i in range(layout.num_classes))
     notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; converted inside to {pixels}")
     if idle := _idle_settings(layout, config):
         notes = (*notes, f"{NO_SUPPRESSION}: {' and '.join(idle)} mean{'s' * (len(idle) == 1)} nothing to this head")
     return FusedModel(
-        model=g.to_model(),
+        model=model,
         image=image,
         class_names=names,
         task=layout.task,
@@ -157,6 +168,23 @@ class _Tail:
         return g.where(g.unsqueeze(valid, 2), rows, g.floats(0.0))
 
 
+def _rows(g: Graph, outputs: Mapping[str, Tensor], layout: Layout, config: PostprocessConfig) -> Tensor:
+    """Emit all rows as one tensor; see `fusenms.artifacts.one_tensor`. Rows past the detections have score 0 and label -1."""
+    boxes, scores, labels = (outputs[name] for name in (contract.BOXES, contract.SCORES, contract.LABELS))
+    used = g.op("Less", g.const([range(config.max_detections)], np.int32), outputs[contract.NUM_DETECTIONS])
+    scores = g.where(used, scores, g.floats(0.0))
+    labels = g.cast(g.where(used, labels, g.ints(contract.NO_LABEL)), FLOAT)
+    upright = boxes if layout.angle is None else g.slice(boxes, 2, 0, 4)
+    parts = [upright, g.unsqueeze(scores, 2), g.unsqueeze(labels, 2)]
+    if layout.angle is not None:
+        parts.append(g.slice(boxes, 2, 4, 5))
+    if layout.masks is not None:
+        parts.append(outputs[contract.MASK_COEFFICIENTS])
+    if layout.keypoints is not None:
+        parts.append(g.reshape(outputs[contract.KEYPOINTS], 0, 0, -1))
+    return g.concat(parts, 2)
+
+
 def _idle_settings(layout: Layout, config: PostprocessConfig) -> list[str]:
     """Settings that differ from the default but have no effect on this head, because it needs no suppression."""
     names = [] if layout.suppress else ["iou_threshold", "max_candidates", "class_agnostic"]
@@ -181,7 +209,8 @@ def _check_joins(g: Graph, layout: Layout, config: PostprocessConfig) -> None:
 
 def _names_of(layout: Layout, config: PostprocessConfig) -> list[str]:
     """Names of the outputs and of the optional inputs of the fused model."""
-    return [name for name, _ in layout.outputs(config)] + [given.name for given in layout.runtime_inputs(config)]
+    own = list(one_tensor.tensors(layout)) if one_tensor.has_one_tensor(config) else []
+    return own + [name for name, _ in layout.outputs(config)] + [given.name for given in layout.runtime_inputs(config)]
 
 
 def _free_names(g: Graph, layout: Layout, image: ImageInput, config: PostprocessConfig) -> tuple[Layout, ImageInput]:

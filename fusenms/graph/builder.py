@@ -111,9 +111,13 @@ class Graph:
     def set_outputs(self, outputs: Sequence[tuple[Tensor, str, np.dtype[Any], tuple[str | int, ...]]]) -> None:
         """Make these the outputs: (tensor, name, dtype, shape)."""
         self._graph.outputs = []
-        for tensor, name, dtype, shape in outputs:
-            tensor.name, tensor.dtype, tensor.shape = name, dtype, list(shape)
-            self._graph.outputs.append(tensor)
+        for output in outputs:
+            self.add_output(*output)
+
+    def add_output(self, tensor: Tensor, name: str, dtype: np.dtype[Any], shape: tuple[str | int, ...]) -> None:
+        """Make a tensor a further output."""
+        tensor.name, tensor.dtype, tensor.shape = name, dtype, list(shape)
+        self._graph.outputs.append(tensor)
 
     def to_model(self) -> onnx.ModelProto:
         """Return the edited model: unused nodes removed, nodes in order, metadata and producer as before."""

@@ -15,7 +15,7 @@ import onnx
 
 from fusenms.artifacts.fused import FusedModel, from_metadata, load_fused
 from fusenms.engines.base import load_engine
-from fusenms.engines.running import ENGINES, LIBRARIES, EngineRunner
+from fusenms.engines.running import ENGINES, LIBRARIES, EngineRunner, contract_outputs
 from fusenms.errors import InputError, SourceError, UnsupportedByBackendError, first_line
 from fusenms.fusion.backends import get_backend
 from fusenms.graph.custom_ops import custom_ops as use_custom_ops
@@ -175,20 +175,20 @@ def _open_engine(path: Path, runtime: str, limits: Limits) -> Opened:
                 f"{path}: its sidecar is damaged ({first_line(error)}); build the engine again"
             ) from error
     fused = replace(fused, config=replace(fused.config, runtime_thresholds=False))  # an engine has them as constants
-    runner = _OneByOne(EngineRunner(engine, LIBRARIES[ENGINE_RUNTIMES[runtime]]()))
+    runner = _OneByOne(EngineRunner(engine, LIBRARIES[ENGINE_RUNTIMES[runtime]]()), fused)
     return Opened(fused=fused, runtime=runtime, runner=runner, batches=(least, most))
 
 
 class _OneByOne:
     """An engine, whose buffers serve one run at a time."""
 
-    def __init__(self, runner: EngineRunner) -> None:
-        self._runner, self._running = runner, threading.Lock()
+    def __init__(self, runner: EngineRunner, fused: FusedModel) -> None:
+        self._runner, self._fused, self._running = runner, fused, threading.Lock()
 
     def infer(self, images: np.ndarray, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert not more  # an engine has its thresholds as constants
         with self._running:
-            return self._runner.infer(images)
+            return contract_outputs(self._runner.infer(images), self._fused)
 
     def close(self) -> None:
         with self._running:
