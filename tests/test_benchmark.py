@@ -17,6 +17,7 @@ from fusenms import fuse
 from fusenms.benchmark import TAIL, WHOLE, Contestant, contestants, default_shape, measure, peak_memory
 from fusenms.cli import main
 from fusenms.errors import InputError, SourceError, UnsupportedByBackendError
+from fusenms.runtime.contestants import CALL, more_contestants
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_exports")]
 
@@ -118,18 +119,36 @@ def test_command_prints_a_table_and_draws(tmp_path, raw_file, fused_file, capsys
     plot = tmp_path / "plot.svg"
     assert main(["bench", str(raw_file), str(fused_file), "--runs", "2", "--batch", "1", "3", "--plot", str(plot)]) == 0
     text = capsys.readouterr().out
-    assert text.count("m.ort.onnx") == 4  # whole and tail, at two batch sizes
+    assert text.count("m.ort.onnx") >= 6  # model, tail and call, at two batch sizes
     assert "medians of 2 interleaved runs" in text
     assert plot.read_text().startswith("<?xml")
 
 
 def test_command_gives_json(raw_file, fused_file, capsys):
-    assert main(["bench", str(raw_file), str(fused_file), "--runs", "1", "--batch", "2", "--json"]) == 0
+    arguments = [str(raw_file), str(fused_file), "--runs", "1", "--batch", "2", "--json", "--runtimes", "onnxruntime"]
+    assert main(["bench", *arguments]) == 0
     timings = json.loads(capsys.readouterr().out)["timings"]
     assert [(t["name"], t["part"], t["batch"]) for t in timings] == [
-        ("raw.onnx", WHOLE, 2), ("m.ort.onnx", WHOLE, 2), ("m.ort.onnx", TAIL, 2)
+        ("raw.onnx", WHOLE, 2), ("m.ort.onnx", WHOLE, 2), ("m.ort.onnx", TAIL, 2), ("m.ort.onnx", CALL, 2),
     ]  # fmt: skip
-    assert all(t["milliseconds"] > 0 and t["memory_mb"] >= 0 for t in timings)
+    assert all(t["milliseconds"] > 0 and t["memory_mb"] >= 0 for t in timings[:3])
+    assert timings[3]["milliseconds"] > 0 and timings[3]["memory_mb"] is None
+
+
+def test_other_runtimes_and_whole_calls_are_timed(raw_file, fused_file, monkeypatch):
+    pytest.importorskip("openvino")
+    image = np.zeros((90, 120, 3), np.uint8)
+    entries = more_contestants([raw_file, fused_file], image, ["onnxruntime", "openvino"], threads=1)
+    assert [(entry.name, entry.part) for entry in entries] == [
+        ("raw.onnx in openvino", WHOLE), ("m.ort.onnx in openvino", WHOLE), ("m.ort.onnx", CALL), ("m.ort.onnx in openvino", CALL),
+    ]  # fmt: skip
+    found = entries[2].prepare(IMAGES.repeat(2, 0))()
+    assert len(found) == 2 and found[0].masks.place.height == 90
+    outputs = entries[1].prepare(IMAGES.repeat(2, 0))()
+    assert outputs["boxes"].shape == (2, 300, 4)
+    assert all(not timing.note for timing in measure(entries, IMAGES, batches=[1], runs=1))
+    with pytest.raises(InputError, match="expected onnxruntime or openvino"):
+        more_contestants([raw_file], image, ["caffe"])
 
 
 def test_command_refuses_before_it_measures(tmp_path, fused_file, capsys):

@@ -7,15 +7,19 @@ import io
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from fusenms.benchmark import TAIL, Timing, contestants, default_shape, measure
 from fusenms.cli.printing import ProgressBar, Steps
 from fusenms.errors import BackendUnavailableError, InputError
 from fusenms.heads.probe import probe_image
+from fusenms.runtime.contestants import RUNTIMES, installed_runtimes, more_contestants
+from fusenms.runtime.opening import ONNXRUNTIME
 from fusenms.safety.files import check_writable, write_atomically
 from fusenms.safety.text import printable
 
 NAME = "bench"
-HELP = "measure run times of raw and fused models, of the whole model and of its tail, by batch size"
+HELP = "measure run times of raw and fused models by batch size: the model, its tail, whole calls, in each runtime"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, help="number of threads of a run (default: chosen by ONNX Runtime)")
     parser.add_argument("--image", type=Path, help="image to run on (default: a synthetic one)")
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        choices=RUNTIMES,
+        metavar="NAME",
+        help="runtimes to time: onnxruntime, which is always timed, and openvino (default: those that are installed)",
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="also draw the table, as .png, .svg or .pdf (needs matplotlib)"
@@ -43,12 +54,16 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"the files take images of different sizes ({sizes}); expected files of one size")
     (shape,) = shapes
     images = probe_image(*shape)
+    image = np.ascontiguousarray((images[0] * 255).astype(np.uint8).transpose(1, 2, 0))
     if args.image is not None:
         from fusenms.runtime.images import read_image
         from fusenms.runtime.placement import letterbox, to_tensor
 
-        images = to_tensor([letterbox(read_image(args.image, args.limits), *shape)[0]])
+        image = read_image(args.image, args.limits)
+        images = to_tensor([letterbox(image, *shape)[0]])
     entries = contestants(args.files, args.threads)
+    runtimes = args.runtimes or installed_runtimes()
+    entries += more_contestants(args.files, image, dict.fromkeys((ONNXRUNTIME, *runtimes)), args.threads)
     with ProgressBar("bench") as bar:
         timings = measure(
             entries, images, batches=args.batch, runs=args.runs, memory=not args.no_memory, progress=bar.update
