@@ -20,7 +20,7 @@ MAX_SCANS = 64
 """Maximum number of scans of a progressive JPEG. Encoders write about ten. Each scan costs time for every pixel, whatever its size."""
 MAX_PARTS = 100_000
 """Maximum number of segments of a JPEG, or of chunks of a PNG."""
-_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
 """Markers of a JPEG: the start of a segment, or the end of the image."""
 _TIFF_FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_SAMPLES, _TIFF_STRIP, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = (
