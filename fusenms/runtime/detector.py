@@ -12,17 +12,16 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel
-from fusenms.boxes import oriented_to_corners, upright_around
-from fusenms.errors import InputError, RunError, SourceError
+from fusenms.errors import InputError, SourceError
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.ahead import work_ahead
 from fusenms.runtime.call import Call, CallFields, checked_call
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.images import is_single, open_image, red_first
-from fusenms.runtime.masks import Masks, logits_of
 from fusenms.runtime.ncnn import TAIL, sha256
 from fusenms.runtime.opening import Runner, Wanted, open_model
-from fusenms.runtime.placement import Placement, letterbox, rectangle, stretched, to_tensor
+from fusenms.runtime.placement import letterbox, rectangle, stretched, to_tensor
+from fusenms.runtime.results import Placed, Results
 from fusenms.safety.text import printable
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from fusenms.graph.session import Provider
 
 _LOG = logging.getLogger(__name__)
-Placed = tuple[np.ndarray, Placement]
-"""The input ``[height, width, 3]`` uint8 RGB made of an image, and where the image lies in it."""
 
 
 class Detector:
@@ -134,8 +131,8 @@ class Detector:
         fused = opened.fused
         self.runtime, self.limits, self.class_names = opened.runtime, limits, fused.class_names
         self._source = self._path or fused.source
-        self._image, self._names, self._config = fused.image, fused.config.output_names, fused.config
-        self._outputs, self._rows = fused.layout.outputs(fused.config), fused.config.max_detections
+        self._image, self._config = fused.image, fused.config
+        self._results = Results.of(fused, self._source)
         self._layout = fused.layout
         self._size, self._fixed = _size(size, fused)
         least, most = opened.batches or (1, batch_size)
@@ -359,9 +356,9 @@ class Detector:
         canvases = [canvas for canvas, _ in batch]
         filled = canvases + canvases[-1:] * (self._least - len(canvases))
         outputs = runner.infer(to_tensor(filled), call.inputs)
-        self._check(outputs, len(filled))
+        self._results.check(outputs, len(filled))
         outputs = {name: value[: len(canvases)] for name, value in outputs.items()}
-        counts = outputs[self._names[0]]
+        counts = outputs[self._results.names[0]]
         converged = outputs.get(contract.CONVERGED, np.ones_like(counts))[:, 0].astype(bool)
         if not converged.all():
             _LOG.warning(
@@ -369,76 +366,11 @@ class Detector:
                 (~converged).sum(), len(converged),
             )  # fmt: skip
         return [
-            self._found(
+            self._results.found(
                 {name: value[i] for name, value in outputs.items()}, int(counts[i, 0]), placed, bool(converged[i]), call
             )
             for i, placed in enumerate(batch)
         ]
-
-    def _check(self, outputs: dict[str, np.ndarray], batch: int) -> None:
-        """Refuse outputs that violate the contract. The graph may have been changed after it was written.
-
-        Raises:
-            RunError: an output has another shape or type, or invalid values.
-        """
-        for name, output in self._outputs:
-            value = outputs.get(name)
-            sides = value.shape[2:] if isinstance(value, np.ndarray) and value.ndim == 4 and "h" in output.shape else ()
-            expected = output.shape_for(batch, self._rows, *sides)
-            if not isinstance(value, np.ndarray) or value.shape != expected or value.dtype != output.dtype:
-                found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else "nothing"
-                raise RunError(
-                    f"{self._source}: gives {name} {found}; expected {output.dtype}{list(expected)}. Fuse the model again"
-                )
-        counts, boxes, scores, _ = (outputs[name] for name in self._names)
-        if counts.min() < 0 or counts.max() > self._rows:
-            raise RunError(
-                f"{self._source}: gives {counts.ravel().tolist()[:8]} detections; expected 0 to {self._rows}. Fuse the model again"
-            )
-        used = np.arange(self._rows) < counts
-        if not (np.isfinite(boxes).all(2) & np.isfinite(scores))[used].all():
-            raise RunError(
-                f"{self._source}: gives boxes or scores that are not finite; the weights or the file are damaged"
-            )
-
-    def _found(
-        self, outputs: dict[str, np.ndarray], count: int, placed: Placed, converged: bool, call: Call
-    ) -> Detections:
-        """The detections in one image that a call asks for, from its outputs."""
-        canvas, place = placed
-        rows = call.choose(*(outputs[name][:count] for name in self._names[2:]))
-        boxes, scores, labels = (outputs[name][rows] for name in self._names[1:])
-        turned = boxes.shape[1] == 5
-        if turned:
-            oriented = place.oriented_to_image(boxes)
-            boxes = upright_around(oriented_to_corners(oriented))
-        else:
-            boxes = place.to_image(boxes)
-            sides = boxes[:, 2:] - boxes[:, :2]
-            oriented = np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, sides, np.zeros_like(boxes[:, :1])), 1)
-        points = outputs[contract.KEYPOINTS][rows] if contract.KEYPOINTS in outputs else np.zeros((len(rows), 0, 2))
-        return Detections(
-            boxes=boxes,
-            scores=scores,
-            labels=labels,
-            class_names=self.class_names,
-            oriented_boxes=oriented,
-            keypoints=place.points_to_image(points),
-            masks=Masks(self._mask_logits(outputs, rows), boxes, place, canvas.shape[:2]),
-            indices=outputs[contract.INDICES][rows]
-            if contract.INDICES in outputs
-            else np.full(len(rows), -1, np.int32),
-            oriented=turned,
-            converged=converged,
-        )
-
-    def _mask_logits(self, outputs: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-        """Mask logits ``[n, h, w]`` float32 of some rows, above 0 inside the masks. n is 0 if the model has no masks."""
-        if contract.MASKS in outputs:
-            return outputs[contract.MASKS][rows] - np.float32(0.5)
-        if contract.PROTOTYPES not in outputs:
-            return np.zeros((0, 1, 1), np.float32)
-        return logits_of(outputs[contract.MASK_COEFFICIENTS][rows], outputs[contract.PROTOTYPES])
 
 
 def _is_provider(value: Any) -> bool:
