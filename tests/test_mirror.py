@@ -12,7 +12,7 @@ from conftest import SHAPES
 from fusenms import fuse, inspect, load, recognize
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.cli import main
-from fusenms.errors import HeadError, LayoutContradictedError
+from fusenms.errors import AmbiguousHeadError, HeadError, LayoutContradictedError
 from fusenms.heads import mirror, raw_head
 from fusenms.heads.meaning import check_meaning
 from fusenms.heads.mirror import Seen
@@ -48,6 +48,20 @@ def look(raw, head, strict=False):
 def test_detectors_of_everyday_objects_are_shown(yolo, queries):
     assert look(*yolo, strict=True) == "shown on images: 6 objects found again in mirror images"
     assert look(*queries).startswith("shown on images: 13 objects ")
+
+
+def test_small_detector_is_shown_and_its_wrong_reading_is_asked_for(zoo):
+    """BlazeFace at 128 pixels; read with x and y exchanged, it finds no face again."""
+    file = zoo.parent / "cases" / "files" / "blazeface_front_base.onnx"
+    if not file.is_file():
+        pytest.skip(f"needs {file.name} of the cases")
+    raw, head = opened(file)
+    assert raw.image.height == 128
+    assert look(raw, head, strict=True).startswith("shown on images: ")
+    wrong = replace(head, layout=replace(head.layout, boxes=replace(head.layout.boxes, start=1, stop=5)))
+    images = [example_images(128, 128)]
+    with pytest.raises(AmbiguousHeadError, match="say family='blazeface'"):
+        check_meaning(raw, wrong, images, guessed=True)
 
 
 @pytest.mark.parametrize("name", ["rgb255", "imagenet"])

@@ -171,6 +171,7 @@ class BlazeFace(Stranger):
     """Two candidates in a cell of the finer level, six in one of the coarser, side by side; six landmarks."""
 
     family = "blazeface"
+    bare = True
     strides = (8, 16)
     anchors = (2, 6)
     first_class = 0

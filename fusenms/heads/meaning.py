@@ -25,6 +25,7 @@ from fusenms.layout import (
     Distances,
     GridOffsets,
     Layout,
+    PointOffsets,
     Tap,
     anchors_per_cell,
     candidates_per_level,
@@ -62,7 +63,7 @@ def check_meaning(
         if reason := _wrong_count(raw, head):
             raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
         large = min(raw.image.height, raw.image.width) >= SMALLEST
-        found = slide(raw, head, mirrored(images) if large else ())
+        found = slide(raw, head, mirrored(images))
         if reason := _contradiction(found):
             raise LayoutContradictedError(
                 f"{raw.source}: read as {head.layout.family}, but {reason}; give another family, or a layout that says so"
@@ -76,11 +77,11 @@ def check_meaning(
     left = channels_left_over(head.layout, found.before)
     lines = [_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else [])]
     anchors: Agreement | None = None
-    seen = Shown(f"not shown on images: they are smaller than {SMALLEST} pixels", False)
-    if images and large:
+    seen = Shown("not shown on images: there are none", False)
+    if images:
         with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
-            seen = check_mirror(found, images)
-            if seen.shown:
+            seen = check_mirror(found, images, contradict=large)
+            if seen.shown and large:
                 anchors = compare_anchors(found.more[::2], head.layout, (raw.image.height, raw.image.width))
     if anchors is not None and anchors.contradicted:
         raise LayoutContradictedError(
@@ -93,10 +94,10 @@ def check_meaning(
         lines.append(str(anchors))
     if guessed and not seen.shown and _bare(head.layout):
         family, width = head.layout.family, head.layout.boxes.channels
-        or_images = ", or give images of objects that it knows (images)" if large else ""
         raise AmbiguousHeadError(
             f"{raw.source}: may be {family}, but its {width} box channels by level may be distances, offsets, deltas or class scores, in "
-            f"any order, and that is {seen.line}; if it is {family}, say family={family!r}{or_images}"
+            f"any order, and that is {seen.line}; if it is {family}, say family={family!r}, or give images of objects that it knows "
+            "(images)"
         )
     if strict and not (images and seen.shown):
         why = f" ({seen.line})" if images else ""
@@ -109,13 +110,10 @@ def check_meaning(
 
 def _bare(layout: Layout) -> bool:
     """Whether nothing but the shapes of levels says what the boxes are: four channels without bins or anchors, or as many as classes."""
-    bins = (
-        layout.decode.bins
-        if isinstance(layout.decode, Distances)
-        else 1
-        if isinstance(layout.decode, GridOffsets)
-        else 0
-    )
+    decode = layout.decode
+    if isinstance(decode, PointOffsets):
+        return True
+    bins = decode.bins if isinstance(decode, Distances) else 1 if isinstance(decode, GridOffsets) else 0
     alike = layout.boxes.channels == layout.classes.channels
     return bool(layout.joins) and (bins == 1 or (bins > 1 and alike))
 

@@ -37,7 +37,7 @@ MOST_PASSING = 2000
 FEWEST = 4
 """Objects found again without which nothing is contradicted."""
 SMALLEST = 160
-"""Pixels of the shorter side, below which nothing is looked at: objects in the quarters of an image are too small then."""
+"""Pixels of the shorter side, below which nothing is contradicted: objects in the quarters of an image are too small then."""
 CLASSES = 3
 """Classes of these objects without which other pixels are no better. Detectors of something else take a plate for a circle, say, and may do
 so with the wrong pixels only."""
@@ -104,12 +104,13 @@ def mirrored(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [side for image in images for side in (image, np.ascontiguousarray(image[..., ::-1]))]
 
 
-def check_mirror(found: Slide, images: Sequence[np.ndarray]) -> Shown:
+def check_mirror(found: Slide, images: Sequence[np.ndarray], contradict: bool = True) -> Shown:
     """Compare a layout and its pixels with what the network finds in images and in their mirror images.
 
     Args:
         found: values of the head, as ``more`` those on each image of `mirrored`.
         images: ``[1, 3, height, width]`` float32 each, RGB, 0 to 1, of the model's size.
+        contradict: also look for what contradicts the layout, not only for objects that are found again.
 
     Raises:
         LayoutContradictedError: another box format, or other pixels, find clearly more objects again, or boxes have a constant offset.
@@ -118,7 +119,7 @@ def check_mirror(found: Slide, images: Sequence[np.ndarray]) -> Shown:
     raw, head = found.raw, found.head
     look, pairs = _Look(found, head.layout, head.pixels), _two_by_two(found.more)
     own = look.judge(pairs)
-    if reason := _contradiction(found, look, images, own, pairs):
+    if contradict and (reason := _contradiction(found, look, images, own, pairs)):
         raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
     if own.again and own.worth and not look.imagines(own):
         return Shown(f"shown on images: {own.again} objects found again in mirror images", True)
