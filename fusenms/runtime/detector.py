@@ -12,6 +12,7 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.raw import Frames
 from fusenms.boxes import oriented_to_corners, upright_around
 from fusenms.errors import InputError, RunError, SourceError
 from fusenms.limits import DEFAULT_LIMITS, Limits
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 Placed = tuple[np.ndarray, Placement]
-"""The input ``[height, width, 3]`` uint8 RGB made of an image, and where the image lies in it."""
+"""The input ``[height, width, 3]`` uint8 made of an image (RGB; of a model with frames, in their order), and where the image lies in it."""
 
 
 class Detector:
@@ -141,7 +142,7 @@ class Detector:
         least, most = opened.batches or (1, batch_size)
         self._least = fused.image.batch or least
         self._batch_size = (fused.image.batch or min(batch_size, most)) if fused.image.independent else 1
-        self._channels = channels
+        self._frames, self._channels = fused.image.frames, channels
         self._process = None if threads == 1 and opened.runtime == "onnxruntime" else os.getpid()
         self._runner: Runner | None = opened.runner
 
@@ -323,6 +324,8 @@ class Detector:
     def _place(self, source: Any) -> Placed:
         """Read an image and scale it to the model's input. Channels are put in order afterwards, when the image is small."""
         image, reversed_ = open_image(source, self.limits, self._channels)
+        if self._frames is not None:
+            return self._frame(image, reversed_, self._frames)
         height, width = self._size
         if not self._fixed:
             height, width = rectangle(image, height, width, self._image.stride)
@@ -332,6 +335,17 @@ class Detector:
         except MemoryError as error:
             raise InputError("not enough memory for the image; expected a smaller one") from error
         return (red_first(canvas) if reversed_ else canvas), place
+
+    def _frame(self, image: np.ndarray, reversed_: bool, frames: Frames) -> Placed:
+        """An image as the frame that the model takes. Its results are in pixels of the image already."""
+        height, width = image.shape[:2]
+        if frames.size not in (None, (height, width)):
+            raise InputError(
+                f"found an image of {height}x{width} (height x width); {printable(self._source)} takes {frames} only: scale the image, or "
+                "fuse the weights with frames='dynamic'"
+            )
+        frame = image if reversed_ == (frames.channels == "bgr") else red_first(image)
+        return frame, Placement(height, width, 0, 0, height, width)
 
     def _open_runner(self) -> Runner:
         runner = self._runner
@@ -358,7 +372,8 @@ class Detector:
     def _infer(self, runner: Runner, batch: list[Placed], call: Call) -> list[Detections]:
         canvases = [canvas for canvas, _ in batch]
         filled = canvases + canvases[-1:] * (self._least - len(canvases))
-        outputs = runner.infer(to_tensor(filled), call.inputs)
+        tensor = to_tensor(filled) if self._frames is None else np.stack(filled)
+        outputs = runner.infer(tensor, call.inputs)
         self._check(outputs, len(filled))
         outputs = {name: value[: len(canvases)] for name, value in outputs.items()}
         counts = outputs[self._names[0]]
@@ -454,6 +469,12 @@ def _size(size: Any, fused: FusedModel) -> tuple[tuple[int, int], bool]:
         InputError: the model does not take images of that size.
     """
     image = fused.image
+    if image.frames is not None:
+        if size is not None:
+            raise InputError(
+                f"size is {size!r}, but the model takes {image.frames}, and scales them itself; leave it out"
+            )
+        return image.frames.size or (image.height, image.width), True
     if size is None:
         return (image.height, image.width), not image.dynamic_size or image.stretch
     sides = size if isinstance(size, tuple) else (size, size)
