@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fusenms import contract
-from fusenms.artifacts.fused import FusedModel, load_fused
+from fusenms.artifacts.fused import FusedModel, load_fused, refuse_frames
 from fusenms.errors import InputError, SourceError, UnsupportedByBackendError, first_line
 from fusenms.fusion.backends import get_backend
 from fusenms.graph.custom_ops import current_libraries, custom_ops
@@ -102,6 +102,8 @@ def contestants(paths: Sequence[Path], threads: int | None = None, *, arena: boo
         name = path.name if [p.name for p in paths].count(path.name) == 1 else str(path)
         model = read_onnx(path)
         fused = load_fused(path) if contract.KEY_BACKEND in read_metadata(model) else None
+        if fused is not None:
+            refuse_frames(path, fused.image, "bench")
         if fused is not None and not get_backend(fused.backend).runs_on_onnxruntime:
             raise UnsupportedByBackendError(
                 f"{path}: made for backend {fused.backend}, which does not run in ONNX Runtime; fuse it with backend='ort'"
@@ -250,8 +252,11 @@ def default_shape(path: Path) -> tuple[int, int]:
     Raises:
         SourceError: the file cannot be read.
         InputError: the model does not take images.
+        UnsupportedByBackendError: it takes frames.
     """
     model = read_onnx(path)
+    if contract.KEY_BACKEND in read_metadata(model):
+        refuse_frames(path, load_fused(path).image, "bench")
     weights = {entry.name for entry in model.graph.initializer}
     shapes = [entry.type.tensor_type.shape.dim for entry in model.graph.input if entry.name not in weights]
     if not shapes or len(shapes[0]) != 4:

@@ -148,7 +148,9 @@ def edit(
         with untrusted(source, "reading its metadata"):
             layout = Layout.from_dict(read_json(metadata[contract.KEY_LAYOUT], limits)).renamed(names)
             image = read_json(metadata[contract.KEY_IMAGE], limits)
-            image = image | {"tensor": names.get(image["tensor"], image["tensor"])}
+            image = _renamed(image, names)
+            if image.get("frames") is not None:
+                image["frames"] = _renamed(image["frames"], names)
         metadata |= {
             contract.KEY_LAYOUT: json.dumps(layout.to_dict()),
             contract.KEY_IMAGE: json.dumps(image),
@@ -192,6 +194,11 @@ def restamp(path: PathLike, like: PathLike, output: PathLike, *, limits: Limits 
     if not report:
         raise VerificationError(f"{target} was not written: {source} differs from the reference\n{report}", report)
     return fused.proven(report).save(target)
+
+
+def _renamed(entry: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """An entry of the metadata that names its tensor, after a renaming."""
+    return {**entry, "tensor": names.get(entry["tensor"], entry["tensor"])}
 
 
 def _opened(

@@ -29,6 +29,7 @@ from fusenms.runtime.images import list_images
 from fusenms.runtime.placement import load_tensor
 from fusenms.sources import LoadFields, LoadOptions, load, options_from
 from fusenms.transforms.dynamic_batch import open_batch
+from fusenms.transforms.frames import check_frames, frames_from, with_frames
 from fusenms.transforms.half_precision import PRECISIONS, to_half
 from fusenms.verification.agreement import agreement
 from fusenms.verification.checks import images_for, verify, verify_tail
@@ -53,6 +54,8 @@ def fuse(
     heads: Sequence[HeadSpec] = (),
     anchors: Anchors | None = None,
     precision: str = "fp32",
+    frames: str | tuple[int, int] | None = None,
+    frame_channels: str = "rgb",
     images: np.ndarray | str | os.PathLike[str] | None = None,
     unverified: bool = False,
     strict: bool = False,
@@ -70,6 +73,10 @@ def fuse(
         heads: families to try in addition to those of fusenms and of installed packages.
         anchors: anchor boxes of an `.onnx` whose head is not decoded, as for `fusenms.recognize`.
         precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says how the detections in the images change.
+        frames: size of the frames that the model takes instead of images, (height, width), or ``dynamic`` for any. Frames are uint8
+            ``[B, height, width, 3]``; they are letterboxed (or stretched) in the graph; boxes and keypoints are in their pixels. Backends
+            ``ort`` and ``portable``; not for masks.
+        frame_channels: order of the colors of frames, ``rgb`` or ``bgr`` (as OpenCV reads them).
         images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images. The first eight are also
             looked at, beside the package's own, for what the head means.
         unverified: skip the verification; the result can then be saved only with ``unverified=True``.
@@ -102,17 +109,24 @@ def fuse(
     get_backend(backend, settings)  # fails early
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    taken = frames_from(frames, frame_channels, backend)
     if unverified and images is not None:
         raise ConfigError("found images and unverified, but images are only used to verify; leave one of them out")
     if isinstance(images, (str, os.PathLike)):
         list_images(Path(images))  # fails early
     raw, layout = _load(weights, options, loading)
     raw = _with_not_run(raw, layout, unverified)
+    if raw.not_run and taken is not None:
+        raise UnsupportedOperatorError(
+            f"{raw.source}: nothing here runs {', '.join(raw.not_run)}, so that frames cannot be tried; leave frames out"
+        )
     if layout is not None and anchors is not None:
         raise ConfigError("found anchors and layout; a layout has its anchors itself: leave one of them out")
     guessed = raw.layout is None and layout is None and family is None
     layout = layout or recognize(raw, family, heads=heads, anchors=anchors)
     check_tensors(raw, layout)
+    if taken is not None:
+        check_frames(raw.source, layout, taken, raw.limits.max_image_side)
     raw = open_batch(raw, layout)
     head = raw_head(raw, layout, heads)
     arrays = _arrays(raw, head, images)
@@ -120,18 +134,20 @@ def fuse(
     raw = replace(raw, notes=(*raw.notes, *meaning))
     tell(Recognized(raw=raw, layout=layout, meaning=meaning))
     fused, full = _fuse(raw, head, settings, backend, precision)
-    tell(Fused(raw=raw, model=fused))
+    framed = fused if taken is None else with_frames(fused, taken)
+    tell(Fused(raw=raw, model=framed))
     if full is not None:
         found = agreement(full, fused, images_for(fused, arrays))
-        fused = replace(fused, notes=(*fused.notes, found.summary))
+        framed = replace(framed, notes=(*framed.notes, found.summary))
         tell(Compared(agreement=found, own_images=images is not None))
     if raw.not_run:
-        return _with_tail_note(fused, raw, head, tell)
+        return _with_tail_note(framed, raw, head, tell)
     if unverified:
-        return fused
-    report = verify(fused, images=arrays, progress=tell.progress)
+        return framed
+    shown = example_images(raw.image.height, raw.image.width) if taken is not None and arrays is None else arrays
+    report = verify(framed, images=shown, progress=tell.progress)
     tell(Verified(report=report))
-    return _proven(fused, report)
+    return _proven(framed, report)
 
 
 def _settings(config: PostprocessConfig | None, fields: dict[str, Any]) -> PostprocessConfig:

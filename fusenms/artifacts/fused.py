@@ -12,9 +12,9 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.artifacts import one_tensor
-from fusenms.artifacts.raw import ImageInput
+from fusenms.artifacts.raw import Frames, ImageInput
 from fusenms.config import PostprocessConfig
-from fusenms.errors import ConfigError, SourceError, VerificationError, first_line
+from fusenms.errors import ConfigError, SourceError, UnsupportedByBackendError, VerificationError, first_line
 from fusenms.layout import Layout
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading import untrusted
@@ -158,8 +158,28 @@ def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
             raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
         check_graph(path, fused)
     image = fused.image
-    refuse_cost(path, model, {image.tensor: (image.batch or 1, 3, image.height, image.width)}, limits)
+    name, shape = _usual_input(image)
+    refuse_cost(path, model, {name: shape}, limits)
     return fused
+
+
+def _usual_input(image: ImageInput) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of the input at its default size; frames of any size have that of the model's images."""
+    if image.frames is None:
+        return image.tensor, (image.batch or 1, 3, image.height, image.width)
+    return image.frames.tensor, (image.batch or 1, *(image.frames.size or (image.height, image.width)), 3)
+
+
+def refuse_frames(path: str | os.PathLike[str], image: ImageInput, what: str) -> None:
+    """Refuse a model that takes frames, for ``what``, which gives it images.
+
+    Raises:
+        UnsupportedByBackendError: it takes frames.
+    """
+    if image.frames is not None:
+        raise UnsupportedByBackendError(
+            f"{path}: takes {image.frames}, but {what} needs a model that takes images; fuse the weights without frames"
+        )
 
 
 def from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Limits) -> FusedModel:
@@ -168,11 +188,13 @@ def from_metadata(model: onnx.ModelProto, metadata: dict[str, str], limits: Limi
     Raises:
         KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError: the metadata are incomplete or damaged.
     """
-    image = ImageInput(**read_json(metadata[contract.KEY_IMAGE], limits))
+    image = ImageInput.from_dict(read_json(metadata[contract.KEY_IMAGE], limits))
     if max(image.height, image.width, image.stride) > limits.max_image_side:
         raise ValueError(
             f"its input is {image.height}x{image.width}, stride {image.stride}; expected at most {limits.max_image_side} (max_image_side)"
         )
+    if image.frames is not None and max(image.frames.size or (1,)) > limits.max_image_side:
+        raise ValueError(f"it takes {image.frames}; expected at most {limits.max_image_side} (max_image_side)")
     notes = read_json(metadata[contract.KEY_NOTES], limits)
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise ValueError("its notes are not a list of strings")
@@ -208,6 +230,9 @@ def check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     image, config = fused.image, fused.config
     batch = image.batch or 0
     wanted = {image.tensor: [batch, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
+    if image.frames is not None:
+        wanted = {image.frames.tensor: [batch, *(image.frames.size or (0, 0)), 3]}
+        _check_frames(path, fused.model, image.frames)
     for name, output in fused.layout.outputs(config):
         height, width = sizes.get(name, [0, 0])[-2:] if "h" in output.shape else (0, 0)  # the image size sets them
         wanted[name] = [batch, *(int(d) for d in output.shape_for(0, config.max_detections, height, width)[1:])]
@@ -224,6 +249,21 @@ def check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
             raise SourceError(
                 f"{path}: its metadata says {name} {shape} (0: open), but the graph has {found}; fuse the model again"
             )
+
+
+def _check_frames(path: str | os.PathLike[str], model: onnx.ModelProto, frames: Frames) -> None:
+    """Refuse a graph whose frames are not its first input, which runtimes are fed, or not uint8.
+
+    Raises:
+        SourceError: they are not.
+    """
+    import onnx
+
+    first = model.graph.input[0] if model.graph.input else None
+    if first is None or first.name != frames.tensor or first.type.tensor_type.elem_type != onnx.TensorProto.UINT8:
+        raise SourceError(
+            f"{path}: its metadata says that its first input is {frames.tensor}, uint8, but the graph has another; fuse the model again"
+        )
 
 
 def _check_default(path: str | os.PathLike[str], model: onnx.ModelProto, given: contract.RuntimeInput) -> None:

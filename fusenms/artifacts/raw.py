@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,49 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """The input of a model that takes frames: uint8 ``[B, height, width, 3]``, letterboxed or stretched inside.
+
+    Attributes:
+        height, width: size of every frame; None for both: any size, one for all frames of a batch.
+        channels: order of the colors of a frame, rgb or bgr.
+        tensor: name of the input.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    channels: str = "rgb"
+    tensor: str = "frames"
+
+    def __post_init__(self) -> None:
+        sides = (self.height, self.width)
+        if sides != (None, None) and not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(
+                f"frames are of {self.height!r} x {self.width!r}; expected positive numbers of pixels, or None twice"
+            )
+        if self.channels not in ("rgb", "bgr"):
+            raise ValueError(f"channels is {self.channels!r}; expected 'rgb' or 'bgr'")
+        if not isinstance(self.tensor, str) or not self.tensor:
+            raise ValueError(f"tensor is {self.tensor!r}; expected a name")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width; None: any."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+    def __str__(self) -> str:
+        size = "any size" if self.size is None else f"{self.height}x{self.width}"
+        return f"{self.channels.upper()} frames of {size}"
+
+
+@dataclass(frozen=True)
 class ImageInput:
     """The image input of a model: float32 ``[B, 3, height, width]``, RGB, 0 to 1.
 
     ``height`` and ``width`` are the default size. With ``dynamic_size``, other multiples of ``stride`` work too. ``independent`` is False
     if the images of a batch change each other's results (dynamic quantization, whose ranges span the batch). With ``stretch``, images are
     stretched to the size, not letterboxed. ``batch`` is the batch size of a model with a fixed batch; None: the batch is dynamic.
+    With ``frames``, the input of the graph is frames, and ``tensor`` is computed from them.
     """
 
     tensor: str
@@ -30,6 +68,7 @@ class ImageInput:
     independent: bool = True
     stretch: bool = False
     batch: int | None = None
+    frames: Frames | None = None
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "stride"):
@@ -43,9 +82,25 @@ class ImageInput:
         for name in ("dynamic_size", "independent", "stretch"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        if self.frames is not None and not isinstance(self.frames, Frames):
+            raise ValueError(f"frames is {self.frames!r}; expected Frames, or None")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values. A model that takes no frames has no entry for them, as in files written before there were any."""
+        values = asdict(self)
+        if self.frames is None:
+            del values["frames"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageInput:
+        """Build from plain values.
+
+        Raises:
+            TypeError, ValueError: the values do not fit.
+        """
+        frames = values.get("frames")
+        return cls(**{**values, "frames": None if frames is None else Frames(**frames)})
 
 
 @dataclass(frozen=True, kw_only=True)

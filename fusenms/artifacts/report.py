@@ -10,7 +10,8 @@ class Check:
     """Result for one image of one run: its position, what was compared, and what differed (empty: nothing).
 
     ``setting`` says what the optional inputs were fed; empty: nothing, or the model has none.
-    ``converged`` is False if the model reports that its rounds were too few; then nothing is compared.
+    ``frame`` is the size of the frames, of a model that takes them; ``worst_iou`` is then the least IoU of a row with its own on
+    letterboxed images. ``converged`` is False if the model reports that its rounds were too few; then nothing is compared.
     """
 
     batch: int
@@ -23,6 +24,8 @@ class Check:
     problems: tuple[str, ...] = ()
     converged: bool = True
     setting: str = ""
+    frame: tuple[int, int] | None = None
+    worst_iou: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,16 @@ class Report:
         return max((check.worst_score for check in self.checks), default=0.0)
 
     @property
+    def frames(self) -> int:
+        """Number of sizes of frames that were run; 0 if the model takes images."""
+        return len({check.frame for check in self.checks} - {None})
+
+    @property
+    def worst_iou(self) -> float:
+        """Least IoU of a row of a frame with its own on letterboxed images."""
+        return min((check.worst_iou for check in self.checks), default=1.0)
+
+    @property
     def summary(self) -> str:
         """One line: what was run, and the verdict."""
         close = f" · {counted(self.close_calls, 'close call')}" if self.close_calls else ""
@@ -78,6 +91,11 @@ class Report:
             close += f" · {counted(self.unconverged, 'image')} did not converge, as the model says (more rounds help)"
         if self.settings:
             close += f" · thresholds fed {self.settings} ways"
+        if self.frames:
+            rows = sum(check.detections for check in self.checks if check.frame is not None)
+            close += (
+                f" · frames of {counted(self.frames, 'size')}, {counted(rows, 'row')}, worst IoU {self.worst_iou:.4f}"
+            )
         if self.unshown:
             close += f" · {', '.join(self.unshown)} changed nothing"
         sizes = ", ".join(map(str, self.batches))
@@ -111,6 +129,8 @@ class Report:
             "mismatches": self.mismatches,
             "close_calls": self.close_calls,
             "settings": self.settings,
+            "frames": self.frames,
+            "worst_iou": self.worst_iou,
             "unshown": list(self.unshown),
             "unconverged": self.unconverged,
             "worst_box_px": self.worst_box,

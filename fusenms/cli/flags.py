@@ -70,14 +70,14 @@ def _arguments(field: Field[Any], hint: Any, text: str) -> dict[str, Any]:
 def with_flags(message: str) -> str:
     """Replace parameters in a message by flags: ``family='yolov8'`` becomes ``--family yolov8``."""
     named = [field.name for cls in (LoadOptions, PostprocessConfig, EngineSettings) for field in fields(cls)]
-    named = [name for name in named if name not in ("limits", "example", "layout", "class_names")]
+    named = [name for name in [*named, "frame_channels"] if name not in ("limits", "example", "layout", "class_names")]
     names = "|".join(sorted([*named, *_OTHERS], key=len, reverse=True))
     message = re.sub(rf"(?<![\w.-])({names})=(True|'[^']*'|NAME|\d+)(?!\w)", _as_flag, message)
     parts = "|".join(name for name in named if "_" in name)
     return re.sub(rf"(?<![\w./-])({parts})(?![\w=]|\.\w)", lambda found: _flag(found[1]), message)
 
 
-_OTHERS = ("anchors", "backend", "custom_ops", "family", "precision")
+_OTHERS = ("anchors", "backend", "custom_ops", "family", "frames", "precision")
 
 
 def _flag(name: str) -> str:

@@ -58,6 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also build an engine from the file (default: with TensorRT, if it is installed and the backend is trt or plugin)",
     )  # fmt: skip
     parser.add_argument(
+        "--frames", type=frames_argument, metavar="HxW|dynamic",
+        help="take frames, uint8 [batch, height, width, 3], of this size or of any, and letterbox or stretch them in the graph; boxes and "
+        "keypoints are in pixels of the frame. Backends ort and portable; not for masks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--frame-channels", choices=["rgb", "bgr"], default="rgb",
+        help="order of the colors of frames; bgr is what OpenCV reads (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--images",
         type=Path,
         metavar="DIR",
@@ -140,6 +149,14 @@ def batch_argument(text: str) -> int | str:
     return text if text == DYNAMIC else int(text)
 
 
+def frames_argument(text: str) -> tuple[int, int] | str:
+    """Parse a size of frames: ``1080x1920`` (height x width), or ``dynamic``."""
+    sides = text.lower().split("x")
+    if text != DYNAMIC and (len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides)):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected HEIGHTxWIDTH (1080x1920) or {DYNAMIC}")
+    return text if text == DYNAMIC else (int(sides[0]), int(sides[1]))
+
+
 def anchors_argument(text: str) -> Anchors:
     """Parse anchors: numbers, or the name of a set."""
     try:
@@ -197,6 +214,10 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path(Path(args.weights).stem + backend.suffix)
     check_writable(output, Path(args.weights))
     if (builder := engine_builder(args.engine, args.backend)) is not None:
+        if args.frames is not None:
+            raise ConfigError(
+                f"found --frames and --engine {builder}; an engine is given images: leave one of them out"
+            )
         check_places(output.parent / engine_path(output, builder), Path(args.weights))
     if args.images is not None:
         list_images(args.images)  # fail early
@@ -207,6 +228,8 @@ def run(args: argparse.Namespace) -> int:
             family=args.family,
             anchors=args.anchors,
             precision=args.precision,
+            frames=args.frames,
+            frame_channels=args.frame_channels,
             images=args.images,
             unverified=args.unverified,
             strict=args.strict,

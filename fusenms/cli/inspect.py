@@ -42,6 +42,13 @@ def run(args: argparse.Namespace) -> int:
             steps.line(kind, ", ".join(map(str, tensors)))
             steps.values[f"{kind}s"] = [str(tensor) for tensor in tensors]
     steps.line("kind", _fused_text(found.fused) if found.fused else KINDS[found.kind])
+    if found.fused is not None and (frames := found.fused.image.frames) is not None:
+        image = found.fused.image
+        way = "stretched" if image.stretch else "letterboxed"
+        steps.line(
+            "frames", f"{frames}, {way} inside to {image.height}x{image.width}; results are in pixels of the frame"
+        )
+        steps.values["frames"] = {"height": frames.height, "width": frames.width, "channels": frames.channels}
     if found.fused is None:
         for note in found.notes[found.kind == "onnx" :]:  # the first note of an ONNX file repeats its input
             steps.line("read", note)

@@ -13,6 +13,7 @@ from fusenms.engines.base import load_engine
 from fusenms.engines.plugin import load_plugin_library
 from fusenms.engines.running import ENGINES, compare_engine
 from fusenms.errors import BackendUnavailableError, InputError
+from fusenms.runtime.example_images import example_images
 from fusenms.safety.text import printable
 from fusenms.verification.checks import verify
 
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         from fusenms.runtime.placement import load_tensor
 
         images = load_tensor(args.images, fused.image.height, fused.image.width, fused.image.stretch, args.limits)
+    elif fused.image.frames is not None:  # which are compared on objects too
+        images = example_images(fused.image.height, fused.image.width)
     with ProgressBar("verify") as bar:
         report = verify(fused, images=images, batches=args.batch, progress=bar.update)
     steps.lines("verify" if report else "DIFFERS", str(report))

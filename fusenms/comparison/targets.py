@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusenms import contract
-from fusenms.artifacts.fused import FusedModel, load_fused
+from fusenms.artifacts.fused import FusedModel, load_fused, refuse_frames
 from fusenms.artifacts.preprocessing import PIXELS, Pixels
 from fusenms.artifacts.raw import RawModel
 from fusenms.comparison.onnx_run import OnnxRun
@@ -162,6 +162,7 @@ def _engine(path: Path) -> Target:
 def _onnx(path: Path, size: Size | None, limits: Limits) -> Target:
     if contract.KEY_BACKEND in read_metadata(read_onnx(path, limits)):
         fused = load_fused(path, limits=limits)
+        refuse_frames(path, fused.image, "compare")
         own = fused.image.height, fused.image.width
         if size is not None and size != own and not fused.image.dynamic_size:
             raise ConfigError(f"{path}: takes {own[0]}x{own[1]} images, but size is {size[0]}x{size[1]}")

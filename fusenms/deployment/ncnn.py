@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from fusenms.artifacts.fused import FusedModel, load_fused
+from fusenms.artifacts.fused import FusedModel, load_fused, refuse_frames
 from fusenms.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -59,6 +59,7 @@ def deploy_ncnn(
 ) -> Deployment:
     """Convert, compare and write. Arguments and errors are those of `fusenms.deploy`."""
     fused = load_fused(path, limits=limits)
+    refuse_frames(path, fused.image, "ncnn")
     if fused.image.dynamic_size:
         raise UnsupportedByBackendError(
             f"{path}: its image size is dynamic, and ncnn needs one; fuse the weights without dynamic_size"

@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 
 from fusenms import contract
+from fusenms.artifacts.fused import load_fused, refuse_frames
 from fusenms.engines.base import Engine, EngineSettings, Sizes, describe
 from fusenms.engines.plugin import carried, load_plugin_library
 from fusenms.errors import ConfigError, EngineBuildError, SourceError, UnsupportedByBackendError
@@ -92,6 +93,8 @@ def build(library: Library, path: str, settings: EngineSettings, progress: OnPro
         SourceError: the file cannot be read, or has a dynamic dimension that no setting gives a size.
     """
     trt, model = library.module, read_onnx(Path(path))
+    if contract.KEY_BACKEND in read_metadata(model):
+        refuse_frames(path, load_fused(path).image, "an engine")
     if settings.plugin_library is not None:
         load_plugin_library(settings.plugin_library)
     whole = with_own_plugin(library, path, model)

@@ -68,6 +68,21 @@ class Graph:
                 if given is tensor:
                     node.inputs[i] = made
 
+    def compute_input(
+        self,
+        name: str,
+        given: str,
+        dtype: type[np.generic],
+        shape: tuple[str | int, ...],
+        make: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Replace an input by another one, ``given``. What ``make`` emits from that has the name of the former input."""
+        before, after = self._tensors[name], gs.Variable(given, dtype, list(shape))
+        self._graph.inputs = [after if tensor is before else tensor for tensor in self._graph.inputs]
+        self._tensors[given] = after
+        (node,) = make(after).inputs
+        node.outputs = [before]
+
     def in_half(self, tensor: Tensor) -> Tensor | None:
         """Return the same values in float16, if they were cast from float16 and only moved since; otherwise None."""
         node = tensor.inputs[0] if tensor.inputs else None
@@ -137,15 +152,14 @@ class Graph:
     # Operators.
 
     def add(
-        self, op: str, inputs: Sequence[Tensor], outputs: int = 1, domain: str | None = None, **attrs: Any
+        self, op: str, inputs: Sequence[Tensor | None], outputs: int = 1, domain: str | None = None, **attrs: Any
     ) -> list[gs.Variable]:
         """Add any node and return its outputs. None as an input omits an optional one."""
         self._count += 1
         name = f"{TAIL}/{op}_{self._count}"
         made = [gs.Variable(name if outputs == 1 else f"{name}_{i}") for i in range(outputs)]
-        self._graph.nodes.append(
-            gs.Node(op=op, name=name, inputs=list(inputs), outputs=made, attrs=attrs, domain=domain)
-        )
+        given = [gs.Variable.empty() if tensor is None else tensor for tensor in inputs]
+        self._graph.nodes.append(gs.Node(op=op, name=name, inputs=given, outputs=made, attrs=attrs, domain=domain))
         return made
 
     def import_domain(self, domain: str, version: int) -> None:
@@ -165,7 +179,7 @@ class Graph:
         """An int32 scalar (one value) or vector."""
         return self.const(values[0] if len(values) == 1 else values, np.int32)
 
-    def op(self, op: str, *inputs: Tensor, **attrs: Any) -> gs.Variable:
+    def op(self, op: str, *inputs: Tensor | None, **attrs: Any) -> gs.Variable:
         return self.add(op, inputs, **attrs)[0]
 
     def cast(self, x: Tensor, to: int) -> gs.Variable:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.raw import Frames
 from fusenms.errors import InputError, SourceError
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.ahead import work_ahead
@@ -20,7 +21,7 @@ from fusenms.runtime.detections import Detections
 from fusenms.runtime.images import is_single, open_image, red_first
 from fusenms.runtime.ncnn import TAIL, sha256
 from fusenms.runtime.opening import Runner, Wanted, open_model
-from fusenms.runtime.placement import letterbox, rectangle, stretched, to_tensor
+from fusenms.runtime.placement import Placement, letterbox, rectangle, stretched, to_tensor
 from fusenms.runtime.results import Placed, Results
 from fusenms.safety.text import printable
 
@@ -138,7 +139,7 @@ class Detector:
         least, most = opened.batches or (1, batch_size)
         self._least = fused.image.batch or least
         self._batch_size = (fused.image.batch or min(batch_size, most)) if fused.image.independent else 1
-        self._channels = channels
+        self._frames, self._channels = fused.image.frames, channels
         self._process = None if threads == 1 and opened.runtime == "onnxruntime" else os.getpid()
         self._runner: Runner | None = opened.runner
 
@@ -320,6 +321,8 @@ class Detector:
     def _place(self, source: Any) -> Placed:
         """Read an image and scale it to the model's input. Channels are put in order afterwards, when the image is small."""
         image, reversed_ = open_image(source, self.limits, self._channels)
+        if self._frames is not None:
+            return self._frame(image, reversed_, self._frames)
         height, width = self._size
         if not self._fixed:
             height, width = rectangle(image, height, width, self._image.stride)
@@ -329,6 +332,17 @@ class Detector:
         except MemoryError as error:
             raise InputError("not enough memory for the image; expected a smaller one") from error
         return (red_first(canvas) if reversed_ else canvas), place
+
+    def _frame(self, image: np.ndarray, reversed_: bool, frames: Frames) -> Placed:
+        """An image as the frame that the model takes. Its results are in pixels of the image already."""
+        height, width = image.shape[:2]
+        if frames.size not in (None, (height, width)):
+            raise InputError(
+                f"found an image of {height}x{width} (height x width); {printable(self._source)} takes {frames} only: scale the image, or "
+                "fuse the weights with frames='dynamic'"
+            )
+        frame = image if reversed_ == (frames.channels == "bgr") else red_first(image)
+        return frame, Placement(height, width, 0, 0, height, width)
 
     def _open_runner(self) -> Runner:
         runner = self._runner
@@ -355,7 +369,8 @@ class Detector:
     def _infer(self, runner: Runner, batch: list[Placed], call: Call) -> list[Detections]:
         canvases = [canvas for canvas, _ in batch]
         filled = canvases + canvases[-1:] * (self._least - len(canvases))
-        outputs = runner.infer(to_tensor(filled), call.inputs)
+        tensor = to_tensor(filled) if self._frames is None else np.stack(filled)
+        outputs = runner.infer(tensor, call.inputs)
         self._results.check(outputs, len(filled))
         outputs = {name: value[: len(canvases)] for name, value in outputs.items()}
         counts = outputs[self._results.names[0]]
@@ -386,6 +401,12 @@ def _size(size: Any, fused: FusedModel) -> tuple[tuple[int, int], bool]:
         InputError: the model does not take images of that size.
     """
     image = fused.image
+    if image.frames is not None:
+        if size is not None:
+            raise InputError(
+                f"size is {size!r}, but the model takes {image.frames}, and scales them itself; leave it out"
+            )
+        return image.frames.size or (image.height, image.width), True
     if size is None:
         return (image.height, image.width), not image.dynamic_size or image.stretch
     sides = size if isinstance(size, tuple) else (size, size)

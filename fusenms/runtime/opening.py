@@ -41,7 +41,8 @@ class Runner(Protocol):
     """A model that is open in a runtime."""
 
     def infer(self, images: np.ndarray, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run on images ``[B, 3, height, width]`` float32 and optional inputs; return outputs by name."""
+        """Run on images ``[B, 3, height, width]`` float32, or frames ``[B, height, width, 3]`` uint8, and optional inputs; return outputs
+        by name."""
 
     def close(self) -> None:
         """Free the model."""

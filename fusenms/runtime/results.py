@@ -17,7 +17,7 @@ from fusenms.runtime.masks import Masks, logits_of
 from fusenms.runtime.placement import Placement
 
 Placed = tuple[np.ndarray, Placement]
-"""The input ``[height, width, 3]`` uint8 RGB made of an image, and where the image lies in it."""
+"""The input ``[height, width, 3]`` uint8 made of an image (RGB; of a model with frames, in their order), and where the image lies in it."""
 
 
 @dataclass(frozen=True)

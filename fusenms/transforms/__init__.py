@@ -1,1 +1,1 @@
-"""Transformations of a raw model into another one: dynamic batch, half precision."""
+"""Transformations of a model into another one: dynamic batch and half precision of a raw one, frames as the input of a fused one."""

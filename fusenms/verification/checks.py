@@ -30,7 +30,9 @@ from fusenms.graph.model import cut_before, with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.heads.probe import probe_image
 from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
+from fusenms.transforms.frames import parts
 from fusenms.verification.diagnosis import explain
+from fusenms.verification.frames import verify_frames
 from fusenms.verification.settings import Setting, settings
 from fusenms.verification.synthetic_heads import SYNTHETIC_HEADS, Stage, heads
 from fusenms.verification.task_outputs import task_output_differences
@@ -67,6 +69,8 @@ def verify(
         (True, (1, 3))
     """
     fused = model if isinstance(model, FusedModel) else load_fused(model)
+    if fused.image.frames is not None:
+        return _verify_frames(fused, images, batches, progress)
     fixed = fused.image.batch
     batches = (BATCHES if fixed is None else (fixed,)) if batches is None else batches
     if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
@@ -91,6 +95,16 @@ def verify(
             message = f"the layout in the metadata does not fit the head's tensors ({type(error).__name__}: {first_line(error)})"
             raise SourceError(f"{message}; the file was changed after it was written: fuse the model again") from error
     return Report(tuple(checks), tuple(batches), unshown)
+
+
+def _verify_frames(
+    fused: FusedModel, images: np.ndarray | None, batches: Sequence[int] | None, progress: OnProgress | None
+) -> Report:
+    """Verify the model that frames are letterboxed for, and then the frames."""
+    made_of = parts(fused)
+    report = verify(made_of.core, images=images, batches=batches, progress=progress)
+    checks = verify_frames(fused, made_of, images_for(made_of.core, images), progress or (lambda *_: None))
+    return replace(report, checks=(*report.checks, *checks))
 
 
 def verify_tail(fused: FusedModel, shapes: Mapping[str, tuple[int, ...]], progress: OnProgress | None = None) -> Report:

@@ -17,7 +17,7 @@ from fusenms.limits import Limits
 READERS = {
     b"L": lambda values: Layout.from_dict(values),
     b"C": lambda values: PostprocessConfig.from_dict(values),
-    b"I": lambda values: ImageInput(**values),
+    b"I": lambda values: ImageInput.from_dict(values),
     b"M": lambda values: Limits(**values),
 }
 """By the first byte of the data; the rest is JSON."""

@@ -1,0 +1,296 @@
+"""Verify a model that takes frames: what lies before and after it, and the whole.
+
+The model between is taken out of the graph and verified as any other. Here, at each size of frames:
+
+1. What lies *before*, from frames to images, runs on noise, and each color is compared with `letterboxed`.
+2. What lies *after*, from boxes and keypoints to those in the frame, runs on made-up rows, and each number is compared with `in_frame`.
+3. The *whole* runs on images. Its rows are those of the model between on what lies before, mapped by `in_frame`; and each is the same
+   object, with the same class, as a row of the model between on `letterboxed` images.
+
+`letterboxed` and `in_frame` are NumPy in float64, and share no code with the graph or with the preprocessing of `Detector`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from fusenms import contract
+from fusenms.artifacts.fused import FusedModel
+from fusenms.artifacts.raw import ImageInput
+from fusenms.artifacts.report import Check
+from fusenms.boxes import pairwise_iou, pairwise_probiou
+from fusenms.errors import RunError, first_line
+from fusenms.fusion.backends import get_backend
+from fusenms.graph.session import OnnxRuntimeRunner
+from fusenms.layout import Layout
+from fusenms.transforms.frames import FULL, Parts, of_input
+
+Size = tuple[int, int]
+Outputs = dict[str, np.ndarray]
+MOST_LEVELS, MOST_MEAN = 1.01, 0.1
+"""Limits on the difference of a color, in levels of 255: of each, and of the mean. float32 and float64 round few colors differently."""
+SAME_IOU = 0.99
+"""Rows of one class with at least this IoU are the same. Others are close calls, if a color was rounded differently."""
+NEAR = 0.02
+"""Pixels. Boxes whose coordinates differ by no more than this are the same too."""
+WHOLE_SIZES = 6
+"""Number of sizes at which the whole runs. The parts around it, which are fast, run at all sizes."""
+
+
+def letterboxed(frames: np.ndarray, image: ImageInput, channels: str) -> np.ndarray:
+    """What a model is given for frames ``[B, h, w, 3]`` uint8: ``[B, 3, height, width]`` float64, RGB, in levels from 0 to 255."""
+    place = Place.of(frames.shape[1], frames.shape[2], image)
+    colors = (frames if channels == "rgb" else frames[..., ::-1]).transpose(0, 3, 1, 2)
+    scaled = np.rint(resized(colors, place.inner))
+    whole = np.full((len(frames), 3, image.height, image.width), 114.0)
+    whole[:, :, place.top : place.top + place.inner[0], place.left : place.left + place.inner[1]] = scaled
+    return whole
+
+
+def resized(colors: np.ndarray, size: Size) -> np.ndarray:
+    """Resize ``[B, C, h, w]`` between the centers of pixels, with the border repeated, in float64."""
+    value = colors
+    for axis, length in ((2, size[0]), (3, size[1])):
+        there = value.shape[axis]
+        position = np.clip((np.arange(length) + 0.5) * (there / length) - 0.5, 0, there - 1)
+        first = np.floor(position).astype(np.int64)
+        share = (position - first).reshape((-1, 1) if axis == 2 else (1, -1))
+        one, two = (value.take(i, axis).astype(np.float64) for i in (first, np.minimum(first + 1, there - 1)))
+        value = one + (two - one) * share
+    return value
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a frame of ``height`` x ``width`` lies in the model's input."""
+
+    height: int
+    width: int
+    inner: Size
+    top: int
+    left: int
+
+    @classmethod
+    def of(cls, height: int, width: int, image: ImageInput) -> Place:
+        if image.stretch:
+            return cls(height, width, (image.height, image.width), 0, 0)
+        scale = min(image.height / height, image.width / width)
+        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+        return cls(
+            height,
+            width,
+            (rows, columns),
+            round((image.height - rows) / 2 - 0.1),
+            round((image.width - columns) / 2 - 0.1),
+        )
+
+
+def in_frame(outputs: Outputs, layout: Layout, boxes: str, place: Place) -> Outputs:
+    """Boxes and keypoints of a model ``[B, K, …]`` in pixels of the frame, float64. Rows past ``num_detections`` mean nothing."""
+    found = {}
+    x, y = place.width / place.inner[1], place.height / place.inner[0]
+
+    def moved(values: np.ndarray, axis: int) -> np.ndarray:
+        horizontal = axis % 2 == 0
+        return (values - (place.left if horizontal else place.top)) * (x if horizontal else y)
+
+    for name in (boxes, contract.KEYPOINTS):
+        if name not in outputs:
+            continue
+        values = outputs[name].astype(np.float64)
+        turned = name == boxes and layout.angle is not None
+        for axis in range(2 if turned or name != boxes else 4):
+            most = place.width if axis % 2 == 0 else place.height
+            values[..., axis] = moved(values[..., axis], axis)
+            if not turned:
+                values[..., axis] = np.minimum(np.maximum(values[..., axis], 0), most)
+        if turned:
+            values[..., 2], values[..., 3] = values[..., 2] * x, values[..., 3] * y
+        found[name] = values
+    return found
+
+
+def sizes_of(fused: FusedModel) -> list[Size]:
+    """Sizes of frames to run: the only one, or many, whose scale, rounding and border differ. The first are run as a whole."""
+    assert fused.image.frames is not None
+    if fused.image.frames.size is not None:
+        return [fused.image.frames.size]
+    height, width = fused.image.height, fused.image.width
+    odd = [(1080, 811), (333, 500), (719, 1279), (height + 1, width - 1), (97, 61), (2 * height, 2 * width)]
+    rng = np.random.default_rng(7)
+    some = [(int(h), int(w)) for h, w in rng.integers(1, 700, (9, 2))]
+    return [*odd, (height, width), (1, 1), (1, 301), (449, 2), *some]
+
+
+def verify_frames(
+    fused: FusedModel, made_of: Parts, images: np.ndarray, progress: Callable[[str, int, int], None]
+) -> list[Check]:
+    """Compare a model that takes frames with the model between, at each size, on noise, made-up rows and images.
+
+    Args:
+        images: ``[n, 3, height, width]`` float32, RGB, 0 to 1; scaled to the sizes.
+    """
+    run = _FrameRun(fused, made_of)
+    sizes, checks = sizes_of(fused), list[Check]()
+    for step, size in enumerate(sizes):
+        progress("frames", step, len(sizes))
+        try:
+            checks += run.around(size)
+            if step < WHOLE_SIZES:
+                checks += run.whole(size, images)
+        except RunError as error:
+            problem = f"does not run: {first_line(error)}"
+            checks.append(Check(batch=run.batch, image=0, case=_case(size), frame=size, problems=(problem,)))
+    run.close()
+    return checks
+
+
+def _case(size: Size) -> str:
+    return f"frame {size[0]}x{size[1]}"
+
+
+class _FrameRun:
+    """The open parts of a model that takes frames."""
+
+    def __init__(self, fused: FusedModel, made_of: Parts) -> None:
+        assert fused.image.frames is not None
+        self.fused, self.frames, self.batch = fused, fused.image.frames, fused.image.batch or 2
+        self.boxes = fused.config.output_names[1]
+        models = (made_of.before, made_of.core.model, made_of.after, fused.model)
+        self.before, self.core, self.after, self.all = map(self._open, models)
+
+    def _open(self, model: onnx.ModelProto) -> OnnxRuntimeRunner:
+        fused = self.fused
+        standard = get_backend(fused.backend).to_standard(model, fused)
+        return OnnxRuntimeRunner(standard, source=fused.source, max_seconds=fused.limits.max_run_seconds)
+
+    def close(self) -> None:
+        for runner in (self.before, self.core, self.after, self.all):
+            runner.close()
+
+    def around(self, size: Size) -> Iterator[Check]:
+        """What lies before, on noise; what lies after, on made-up rows."""
+        rng = np.random.default_rng(size[0] * 7919 + size[1])
+        noise = rng.integers(0, 256, (self.batch, *size, 3), dtype=np.uint8)
+        yield self._check(size, self._levels(noise, self._images(noise)))
+        rows, counts = self._rows(rng), rng.integers(1, self.fused.config.max_detections + 1, (self.batch, 1), np.int32)
+        counts[0] = self.fused.config.max_detections
+        given = {of_input(name): value for name, value in rows.items()} | {self.fused.config.output_names[0]: counts}
+        if self.frames.size is None:
+            given[self.frames.tensor] = noise
+        found = self.after.run(given)
+        problems, worst = self._apart(found, rows, counts, size)
+        yield self._check(size, problems, worst_box=worst)
+
+    def whole(self, size: Size, images: np.ndarray) -> Iterator[Check]:
+        """The whole, on images scaled to the size, every other one mirrored."""
+        some = images[np.arange(self.batch) % len(images)]  # a copy
+        some[1::2] = some[1::2, ..., ::-1]
+        colors = np.rint(resized(some, size) * FULL).astype(np.uint8).transpose(0, 2, 3, 1)
+        frames = np.ascontiguousarray(colors if self.frames.channels == "rgb" else colors[..., ::-1])
+        observed, inputs = self.all.infer(frames), self._images(frames)
+        truth = (letterboxed(frames, self.fused.image, self.frames.channels) / FULL).astype(np.float32)
+        exact, expected = self.core.infer(inputs), self.core.infer(truth)
+        count, _, scores, labels = self.fused.config.output_names
+        problems = self._levels(frames, inputs)
+        for name in (count, scores, labels):
+            if not np.allclose(observed[name], exact[name], rtol=0, atol=1e-5):
+                problems.append(f"{name} differs from that of the model between on the same images")
+        apart, worst = self._apart(observed, exact, exact[count], size)
+        yield self._check(size, [*problems, *apart], worst_box=worst)
+        mapped = in_frame(expected, self.fused.layout, self.boxes, Place.of(*size, self.fused.image))
+        equal = np.abs(inputs - truth).max((1, 2, 3)) * FULL < 0.5
+        for i in range(self.batch):
+            yield self._same(size, i, observed, expected | mapped, bool(equal[i]))
+
+    def _images(self, frames: np.ndarray) -> np.ndarray:
+        (images,) = self.before.run({self.frames.tensor: frames}).values()
+        return images
+
+    def _levels(self, frames: np.ndarray, images: np.ndarray) -> list[str]:
+        """How images that the graph made differ from `letterboxed`."""
+        truth = letterboxed(frames, self.fused.image, self.frames.channels)
+        if images.shape != truth.shape:
+            return [f"images of {list(images.shape)} are made of frames; expected {list(truth.shape)}"]
+        apart = np.abs(images.astype(np.float64) * FULL - truth)
+        worst, mean = float(apart.max()), float(apart.mean())
+        if worst <= MOST_LEVELS and mean <= MOST_MEAN:
+            return []
+        place = ", ".join(map(str, np.unravel_index(int(apart.argmax()), apart.shape)))
+        return [
+            f"images made of frames differ from the reference by {worst:.1f} of 255 at [{place}], {mean:.2g} in the mean"
+        ]
+
+    def _rows(self, rng: np.random.Generator) -> Outputs:
+        """Boxes and keypoints in and around the model's input."""
+        image, rows = self.fused.image, (self.batch, self.fused.config.max_detections)
+        reach = np.array((image.width, image.height))
+        points = [rng.uniform(-0.2, 1.2, (*rows, 2)) * reach for _ in range(2)]
+        boxes = np.concatenate((np.minimum(*points), np.maximum(*points)), -1)
+        layout = self.fused.layout
+        if layout.angle is not None:
+            boxes = np.concatenate((points[0], boxes[..., 2:] - boxes[..., :2], rng.uniform(-2, 2, (*rows, 1))), -1)
+        made = {self.boxes: boxes.astype(np.float32)}
+        if layout.keypoints is not None:
+            own = rng.uniform(-0.2, 1.2, (*rows, layout.keypoints.count, layout.keypoints.dims))
+            own[..., :2] *= reach
+            made[contract.KEYPOINTS] = own.astype(np.float32)
+        return made
+
+    def _apart(self, found: Outputs, rows: Outputs, counts: np.ndarray, size: Size) -> tuple[list[str], float]:
+        """How boxes and keypoints that the graph mapped differ from `in_frame`, and by how much; rows past the count are zeros."""
+        problems, worst = [], 0.0
+        used = np.arange(self.fused.config.max_detections) < counts
+        limit = 1e-4 + 4e-6 * max(size)
+        expected = in_frame(rows, self.fused.layout, self.boxes, Place.of(*size, self.fused.image))
+        for name, values in expected.items():
+            difference = np.abs(found[name][used] - values[used])
+            most = float(difference.max(initial=0.0))
+            worst = max(worst, most)
+            if not most <= limit:
+                problems.append(
+                    f"{name} of the frame differ from the reference by {most:.3g} px; expected at most {limit:.2g}"
+                )
+            if found[name][~used].any():
+                problems.append(f"{name} past num_detections are not zeros")
+        return problems, worst
+
+    def _same(self, size: Size, number: int, observed: Outputs, expected: Outputs, equal: bool) -> Check:
+        """Pair the rows of an image by class and IoU. If the model was given ``equal`` colors, every row has to be the same; else most."""
+        one, two = self._of(observed, number), self._of(expected, number)
+        iou = (pairwise_iou if one[0].shape[1] == 4 else pairwise_probiou)(one[0], two[0])
+        near = np.abs(one[0][:, None] - two[0][None]).max(2, initial=0) <= NEAR  # a box clipped to a line has no IoU
+        iou = np.where(one[1][:, None] == two[1][None], np.where(near, 1.0, iou), 0)
+        paired: list[float] = []
+        for row in range(len(iou)):
+            if iou.shape[1] and iou[row].max() >= SAME_IOU:
+                column = int(iou[row].argmax())
+                paired.append(float(iou[row, column]))
+                iou[:, column] = 0
+        moved = max(len(one[1]), len(two[1])) - len(paired)
+        problems = []
+        if moved > (0 if equal else len(paired) + 1):
+            problems.append(
+                f"{len(one[1])} rows, and {len(two[1])} on letterboxed images, of which only {len(paired)} are the same (IoU {SAME_IOU})"
+            )
+        return self._check(
+            size, problems, number, detections=len(one[1]), close_calls=moved, worst_iou=min(paired, default=1.0)
+        )
+
+    def _of(self, outputs: Outputs, number: int) -> tuple[np.ndarray, np.ndarray]:
+        count, boxes, _, labels = (outputs[name][number] for name in self.fused.config.output_names)
+        used = int(count[0])
+        return boxes[:used].astype(np.float64), labels[:used]
+
+    def _check(
+        self, size: Size, problems: list[str], image: int = 0, worst_box: float = 0.0, detections: int = 0, close_calls: int = 0,
+        worst_iou: float = 1.0,
+    ) -> Check:  # fmt: skip
+        return Check(
+            batch=self.batch, image=image, case=_case(size), frame=size, problems=tuple(problems), worst_box=worst_box,
+            detections=detections, close_calls=close_calls, worst_iou=worst_iou,
+        )  # fmt: skip
