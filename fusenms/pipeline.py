@@ -109,7 +109,7 @@ def fuse(
     get_backend(backend, settings)  # fails early
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    taken = frames_from(frames, frame_channels, backend)
+    taken = frames_from(frames, frame_channels, backend, settings)
     if unverified and images is not None:
         raise ConfigError("found images and unverified, but images are only used to verify; leave one of them out")
     if isinstance(images, (str, os.PathLike)):

@@ -301,6 +301,7 @@ def test_renamed_frames_are_still_frames(shapes, tmp_path):
         ({"frames": (3, 10**6)}, ConfigError, "max_image_side"),
         ({"frames": (3, 4), "frame_channels": "gray"}, ConfigError, "expected 'rgb' or 'bgr'"),
         ({"frame_channels": "bgr"}, ConfigError, "takes no frames"),
+        ({"frames": "dynamic", "output_preset": "ultralytics"}, ConfigError, "readers letterbox images themselves"),
         ({"frames": (3, 4), "backend": "trt"}, UnsupportedByBackendError, "backend trt takes no frames"),
         ({"frames": (3, 4), "backend": "plugin"}, UnsupportedByBackendError, "backend plugin takes no frames"),
     ],

@@ -19,6 +19,8 @@ import onnx
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.raw import Frames, ImageInput
+from fusenms.config import PostprocessConfig
+from fusenms.contract import ONE_TENSOR
 from fusenms.errors import ConfigError, SourceError, UnsupportedByBackendError
 from fusenms.graph.builder import DOUBLE, FLOAT, INT64, Graph, Tensor
 from fusenms.graph.editing import extracted, renamed
@@ -32,11 +34,13 @@ GREY, FULL = 114, 255
 """Color around a letterboxed frame, and the highest value of a color."""
 
 
-def frames_from(frames: str | tuple[int, int] | None, channels: str, backend: str) -> Frames | None:
+def frames_from(
+    frames: str | tuple[int, int] | None, channels: str, backend: str, config: PostprocessConfig
+) -> Frames | None:
     """The frames that arguments of `fusenms.fuse` describe: height and width, ``dynamic``, or None.
 
     Raises:
-        ConfigError: they are neither.
+        ConfigError: they are neither, or the outputs are one tensor of rows, whose readers map boxes themselves.
         UnsupportedByBackendError: the backend takes no frames.
     """
     if channels not in ("rgb", "bgr"):
@@ -54,6 +58,10 @@ def frames_from(frames: str | tuple[int, int] | None, channels: str, backend: st
     )
     if frames != DYNAMIC and not pair:
         raise ConfigError(f"frames is {frames!r}; expected (height, width) in pixels, or {DYNAMIC!r}")
+    if config.output_preset == ONE_TENSOR:
+        raise ConfigError(
+            f"found frames with output_preset {ONE_TENSOR!r}, whose readers letterbox images themselves; leave one of them out"
+        )
     if backend not in BACKENDS:
         raise UnsupportedByBackendError(
             f"backend {backend} takes no frames; leave frames out, or use backend='ort' or backend='portable'"
