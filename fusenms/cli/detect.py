@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -213,7 +213,7 @@ def process(detect: Detector, inputs: Sequence[Input], out: Output, every: int, 
 
 
 def _images(detect: Detector, paths: Sequence[Path], out: Output, batch: int, bar: ProgressBar, total: int) -> None:
-    for path, found in zip(paths, streamed(detect, paths, batch), strict=True):
+    for path, found in zip(paths, detect.stream(paths, batch_size=batch), strict=True):
         if isinstance(found, InputError):
             if total == 1:
                 raise found
@@ -256,7 +256,7 @@ def _video(detect: Detector, source: Input, out: Output, every: int, batch: int,
             errors.append(error)
 
     try:
-        for found in streamed(detect, images(), 1 if camera else batch):
+        for found in detect.stream(images(), batch_size=1 if camera else batch):
             frame = frames.popleft()
             if isinstance(found, InputError):
                 errors.append(found)
@@ -277,11 +277,6 @@ def _video(detect: Detector, source: Input, out: Output, every: int, batch: int,
     if not out.quiet:
         drawn = f" · drawn: {target.path}" if target is not None and count else ""
         print(printable(f"{source.name} · {count} frames · {objects} detections{drawn}"), flush=True)
-
-
-def streamed(detect: Detector, images: Iterable[Any], batch: int) -> Iterator[Detections | InputError]:
-    """For each image, in order, its detections, or the error that says why it cannot be read."""
-    return detect.stream(images, batch_size=batch)
 
 
 def _result(name: str, found: Detections) -> dict[str, Any]:
