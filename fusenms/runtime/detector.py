@@ -115,6 +115,10 @@ class Detector:
             raise InputError(f"custom_ops is {custom_ops!r}; expected a list of paths, as ['libfold.so']")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}; expected a whole number of at least 1, or None")
+        if not isinstance(model, (str, os.PathLike, FusedModel)):
+            raise InputError(
+                f"found a {printable(type(model).__name__)}; expected the path of a fused file, or a FusedModel"
+            )
         if channels not in ("rgb", "bgr"):
             raise InputError(f"channels is {channels!r}; expected 'rgb' or 'bgr'")
         self._settings: dict[str, Any] = {

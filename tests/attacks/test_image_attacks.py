@@ -94,7 +94,7 @@ REFUSED = [
     Attack("path", "NUL", lambda _: "a\0b.jpg"),
     Attack("path", "too long", lambda _: "x" * 5000),
     Attack("path", "surrogate", lambda _: "\ud800.jpg"),
-    Attack("bytes", "no image", lambda _: [b"a\0b"]),
+    Attack("path", "bytes that are no image", lambda _: [b"a\0b"]),
     Attack("path", "empty", lambda _: ""),
     Attack("pixels", "PNG of 1 bit", file(png(30_000, 30_000, bits=1, color=0))),
     Attack("pixels", "PNG, thin", file(png(2**31 - 1, 1, rows=b""))),
