@@ -83,6 +83,15 @@ def test_error_names_the_right_form(detect, image, way):
         detect(image)
 
 
+@pytest.mark.parametrize("form", [bytes, bytearray, memoryview])
+def test_contents_have_a_limit(path, form):
+    with (
+        Detector(path, limits=Limits(max_image_file_bytes=100)) as small,
+        pytest.raises(InputError, match=r"found 101 bytes; expected at most 100 .*max_image_file_bytes"),
+    ):
+        small(form(b"\xff" * 101))
+
+
 def test_array_of_the_models_size_needs_no_opencv(detect, monkeypatch):
     array = letterbox(read_image(IMAGES[0]), 256, 256)[0]
     expected = detect(array)[0]

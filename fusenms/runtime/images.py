@@ -88,7 +88,7 @@ def open_image(source: Any, limits: Limits = DEFAULT_LIMITS, channels: str = "rg
                 read_regular(path, limits.max_image_file_bytes, error=InputError), printable(path), limits
             ), True
         if isinstance(source, CONTENTS):
-            return _from_contents(bytes(source), limits), True
+            return _from_contents(source, limits), True
         if hasattr(source, "convert"):  # a PIL image, without importing PIL
             return _from_pil(source, limits), False
         if isinstance(source, np.ndarray):
@@ -102,12 +102,11 @@ def open_image(source: Any, limits: Limits = DEFAULT_LIMITS, channels: str = "rg
     )
 
 
-def _from_contents(data: bytes, limits: Limits) -> np.ndarray:
-    if len(data) > limits.max_image_file_bytes:
-        raise InputError(
-            f"found {len(data)} bytes; expected at most {limits.max_image_file_bytes} for an image (max_image_file_bytes)"
-        )
-    return _decoded(data, "bytes", limits)
+def _from_contents(data: bytes | bytearray | memoryview, limits: Limits) -> np.ndarray:
+    size, most = memoryview(data).nbytes, limits.max_image_file_bytes
+    if size > most:  # before it is copied
+        raise InputError(f"found {size} bytes; expected at most {most} for an image (max_image_file_bytes)")
+    return _decoded(bytes(data), "bytes", limits)
 
 
 def _from_dlpack(source: Any) -> np.ndarray:
