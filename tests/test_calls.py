@@ -417,8 +417,9 @@ def test_engine_is_opened_by_its_sidecar(tmp_path):
         assert detector(np.zeros((64, 64, 3), np.uint8))
 
 
-def test_engines_run_through_the_same_contract(tmp_path, monkeypatch, path, detect):
-    """An engine that ONNX Runtime stands in for: batches are split at its profile, and filled up to its smallest one."""
+@pytest.mark.parametrize("size", ["fixed", "dynamic"])
+def test_engines_run_through_the_same_contract(tmp_path, monkeypatch, path, dynamic, detect, size):
+    """An engine that ONNX Runtime stands in for: batches are split at its profile, filled up to its smallest one, and of its size."""
     import hashlib
     import json
 
@@ -426,7 +427,7 @@ def test_engines_run_through_the_same_contract(tmp_path, monkeypatch, path, dete
     from fusenms.graph.session import OnnxRuntimeRunner
     from fusenms.runtime import opening
 
-    model, seen = load_fused(path), []
+    model, seen = load_fused(path if size == "fixed" else dynamic), []
     engine = tmp_path / "m.rtx"
     engine.write_bytes(b"engine")
     inputs = {"images": {key: [size, 3, 256, 256] for key, size in (("min", 2), ("opt", 2), ("max", 3))}}
@@ -444,7 +445,7 @@ def test_engines_run_through_the_same_contract(tmp_path, monkeypatch, path, dete
             self.runner = OnnxRuntimeRunner(model.model)
 
         def infer(self, images):
-            seen.append(len(images))
+            seen.append(images.shape)
             return self.runner.infer(images)
 
         def close(self):
@@ -455,7 +456,7 @@ def test_engines_run_through_the_same_contract(tmp_path, monkeypatch, path, dete
     with Detector(engine) as other:
         assert other.runtime == "tensorrt-rtx"
         found = other([IMAGES[0]] * 4)
-    assert seen == [3, 2]
+    assert seen == [(3, 3, 256, 256), (2, 3, 256, 256)]
     for one in found:
         assert_same(one, detect(IMAGES[0])[0], 1e-5)
 

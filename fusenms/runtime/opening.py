@@ -170,12 +170,18 @@ def _open_engine(path: Path, runtime: str, limits: Limits) -> Opened:
     with untrusted(path, "reading its metadata"):
         try:
             fused = from_metadata(onnx.ModelProto(), engine.info["metadata"], limits)
-            least, most = (int(engine.info["inputs"][fused.image.tensor][key][0]) for key in ("min", "max"))
+            shapes = engine.info["inputs"][fused.image.tensor]
+            least, most = int(shapes["min"][0]), int(shapes["max"][0])
+            height, width = map(int, shapes["opt"][2:])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError) as error:
             raise SourceError(
                 f"{path}: its sidecar is damaged ({first_line(error)}); build the engine again"
             ) from error
-    fused = replace(fused, config=replace(fused.config, runtime_thresholds=False))  # an engine has them as constants
+    image = replace(
+        fused.image, height=height, width=width, dynamic_size=False
+    )  # of the profile, the size it is made for
+    config = replace(fused.config, runtime_thresholds=False)  # an engine has them as constants
+    fused = replace(fused, image=image, config=config)
     runner = _OneByOne(EngineRunner(engine, LIBRARIES[ENGINE_RUNTIMES[runtime]]()), fused)
     return Opened(fused=fused, runtime=runtime, runner=runner, batches=(least, most))
 
