@@ -6,6 +6,7 @@ import ast
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 from conftest import SHAPES
@@ -92,6 +93,20 @@ def test_every_task_is_proven(layout, backend):
         for name, value in standard(images).items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
             assert found[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13, 18])
+def test_rows_are_taken_apart_in_every_opset(fused, opset):
+    """Files of others have old ones, in which the axes of a sum are an attribute."""
+    model = onnx.parser.parse_model(f"""<ir_version: 6, opset_import: ["" : {opset}]>
+      rows (float[batch, 300, 6] given) => (float[batch, 300, 6] output0) {{ output0 = Identity (given) }}""")
+    whole = one_tensor.with_contract(model, fused.layout, fused.config)
+    rows = np.random.default_rng(0).random((3, 300, 6), np.float32)
+    rows[:, :, 5] = np.where(np.arange(300) < [[0], [7], [300]], 2, -1)
+    found = OnnxRuntimeRunner(whole).infer(rows)
+    assert found["num_detections"].tolist() == [[0], [7], [300]]
+    for name, value in one_tensor.taken_apart({"output0": rows}, fused.layout, fused.config).items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize(("column", "by"), [(0, 1.0), (4, 0.01), (5, 1.0)])

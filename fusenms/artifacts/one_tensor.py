@@ -105,7 +105,10 @@ def with_contract(model: onnx.ModelProto, layout: Layout, config: PostprocessCon
     one(SCORE, scores)
     op("Cast", one(LABEL), named=labels, to=onnx.TensorProto.INT32)
     used = op("Cast", op("Greater", labels, constant(contract.NO_LABEL, np.int32)), to=onnx.TensorProto.INT32)
-    op("ReduceSum", used, constant([1], np.int64), named=counts, keepdims=1)
+    if next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) < 13:
+        op("ReduceSum", used, named=counts, axes=[1], keepdims=1)
+    else:
+        op("ReduceSum", used, constant([1], np.int64), named=counts, keepdims=1)
     if layout.masks is not None:
         columns(FIRST_OF_TASK, width(layout), contract.MASK_COEFFICIENTS)
         op("Identity", PROTOTYPES, named=contract.PROTOTYPES)
