@@ -99,6 +99,8 @@ class ImageInput:
         Raises:
             TypeError, ValueError: the values do not fit.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"found a {type(values).__name__}; expected a mapping")
         frames = values.get("frames")
         return cls(**{**values, "frames": None if frames is None else Frames(**frames)})
 
