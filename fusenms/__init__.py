@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fusenms._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from fusenms.artifacts.frames import Tiles
     from fusenms.artifacts.fused import FusedModel, load_fused
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
@@ -43,6 +44,7 @@ _HOMES = {
     "PostprocessConfig": "fusenms.config",
     "RawModel": "fusenms.artifacts.raw",
     "Report": "fusenms.artifacts.report",
+    "Tiles": "fusenms.artifacts.frames",
     "build_engine": "fusenms.engines",
     "compare": "fusenms.comparison",
     "deploy": "fusenms.deployment",
@@ -77,6 +79,7 @@ __all__ = [
     "PostprocessConfig",
     "RawModel",
     "Report",
+    "Tiles",
     "build_engine",
     "compare",
     "custom_ops",

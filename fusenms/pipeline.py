@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusenms.artifacts.frames import Tiles
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.raw_head import RawHead
@@ -29,7 +30,7 @@ from fusenms.runtime.images import list_images
 from fusenms.runtime.placement import load_tensor
 from fusenms.sources import LoadFields, LoadOptions, load, options_from
 from fusenms.transforms.dynamic_batch import open_batch
-from fusenms.transforms.frames import check_frames, frames_from, with_frames
+from fusenms.transforms.frames import check_frames, check_tiles, frames_from, with_frames
 from fusenms.transforms.half_precision import PRECISIONS, to_half
 from fusenms.verification.agreement import agreement
 from fusenms.verification.checks import images_for, verify, verify_tail
@@ -56,6 +57,7 @@ def fuse(
     precision: str = "fp32",
     frames: str | tuple[int, int] | None = None,
     frame_channels: str = "rgb",
+    tiles: Tiles | tuple[int, int] | None = None,
     images: np.ndarray | str | os.PathLike[str] | None = None,
     unverified: bool = False,
     strict: bool = False,
@@ -77,6 +79,8 @@ def fuse(
             ``[B, height, width, 3]``; they are letterboxed (or stretched) in the graph; boxes and keypoints are in their pixels. Backends
             ``ort`` and ``portable``; not for masks.
         frame_channels: order of the colors of frames, ``rgb`` or ``bgr`` (as OpenCV reads them).
+        tiles: tiles to cut frames into, in the graph: (rows, columns), or `Tiles`. The network sees them as images of one batch, and the
+            candidates of all of them suppress each other once. ``frames`` are then ``dynamic`` by default.
         images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images. The first eight are also
             looked at, beside the package's own, for what the head means.
         unverified: skip the verification; the result can then be saved only with ``unverified=True``.
@@ -109,7 +113,7 @@ def fuse(
     get_backend(backend, settings)  # fails early
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    taken = frames_from(frames, frame_channels, backend, settings)
+    taken = frames_from(frames, frame_channels, backend, settings, tiles)
     if unverified and images is not None:
         raise ConfigError("found images and unverified, but images are only used to verify; leave one of them out")
     if isinstance(images, (str, os.PathLike)):
@@ -128,16 +132,20 @@ def fuse(
     if taken is not None:
         check_frames(raw.source, layout, taken, raw.limits.max_image_side)
     raw = open_batch(raw, layout)
+    if taken is not None and taken.tiles is not None:
+        check_tiles(raw, layout, settings)
     head = raw_head(raw, layout, heads)
     arrays = _arrays(raw, head, images)
     meaning = _meaning(raw, head, arrays, strict, guessed)
     raw = replace(raw, notes=(*raw.notes, *meaning))
     tell(Recognized(raw=raw, layout=layout, meaning=meaning))
-    fused, full = _fuse(raw, head, settings, backend, precision)
+    network = raw if precision in (raw.precision, "fp32") else to_half(raw, head.layout)
+    fused = fuse_head(network, head, settings, backend, None if taken is None else taken.tiles)
     framed = fused if taken is None else with_frames(fused, taken)
     tell(Fused(raw=raw, model=framed))
-    if full is not None:
-        found = agreement(full, fused, images_for(fused, arrays))
+    if network is not raw:
+        full, half = (fuse_head(one, head, settings, backend) for one in (raw, network))
+        found = agreement(full, half, images_for(half, arrays))
         framed = replace(framed, notes=(*framed.notes, found.summary))
         tell(Compared(agreement=found, own_images=images is not None))
     if raw.not_run:
@@ -215,16 +223,6 @@ def _with_tail_note(fused: FusedModel, raw: RawModel, head: RawHead, tell: _Tell
     assert report is not None
     note = f"not verified: nothing here runs {', '.join(raw.not_run)}; only what comes after the head was compared, on synthetic heads ("
     return replace(fused, notes=(*fused.notes, f"{note}{report.summary})"))
-
-
-def _fuse(
-    raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str, precision: str
-) -> tuple[FusedModel, FusedModel | None]:
-    """Return the fused model and, for half precision, the float32 model too."""
-    fused = fuse_head(raw, head, config, backend)
-    if precision in (raw.precision, "fp32"):
-        return fused, None
-    return fuse_head(to_half(raw, head.layout), head, config, backend), fused
 
 
 def _arrays(raw: RawModel, head: RawHead, images: np.ndarray | str | os.PathLike[str] | None) -> np.ndarray | None:

@@ -127,7 +127,8 @@ class Candidates:
 
     ``keys`` order the candidates and are compared with the threshold: logits if ``logits``, whose order is exact, else probabilities.
     An unusable class value is NaN in ``keys``, and an unusable box is NaN. ``rounding`` is the relative rounding of the keys. ``suppress``
-    and ``every_class`` are those of the layout. ``given`` ``[N]`` are labels that the head gives; None if it gives none.
+    and ``every_class`` are those of the layout. ``given`` ``[N]`` are labels that the head gives; None if it gives none. ``scaled`` boxes
+    were moved to another image, so that float32 rounds them: an IoU that equals the threshold in float64 is then a close call.
     """
 
     boxes: Floats
@@ -139,6 +140,7 @@ class Candidates:
     suppress: bool
     every_class: bool
     given: NDArray[np.int64] | None
+    scaled: bool = False
 
 
 def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size: tuple[int, int]) -> Candidates:
@@ -229,7 +231,7 @@ def postprocess(
             if oriented
             else _iou_rounding(boxes[best], boxes[rivals])
         )
-        close = (margin > 0) & (margin <= rounding) & (observed is not None)
+        close = ((margin > 0) | found.scaled) & (margin <= rounding) & (observed is not None)
         alive[rivals[(iou > thresholds.iou) & ~close]] = False
         doubtful[rivals[close & (iou > 0)]] = True
     order = np.array(picked, np.int64)

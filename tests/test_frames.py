@@ -20,7 +20,8 @@ from raw_heads import LAYOUTS, SIZE, fused_model, raw_model
 
 import fusenms
 from fusenms import Detector, FusedModel, contract, fuse, load_fused, verify
-from fusenms.artifacts.raw import Frames, ImageInput
+from fusenms.artifacts.frames import Frames
+from fusenms.artifacts.raw import ImageInput
 from fusenms.benchmark import default_shape
 from fusenms.boxes import pairwise_iou
 from fusenms.cli import main

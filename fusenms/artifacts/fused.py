@@ -12,7 +12,8 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.artifacts import one_tensor
-from fusenms.artifacts.raw import Frames, ImageInput
+from fusenms.artifacts.frames import Frames
+from fusenms.artifacts.raw import ImageInput
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, SourceError, UnsupportedByBackendError, VerificationError, first_line
 from fusenms.layout import Layout

@@ -6,48 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fusenms.artifacts.frames import Frames
 from fusenms.artifacts.preprocessing import Pixels
 from fusenms.layout import Layout
 from fusenms.limits import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
     import onnx
-
-
-@dataclass(frozen=True)
-class Frames:
-    """The input of a model that takes frames: uint8 ``[B, height, width, 3]``, letterboxed or stretched inside.
-
-    Attributes:
-        height, width: size of every frame; None for both: any size, one for all frames of a batch.
-        channels: order of the colors of a frame, rgb or bgr.
-        tensor: name of the input.
-    """
-
-    height: int | None = None
-    width: int | None = None
-    channels: str = "rgb"
-    tensor: str = "frames"
-
-    def __post_init__(self) -> None:
-        sides = (self.height, self.width)
-        if sides != (None, None) and not all(type(side) is int and side > 0 for side in sides):
-            raise ValueError(
-                f"frames are of {self.height!r} x {self.width!r}; expected positive numbers of pixels, or None twice"
-            )
-        if self.channels not in ("rgb", "bgr"):
-            raise ValueError(f"channels is {self.channels!r}; expected 'rgb' or 'bgr'")
-        if not isinstance(self.tensor, str) or not self.tensor:
-            raise ValueError(f"tensor is {self.tensor!r}; expected a name")
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width; None: any."""
-        return None if self.height is None or self.width is None else (self.height, self.width)
-
-    def __str__(self) -> str:
-        size = "any size" if self.size is None else f"{self.height}x{self.width}"
-        return f"{self.channels.upper()} frames of {size}"
 
 
 @dataclass(frozen=True)
@@ -88,9 +53,8 @@ class ImageInput:
     def to_dict(self) -> dict[str, Any]:
         """Plain values. A model that takes no frames has no entry for them, as in files written before there were any."""
         values = asdict(self)
-        if self.frames is None:
-            del values["frames"]
-        return values
+        del values["frames"]
+        return values if self.frames is None else values | {"frames": self.frames.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageInput:
@@ -102,7 +66,7 @@ class ImageInput:
         if not isinstance(values, Mapping):
             raise TypeError(f"found a {type(values).__name__}; expected a mapping")
         frames = values.get("frames")
-        return cls(**{**values, "frames": None if frames is None else Frames(**frames)})
+        return cls(**{**values, "frames": None if frames is None else Frames.from_dict(frames)})
 
 
 @dataclass(frozen=True, kw_only=True)

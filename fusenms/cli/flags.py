@@ -77,7 +77,7 @@ def with_flags(message: str) -> str:
     return re.sub(rf"(?<![\w./-])({parts})(?![\w=]|\.\w)", lambda found: _flag(found[1]), message)
 
 
-_OTHERS = ("anchors", "backend", "custom_ops", "family", "frames", "precision")
+_OTHERS = ("anchors", "backend", "custom_ops", "family", "frames", "precision", "tiles")
 
 
 def _flag(name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from fusenms.artifacts.frames import Tiles
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.preprocessing import PIXELS, Pixels
 from fusenms.cli.engine import build, engine_path
@@ -66,6 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frame-channels", choices=["rgb", "bgr"], default="rgb",
         help="order of the colors of frames; bgr is what OpenCV reads (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--tiles", type=tiles_argument, metavar="RxC",
+        help="cut frames into this many rows and columns of tiles in the graph, which the network sees as one batch; the candidates of all "
+        "tiles suppress each other once. Takes frames of any size, if --frames names none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overlap", type=float, metavar="SHARE",
+        help=f"share of a tile that the next one covers too (default: {Tiles.overlap})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--and-whole", action="store_true", help="also look at the whole frame, for objects larger than a tile"
+    )
     parser.add_argument(
         "--images",
         type=Path,
@@ -157,6 +170,31 @@ def frames_argument(text: str) -> tuple[int, int] | str:
     return text if text == DYNAMIC else (int(sides[0]), int(sides[1]))
 
 
+def tiles_argument(text: str) -> tuple[int, int]:
+    """Parse rows and columns: ``2x3``."""
+    counts = text.lower().split("x")
+    if len(counts) != 2 or not all(count.isdigit() and int(count) for count in counts):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected ROWSxCOLUMNS (2x3)")
+    return int(counts[0]), int(counts[1])
+
+
+def tiles_of(args: argparse.Namespace) -> Tiles | None:
+    """The tiles that the flags describe.
+
+    Raises:
+        ConfigError: there are flags of tiles without tiles, or values are out of range.
+    """
+    if args.tiles is None:
+        if args.overlap is not None or args.and_whole:
+            raise ConfigError("found --overlap or --and-whole without --tiles; add --tiles RxC, or leave them out")
+        return None
+    rows, columns = args.tiles
+    try:
+        return Tiles(rows, columns, Tiles.overlap if args.overlap is None else args.overlap, args.and_whole)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def anchors_argument(text: str) -> Anchors:
     """Parse anchors: numbers, or the name of a set."""
     try:
@@ -209,15 +247,14 @@ def rounds_argument(text: str) -> int | None:
 
 def run(args: argparse.Namespace) -> int:
     start, steps = time.monotonic(), Steps(args.json)
-    config = PostprocessConfig(**fields_of(args, PostprocessConfig))
+    config, tiles = PostprocessConfig(**fields_of(args, PostprocessConfig)), tiles_of(args)
     backend = get_backend(args.backend, config)
     output = args.output or Path(Path(args.weights).stem + backend.suffix)
     check_writable(output, Path(args.weights))
     if (builder := engine_builder(args.engine, args.backend)) is not None:
-        if args.frames is not None:
-            raise ConfigError(
-                f"found --frames and --engine {builder}; an engine is given images: leave one of them out"
-            )
+        if args.frames is not None or args.tiles is not None:
+            given = "--frames" if args.tiles is None else "--tiles"
+            raise ConfigError(f"found {given} and --engine {builder}; an engine is given images: leave one of them out")
         check_places(output.parent / engine_path(output, builder), Path(args.weights))
     if args.images is not None:
         list_images(args.images)  # fail early
@@ -230,6 +267,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             frames=args.frames,
             frame_channels=args.frame_channels,
+            tiles=tiles,
             images=args.images,
             unverified=args.unverified,
             strict=args.strict,

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         steps.line(
             "frames", f"{frames}, {way} inside to {image.height}x{image.width}; results are in pixels of the frame"
         )
-        steps.values["frames"] = {"height": frames.height, "width": frames.width, "channels": frames.channels}
+        own = frames.to_dict()
+        steps.values["frames"] = {key: own[key] for key in ("height", "width", "channels", "tiles") if key in own}
     if found.fused is None:
         for note in found.notes[found.kind == "onnx" :]:  # the first note of an ONNX file repeats its input
             steps.line("read", note)

@@ -16,6 +16,7 @@ from fusenms.boxes import MAX_REACH, MAX_REACH_ORIENTED
 from fusenms.config import PostprocessConfig
 from fusenms.fusion.decoding import decode_boxes, order_corners
 from fusenms.fusion.thresholds import class_mask, class_thresholds, strict_threshold
+from fusenms.fusion.tiles import TiledCandidates
 from fusenms.graph.builder import FLOAT, INT32, INT64, Graph, Tensor
 from fusenms.layout import MOST_CHANNELS, Activation, Layout, Tap, other_axis
 
@@ -35,12 +36,19 @@ class Head:
         image: image input of the model.
         widths: number of channels of each head tensor.
         total: number of candidates per image; None if it is open.
+        tiled: where candidates lie, if an image is a frame whose tiles the network sees; ``total`` are then those of all tiles.
     """
 
     layout: Layout
     image: ImageInput
     widths: Mapping[str, int]
     total: int | None
+    tiled: TiledCandidates | None = None
+
+    @property
+    def suppress(self) -> bool:
+        """Whether candidates suppress each other. Those of tiles always do: tiles that overlap find the same object twice."""
+        return self.layout.suppress or self.tiled is not None
 
 
 @dataclass(frozen=True)
@@ -78,9 +86,9 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
 
     ``adaptive``: the number of candidates may depend on the data.
     """
-    layout, image, total = head.layout, head.image, head.total
+    layout, image, total, tiled = head.layout, head.image, head.total, head.tiled
     multi_label = layout.every_class or (config.multi_label and layout.labels is None)
-    most = config.max_candidates if layout.suppress else config.max_detections
+    most = config.max_candidates if head.suppress else config.max_detections
     judge = _judged_by_inputs if config.runtime_thresholds else _judged
     judged = judge(g, head, config, multi_label, adaptive)
     pool, origin, passes, activation = judged.pool, judged.origin, judged.passes, judged.activation
@@ -123,10 +131,19 @@ def emit_candidates(g: Graph, head: Head, config: PostprocessConfig, adaptive: b
             total_score = g.reduce("ReduceSum", g.op("Mul", class_scores, g.floats(1 / MOST_CHANNELS)), 2)
             valid = g.op("And", valid, g.op("Less", total_score, g.floats(np.inf)))
         angle = None if layout.angle is None else candidates.part(layout.angle.value)
-        boxes = decode_boxes(g, layout, image, candidates.part(layout.boxes), in_head(anchor), angle)
-        farthest = g.floats(MAX_REACH if angle is None else MAX_REACH_ORIENTED)
-        finite = g.op("Less", g.reduce("ReduceSum", g.op("Abs", boxes), 2), farthest)  # false for NaN
-        return order_corners(g, layout, boxes), labels, g.op("And", valid, finite)
+        number, tile = in_head(anchor), None
+        if tiled is not None:
+            tile, number = tiled.split(g, number)
+        boxes = decode_boxes(g, layout, image, candidates.part(layout.boxes), number, angle)
+        valid = g.op("And", valid, within_reach(boxes))
+        if tiled is not None and tile is not None:
+            boxes = tiled.to_frame(g, boxes, tile, angle is not None)
+            valid = g.op("And", valid, within_reach(boxes))
+        return order_corners(g, layout, boxes), labels, valid
+
+    def within_reach(boxes: Tensor) -> Tensor:
+        farthest = g.floats(MAX_REACH if layout.angle is None else MAX_REACH_ORIENTED)
+        return g.op("Less", g.reduce("ReduceSum", g.op("Abs", boxes), 2), farthest)  # false for NaN
 
     def in_head(anchor: Tensor) -> Tensor:
         return anchor if origin is None else g.op("GatherElements", origin, anchor, axis=1)

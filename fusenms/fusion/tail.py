@@ -12,6 +12,7 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.artifacts import one_tensor
+from fusenms.artifacts.frames import Tiles
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw import ImageInput, RawModel
@@ -24,16 +25,22 @@ from fusenms.fusion.backends.portable import PORTABLE
 from fusenms.fusion.candidates import Head
 from fusenms.fusion.decoding import assemble_masks, decode_keypoints
 from fusenms.fusion.thresholds import declare_inputs
+from fusenms.fusion.tiles import TiledCandidates, joined
 from fusenms.graph.builder import FLOAT, Graph, Tensor
 from fusenms.graph.model import declared_type
-from fusenms.layout import Layout, Tap
+from fusenms.layout import KeypointTerms, Layout, Tap
 from fusenms.onnx_reading import untrusted
 
 NO_SUPPRESSION = "no suppression"
 
 
-def fuse_head(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str) -> FusedModel:
+def fuse_head(
+    raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str, tiles: Tiles | None = None
+) -> FusedModel:
     """Return the model with the outputs of the contract, for images in RGB from 0 to 1. It is not verified yet.
+
+    With ``tiles``, its images are those of the tiles of frames, its outputs are those of the frames, and it has another input,
+    `fusenms.transforms.tiles.PLACES`, until `fusenms.transforms.frames.with_frames` computes both from frames.
 
     Raises:
         ConfigError: there is no backend of that name, or a setting does not apply to the backend or the head.
@@ -41,12 +48,15 @@ def fuse_head(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: 
     """
     emitter = get_backend(backend, config)
     with untrusted(raw.source, "fusing", trusted=raw.layout is not None):
-        return _fuse(raw, head, config, backend, emitter)
+        return _fuse(raw, head, config, backend, emitter, tiles)
 
 
-def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str, emitter: Backend) -> FusedModel:
+def _fuse(
+    raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str, emitter: Backend, tiles: Tiles | None
+) -> FusedModel:
     layout, pixels = head.layout, head.pixels
-    if config.rounds is not None and not layout.suppress:
+    suppress = layout.suppress or tiles is not None
+    if config.rounds is not None and not suppress:
         raise ConfigError(f"rounds is {config.rounds}, but this head needs no suppression; leave it out")
     if config.masks == "prototype" and layout.masks is None:
         raise ConfigError(f"masks is {config.masks!r}, but a model of task {layout.task!r} has none; leave it out")
@@ -64,12 +74,20 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
     _join(g, layout, types)
     layout = replace(layout, joins=())
     declare_inputs(g, layout, config)
-    suppressor = emitter if layout.angle is None or emitter.knows_oriented else PORTABLE  # NMS operators: upright only
+    # NMS operators: upright boxes only, and of a known number of classes.
+    known = (layout.angle is None or emitter.knows_oriented) and layout.labels is None
+    suppressor = emitter if known else PORTABLE
     find, by = suppressor.find, suppressor.suppresses_by
-    if not layout.suppress:
+    if not suppress:
         find, by = by_candidates(select, adaptive=False), NO_SUPPRESSION
-    tail = _Tail(g, layout, image, config, widths, sides, emitter.adaptive)
-    outputs = tail.outputs(find(g, Head(layout, image, widths, total), config))
+    seen = Head(layout, image, widths, total)
+    if tiles is not None:
+        assert total is not None
+        tiled = TiledCandidates(tiles.count, total)
+        whole, channels = joined(g, layout, widths, tiled)
+        seen = Head(whole, image, channels, total * tiles.count, tiled)
+    tail = _Tail(g, seen, config, sides, emitter.adaptive)
+    outputs = tail.outputs(find(g, seen, config))
     batch, (height, width) = image.batch or "batch", sides or ("h", "w")
     if one_tensor.has_one_tensor(config):
         shape: tuple[str | int, ...] = (batch, config.max_detections, one_tensor.width(layout))
@@ -93,7 +111,7 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
         model = g.to_model()
     names = raw.class_names or tuple(f"class{i}" for i in range(layout.num_classes))
     notes = raw.notes if pixels == Pixels() else (*raw.notes, f"takes RGB from 0 to 1; converted inside to {pixels}")
-    if idle := _idle_settings(layout, config):
+    if idle := _idle_settings(layout, config, suppress):
         notes = (*notes, f"{NO_SUPPRESSION}: {' and '.join(idle)} mean{'s' * (len(idle) == 1)} nothing to this head")
     return FusedModel(
         model=model,
@@ -115,21 +133,18 @@ def _fuse(raw: RawModel, head: RawHead, config: PostprocessConfig, backend: str,
 class _Tail:
     """Emits what comes after suppression.
 
-    ``widths`` are the numbers of channels of the head tensors. ``sides`` are the prototypes' height and width, if they are fixed.
-    ``adaptive``: shapes may depend on the data.
+    ``sides`` are the prototypes' height and width, if they are fixed. ``adaptive``: shapes may depend on the data.
     """
 
     g: Graph
-    layout: Layout
-    image: ImageInput
+    head: Head
     config: PostprocessConfig
-    widths: Mapping[str, int]
     sides: tuple[int, ...] | None
     adaptive: bool
 
     def outputs(self, found: DetectionTensors) -> dict[str, Tensor]:
         """The outputs of the contract by the names of fusenms. Task outputs are gathered for each row."""
-        g, layout, valid = self.g, self.layout, found.valid
+        g, layout, valid = self.g, self.head.layout, found.valid
         made = {
             contract.NUM_DETECTIONS: found.count,
             contract.BOXES: found.boxes,
@@ -144,10 +159,19 @@ class _Tail:
             coefficients = self._channels(layout.masks.coefficients, numbers, valid)
             made |= self._masks(coefficients, g.tensor(layout.masks.prototypes), made[contract.BOXES], valid)
         if layout.keypoints is not None:
-            terms = self._channels(layout.keypoints.values, numbers, valid)
-            points = decode_keypoints(g, layout, self.image, terms, numbers)
+            points = self._keypoints(layout.keypoints, numbers, valid)
             made[contract.KEYPOINTS] = g.where(g.unsqueeze(g.unsqueeze(valid, 2), 3), points, g.floats(0.0))
         return made
+
+    def _keypoints(self, keypoints: KeypointTerms, numbers: Tensor, valid: Tensor) -> Tensor:
+        g, head = self.g, self.head
+        terms = self._channels(keypoints.values, numbers, valid)
+        if head.tiled is None:
+            return decode_keypoints(g, head.layout, head.image, terms, numbers)
+        tile, number = head.tiled.split(g, numbers)
+        return head.tiled.points_to_frame(
+            g, decode_keypoints(g, head.layout, head.image, terms, number), tile, keypoints.dims
+        )
 
     def _masks(self, coefficients: Tensor, prototypes: Tensor, boxes: Tensor, valid: Tensor) -> dict[str, Tensor]:
         g, config = self.g, self.config
@@ -155,14 +179,14 @@ class _Tail:
             return {contract.MASK_COEFFICIENTS: coefficients, contract.PROTOTYPES: g.op("Identity", prototypes)}
         rows, branches = config.max_detections, config.rounds is None
         masks = assemble_masks(
-            g, self.image, coefficients, prototypes, boxes, valid, rows, self.sides, self.adaptive, branches
+            g, self.head.image, coefficients, prototypes, boxes, valid, rows, self.sides, self.adaptive, branches
         )
         return {contract.MASKS: masks}
 
     def _channels(self, tap: Tap, numbers: Tensor, valid: Tensor) -> Tensor:
         """The channels of a tap for the candidates ``[B, K]``: ``[B, K, channels]``; zeros in rows that are not valid."""
         g, tensor = self.g, self.g.tensor(tap.tensor)
-        whole = (tap.start, tap.stop) == (0, self.widths[tap.tensor])
+        whole = (tap.start, tap.stop) == (0, self.head.widths[tap.tensor])
         part = tensor if whole else g.slice(tensor, tap.channel_axis, tap.start, tap.stop)
         rows = g.take_rows(part, numbers, tap.candidate_axis, tap.channels)
         return g.where(g.unsqueeze(valid, 2), rows, g.floats(0.0))
@@ -185,9 +209,9 @@ def _rows(g: Graph, outputs: Mapping[str, Tensor], layout: Layout, config: Postp
     return g.concat(parts, 2)
 
 
-def _idle_settings(layout: Layout, config: PostprocessConfig) -> list[str]:
+def _idle_settings(layout: Layout, config: PostprocessConfig, suppress: bool) -> list[str]:
     """Settings that differ from the default but have no effect on this head, because it needs no suppression."""
-    names = [] if layout.suppress else ["iou_threshold", "max_candidates", "class_agnostic"]
+    names = [] if suppress else ["iou_threshold", "max_candidates", "class_agnostic"]
     if layout.labels is not None:
         names.append("multi_label")
     usual = PostprocessConfig()

@@ -6,7 +6,7 @@ onnx-graphsurgeon drops metadata and producer; `Graph.to_model` restores them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -68,20 +68,26 @@ class Graph:
                 if given is tensor:
                     node.inputs[i] = made
 
-    def compute_input(
+    def compute_inputs(
         self,
-        name: str,
         given: str,
         dtype: type[np.generic],
         shape: tuple[str | int, ...],
-        make: Callable[[Tensor], Tensor],
+        make: Callable[[Tensor], Mapping[str, Tensor]],
     ) -> None:
-        """Replace an input by another one, ``given``. What ``make`` emits from that has the name of the former input."""
-        before, after = self._tensors[name], gs.Variable(given, dtype, list(shape))
-        self._graph.inputs = [after if tensor is before else tensor for tensor in self._graph.inputs]
+        """Replace inputs by another one, ``given``. What ``make`` emits from that has the names of the former inputs."""
+        after = gs.Variable(given, dtype, list(shape))
         self._tensors[given] = after
-        (node,) = make(after).inputs
-        node.outputs = [before]
+        made = make(after)
+        first, *_ = made
+        self._graph.inputs = [
+            after if tensor.name == first else tensor
+            for tensor in self._graph.inputs
+            if tensor.name == first or tensor.name not in made
+        ]
+        for name, tensor in made.items():
+            (node,) = tensor.inputs
+            node.outputs = [self._tensors[name]]
 
     def in_half(self, tensor: Tensor) -> Tensor | None:
         """Return the same values in float16, if they were cast from float16 and only moved since; otherwise None."""
@@ -115,6 +121,13 @@ class Graph:
     @property
     def names(self) -> set[str]:
         return set(self._tensors)
+
+    def add_input(self, name: str, dtype: type[np.generic], shape: tuple[str | int, ...]) -> gs.Variable:
+        """Add an input, and return it."""
+        tensor = gs.Variable(name, dtype, list(shape))
+        self._graph.inputs.append(tensor)
+        self._tensors[name] = tensor
+        return tensor
 
     def add_optional_input(self, name: str, default: np.ndarray, shape: tuple[str | int, ...]) -> None:
         """Add an input with a default, an initializer of the same name. `tensor` finds it by its name."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusenms import contract
+from fusenms.artifacts.frames import Frames
 from fusenms.artifacts.fused import FusedModel
-from fusenms.artifacts.raw import Frames
 from fusenms.errors import InputError, SourceError
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.ahead import work_ahead

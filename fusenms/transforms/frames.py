@@ -1,43 +1,40 @@
 """Frames as the input: uint8 ``[B, height, width, 3]`` are letterboxed or stretched in the graph, and results are in pixels of the frame.
 
-`with_frames` puts standard operators before and after a fused model and changes nothing between them. `without_frames` takes the model
-out again, so that it is proven as any other; `parts` gives what was put around it.
-
-Sizes are those of `fusenms.runtime.placement`. For one size they are constants. For any size the graph computes them, in float64 and in
-the same order, so that they are rounded alike; ONNX rounds halves to even, as Python does. Resize has the half-pixel centers of OpenCV's
-``INTER_LINEAR`` and no antialiasing. It works in float32, because runtimes differ in how they round a resized uint8; Round follows.
+`with_frames` puts standard operators before and after a fused model and changes nothing between them. `parts` takes the model out again,
+so that it is proven as any other, and gives what was put around it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnx
 
 from fusenms import contract
+from fusenms.artifacts.frames import Frames, Tiles
 from fusenms.artifacts.fused import FusedModel
-from fusenms.artifacts.raw import Frames, ImageInput
+from fusenms.artifacts.raw import RawModel
 from fusenms.config import PostprocessConfig
 from fusenms.contract import ONE_TENSOR
 from fusenms.errors import ConfigError, SourceError, UnsupportedByBackendError
-from fusenms.graph.builder import DOUBLE, FLOAT, INT64, Graph, Tensor
+from fusenms.graph.builder import FLOAT, Graph, Tensor
 from fusenms.graph.editing import extracted, renamed
 from fusenms.graph.model import declare_optional_inputs
 from fusenms.layout import Layout
+from fusenms.transforms.letterboxing import Place, computed_place, fixed_place, sides_of, to_images
+from fusenms.transforms.tiles import PLACES, cuts, places, tile_images
 
 DYNAMIC = "dynamic"
 BACKENDS = ("ort", "portable")
 """Backends of standard operators. The others compute the suppression in a plugin of TensorRT, which is given images."""
-GREY, FULL = 114, 255
-"""Color around a letterboxed frame, and the highest value of a color."""
 
 
 def frames_from(
-    frames: str | tuple[int, int] | None, channels: str, backend: str, config: PostprocessConfig
-) -> Frames | None:
-    """The frames that arguments of `fusenms.fuse` describe: height and width, ``dynamic``, or None.
+    frames: str | tuple[int, int] | None, channels: str, backend: str, config: PostprocessConfig,
+    tiles: Tiles | tuple[int, int] | None = None,
+) -> Frames | None:  # fmt: skip
+    """The frames that arguments of `fusenms.fuse` describe: height and width, ``dynamic``, or None. With tiles, None is ``dynamic``.
 
     Raises:
         ConfigError: they are neither, or the outputs are one tensor of rows, whose readers map boxes themselves.
@@ -45,6 +42,9 @@ def frames_from(
     """
     if channels not in ("rgb", "bgr"):
         raise ConfigError(f"frame_channels is {channels!r}; expected 'rgb' or 'bgr'")
+    cut = _tiles_from(tiles)
+    if frames is None and cut is not None:
+        frames = DYNAMIC
     if frames is None:
         if channels != "rgb":
             raise ConfigError(
@@ -66,7 +66,18 @@ def frames_from(
         raise UnsupportedByBackendError(
             f"backend {backend} takes no frames; leave frames out, or use backend='ort' or backend='portable'"
         )
-    return Frames(channels=channels) if frames == DYNAMIC else Frames(int(frames[0]), int(frames[1]), channels)
+    height, width = (None, None) if frames == DYNAMIC else (int(frames[0]), int(frames[1]))
+    return Frames(height, width, channels, tiles=cut)
+
+
+def _tiles_from(tiles: Tiles | tuple[int, int] | None) -> Tiles | None:
+    if tiles is None or isinstance(tiles, Tiles):
+        return tiles
+    try:
+        return Tiles(*tiles)
+    except (TypeError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else f"tiles is {tiles!r}; expected (rows, columns) or Tiles"
+        raise ConfigError(str(reason)) from error
 
 
 def check_frames(source: str, layout: Layout, frames: Frames, most: int) -> None:
@@ -86,6 +97,28 @@ def check_frames(source: str, layout: Layout, frames: Frames, most: int) -> None
         )
 
 
+def check_tiles(raw: RawModel, layout: Layout, config: PostprocessConfig) -> None:
+    """Refuse tiles for a network that cannot see them as one batch of images of one size.
+
+    Raises:
+        UnsupportedByBackendError: it has a fixed batch, or is loaded for any size; or its head, which needs no suppression for an image,
+            is to take thresholds at run time.
+    """
+    if config.runtime_thresholds and not layout.suppress:
+        raise UnsupportedByBackendError(
+            f"{raw.source}: is end-to-end, so that its thresholds at run time have no IoU threshold, but tiles need one; leave "
+            "runtime_thresholds or tiles out"
+        )
+    if raw.image.batch is not None:
+        raise UnsupportedByBackendError(
+            f"{raw.source}: has a fixed batch of {raw.image.batch}, but tiles are a batch of their own; leave batch or tiles out"
+        )
+    if raw.image.dynamic_size:
+        raise UnsupportedByBackendError(
+            f"{raw.source}: is loaded for images of any size, but tiles are all made to one; leave dynamic_size or tiles out"
+        )
+
+
 def with_frames(fused: FusedModel, frames: Frames) -> FusedModel:
     """Return the model with frames as its input, and boxes and keypoints in pixels of the frame. A dynamic size becomes the default one.
 
@@ -97,22 +130,31 @@ def with_frames(fused: FusedModel, frames: Frames) -> FusedModel:
     while frames.tensor in g.names:
         frames = replace(frames, tensor=f"{frames.tensor}_")
     image = replace(image, dynamic_size=False, frames=frames)
-    places: list[_Place] = []
+    placed: list[Place] = []
 
-    def make(given: Tensor) -> Tensor:
-        places.append(_fixed(g, image, *frames.size) if frames.size else _computed(g, image, given))
-        return _to_images(g, image, frames, given, places[0])
+    def make(given: Tensor) -> dict[str, Tensor]:
+        if frames.tiles is not None:
+            made = cuts(g, image, frames, given)
+            placed.append(
+                replace(made.whole, offset=g.floats(0, 0), gain=g.floats(1, 1))
+            )  # they are in the frame already
+            images = tile_images(g, image, frames, given, made)
+            return {image.tensor: images, PLACES: places(g, frames.tiles, made)}
+        placed.append(
+            fixed_place(g, image, *frames.size) if frames.size else computed_place(g, image, sides_of(g, given))
+        )
+        return {image.tensor: to_images(g, image, frames.channels, given, placed[0])}
 
     height, width = frames.size or ("frame_height", "frame_width")
     batch = image.batch or "batch"
-    g.compute_input(image.tensor, frames.tensor, np.uint8, (batch, height, width, 3), make)
+    g.compute_inputs(frames.tensor, np.uint8, (batch, height, width, 3), make)
     count = g.tensor(fused.config.output_names[0])
     valid = g.op("Less", g.const(np.arange(fused.config.max_detections), np.int32), count)
     mapped = {}
     for name in _mapped(fused):
         g.rename(name, of_input(name))
         value = g.tensor(of_input(name))
-        mapped[name] = _to_frame(g, fused.layout, places[0], value, valid, name == contract.KEYPOINTS)
+        mapped[name] = _to_frame(g, fused.layout, placed[0], value, valid, name == contract.KEYPOINTS)
     g.set_outputs(
         [
             (
@@ -141,8 +183,9 @@ class Parts:
     """What a model with frames consists of.
 
     Attributes:
-        before: from frames to images.
-        core: from images to outputs in pixels of the model's input. It is an ordinary fused model.
+        before: from frames to images, and the places of tiles.
+        core: from images to outputs in pixels of the model's input. It is an ordinary fused model. With tiles, it is from the images of
+            tiles and their places to outputs in pixels of the frame.
         after: from the number of detections and the outputs of ``core`` that have pixels, and the frames if they have any size, to
             outputs in pixels of the frame.
     """
@@ -163,11 +206,14 @@ def parts(fused: FusedModel) -> Parts:
     inner = {of_input(name): name for name in _mapped(fused)}
     names = [name for name, _ in fused.layout.outputs(fused.config)]
     own = [of_input(name) if name in inner.values() else name for name in names]
-    given = [fused.config.output_names[0], *inner, *([image.frames.tensor] if image.frames.size is None else [])]
+    given = [fused.config.output_names[0], *inner]
+    if image.frames.size is None and (image.frames.tiles is None or fused.layout.angle is None):
+        given.append(image.frames.tensor)  # oriented boxes of tiles are in the frame already, and are not clipped to it
+    images = [image.tensor] if image.frames.tiles is None else [image.tensor, PLACES]
     model = _declared(fused)
     try:
-        before = extracted(model, [image.frames.tensor], [image.tensor])
-        core = renamed(extracted(model, [image.tensor], own), inner)
+        before = extracted(model, [image.frames.tensor], images)
+        core = renamed(extracted(model, images, own), inner)
         after = extracted(model, given, list(inner.values()))
     except ConfigError as error:
         raise SourceError(
@@ -182,7 +228,11 @@ def _declared(fused: FusedModel) -> onnx.ModelProto:
     image, batch, model = fused.image, fused.image.batch or "batch", onnx.ModelProto()
     model.CopyFrom(fused.model)
     outputs = dict(fused.layout.outputs(fused.config))
-    shapes: dict[str, tuple[str | int, ...]] = {image.tensor: (batch, 3, image.height, image.width)}
+    tiles = None if image.frames is None else image.frames.tiles
+    images = batch if tiles is None else "images"
+    shapes: dict[str, tuple[str | int, ...]] = {image.tensor: (images, 3, image.height, image.width)}
+    if tiles is not None:
+        shapes[PLACES] = (tiles.count, 4)
     for name in _mapped(fused):
         shapes[of_input(name)] = outputs[name].shape_for(batch, fused.config.max_detections)
     kept = [entry for entry in model.graph.value_info if entry.name not in shapes]
@@ -200,89 +250,7 @@ def _mapped(fused: FusedModel) -> list[str]:
     return [fused.config.output_names[1], *points]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where frames lie in the model's input, as tensors. None: nothing to do.
-
-    Attributes:
-        inner: height and width of the scaled frame, ``[2]`` int64.
-        pads: rows above, columns left, rows below, columns right, ``[2]`` int64 each pair.
-        offset, gain: of x and y, ``[2]`` float32.
-        limit: width and height of the frame, ``[2]`` float32.
-    """
-
-    inner: Tensor | None
-    pads: tuple[Tensor, Tensor] | None
-    offset: Tensor
-    gain: Tensor
-    limit: Tensor
-
-
-def _fixed(g: Graph, image: ImageInput, height: int, width: int) -> _Place:
-    """The place of frames of one size."""
-    ratios = image.height / height, image.width / width
-    target = np.array((image.height, image.width))
-    scaled = np.array([max(1, round(side * min(ratios))) for side in (height, width)])
-    inner = target if image.stretch else scaled
-    start = np.array(
-        [round((whole - part) / 2 - 0.1) for whole, part in zip(target.tolist(), inner.tolist(), strict=True)]
-    )
-    end = target - inner - start
-    return _Place(
-        None if tuple(inner) == (height, width) else g.const(inner, np.int64),
-        (g.const(start, np.int64), g.const(end, np.int64)) if start.any() or end.any() else None,
-        g.const(start[::-1], np.float32),
-        g.const((inner / (height, width))[::-1], np.float32),
-        g.const((width, height), np.float32),
-    )
-
-
-def _computed(g: Graph, image: ImageInput, frames: Tensor) -> _Place:
-    """The place of frames of any size."""
-
-    def number(*values: float) -> Tensor:
-        return g.const(values, np.float64)
-
-    def x_first(pair: Tensor) -> Tensor:
-        return g.cast(g.op("Gather", pair, g.const([1, 0], np.int64), axis=0), FLOAT)
-
-    sides = g.cast(g.slice(g.op("Shape", frames), 0, 1, 3), DOUBLE)
-    target = number(image.height, image.width)
-    if image.stretch:
-        return _Place(g.cast(target, INT64), None, g.floats(0, 0), x_first(g.op("Div", target, sides)), x_first(sides))
-    gain = g.reduce("ReduceMin", g.op("Div", target, sides), 0, keepdims=True)
-    inner = g.op("Max", g.op("Round", g.op("Mul", sides, gain)), number(1))
-    left_over = g.op("Sub", target, inner)
-    start = g.op("Round", g.op("Sub", g.op("Mul", left_over, number(0.5)), number(0.1)))
-    pads = g.cast(start, INT64), g.cast(g.op("Sub", left_over, start), INT64)
-    return _Place(g.cast(inner, INT64), pads, x_first(start), x_first(g.op("Div", inner, sides)), x_first(sides))
-
-
-def _to_images(g: Graph, image: ImageInput, frames: Frames, given: Tensor, place: _Place) -> Tensor:
-    """Emit images ``[B, 3, height, width]`` float32, RGB, 0 to 1, from frames."""
-    value: Tensor = g.cast(given, FLOAT)
-    if place.inner is not None:
-        batch = g.slice(g.op("Shape", given), 0, 0, 1)
-        sizes = g.concat([batch, place.inner, g.const([3], np.int64)], 0)
-        value = g.op("Round", _resize(g, value, sizes))
-    value = g.op("Transpose", value, perm=[0, 3, 1, 2])
-    if frames.channels == "bgr":
-        value = g.op("Gather", value, g.const([2, 1, 0], np.int64), axis=1)
-    if place.pads is not None:
-        none = g.const([0, 0], np.int64)
-        start, end = place.pads
-        value = g.op("Pad", value, g.concat([none, start, none, end], 0), g.const(GREY, np.float32), mode="constant")
-    whole = g.reshape(value, 0, 3, image.height, image.width)  # the network's shapes stay known
-    return g.op("Div", whole, g.floats(FULL))
-
-
-def _resize(g: Graph, value: Tensor, sizes: Tensor) -> Tensor:
-    """Resize ``[B, height, width, 3]``. Before opset 13, a node that has sizes has empty inputs before them."""
-    none: Any = None if g.opset >= 13 else g.const([], np.float32)
-    return g.op("Resize", value, none, none, sizes, mode="linear", coordinate_transformation_mode="half_pixel")
-
-
-def _to_frame(g: Graph, layout: Layout, place: _Place, value: Tensor, valid: Tensor, points: bool) -> Tensor:
+def _to_frame(g: Graph, layout: Layout, place: Place, value: Tensor, valid: Tensor, points: bool) -> Tensor:
     """Emit boxes or keypoints in pixels of the frame. Upright boxes and keypoints are clipped to it, and other rows stay zeros."""
     if points:
         assert layout.keypoints is not None

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 
 from fusenms import contract
+from fusenms.artifacts.frames import Frames
 from fusenms.artifacts.fused import FusedModel, load_fused
 from fusenms.artifacts.report import Check, Report
 from fusenms.config import Thresholds
@@ -29,15 +30,19 @@ from fusenms.fusion.backends import get_backend
 from fusenms.graph.model import cut_before, with_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.heads.probe import probe_image
-from fusenms.reference import Candidates, Expected, Rows, candidates, matches, postprocess
+from fusenms.reference import Candidates, Expected, Rows, matches, postprocess
 from fusenms.transforms.frames import parts
 from fusenms.verification.diagnosis import explain
-from fusenms.verification.frames import verify_frames
+from fusenms.verification.frames import sizes_of, verify_frames
+from fusenms.verification.image_heads import ImageHead
 from fusenms.verification.settings import Setting, settings
 from fusenms.verification.synthetic_heads import SYNTHETIC_HEADS, Stage, heads
 from fusenms.verification.task_outputs import task_output_differences
+from fusenms.verification.tiles import TiledHead, tiles_of
 
 BATCHES = (1, 2, 7)
+MOST_TILES = 24
+"""Images of a run above which no further batch size is run: they take memory."""
 OnProgress = Callable[[str, int, int], None]
 """Called with the name of the step, the number of units done, and the total number."""
 
@@ -70,9 +75,16 @@ def verify(
     """
     fused = model if isinstance(model, FusedModel) else load_fused(model)
     if fused.image.frames is not None:
-        return _verify_frames(fused, images, batches, progress)
+        return _verify_frames(fused, fused.image.frames, images, batches, progress)
+    return _verify(fused, None, images, batches, progress)
+
+
+def _verify(
+    fused: FusedModel, read: ImageHead | None, images: np.ndarray | None, batches: Sequence[int] | None, progress: OnProgress | None
+) -> Report:  # fmt: skip
+    """Verify a model that takes images. ``read`` reads its head; None: image by image."""
     fixed = fused.image.batch
-    batches = (BATCHES if fixed is None else (fixed,)) if batches is None else batches
+    batches = (usual_batches(read) if fixed is None else (fixed,)) if batches is None else batches
     if not isinstance(batches, Sequence) or not batches or any(not isinstance(b, int) or b < 1 for b in batches):
         raise InputError(f"batches are {batches!r}; expected at least one whole number, each at least 1")
     if fixed is not None and set(batches) != {fixed}:
@@ -86,7 +98,7 @@ def verify(
     unshown: tuple[str, ...] = ()
     for sized, own in sizes:
         try:
-            verification = _Verification(sized, progress)
+            verification = _Verification(sized, progress, read)
             checks += verification.run(own, tuple(batches), settings(sized) if sized is fused else ())
             unshown = verification.unshown if sized is fused else unshown
         except FusenmsError:
@@ -97,12 +109,21 @@ def verify(
     return Report(tuple(checks), tuple(batches), unshown)
 
 
+def usual_batches(read: ImageHead | None) -> tuple[int, ...]:
+    """Batch sizes to run. A frame of many tiles is a large batch by itself."""
+    return tuple(batch for batch in BATCHES if batch <= 2 or batch * (1 if read is None else read.each) <= MOST_TILES)
+
+
 def _verify_frames(
-    fused: FusedModel, images: np.ndarray | None, batches: Sequence[int] | None, progress: OnProgress | None
-) -> Report:
+    fused: FusedModel, frames: Frames, images: np.ndarray | None, batches: Sequence[int] | None,
+    progress: OnProgress | None,
+) -> Report:  # fmt: skip
     """Verify the model that frames are letterboxed for, and then the frames."""
-    made_of = parts(fused)
-    report = verify(made_of.core, images=images, batches=batches, progress=progress)
+    made_of, read = parts(fused), None
+    if frames.tiles is not None:
+        size = (fused.image.height, fused.image.width)
+        read = TiledHead(fused.layout, size, tuple(tiles_of(sizes_of(fused)[0], frames.tiles, fused.image)))
+    report = _verify(made_of.core, read, images, batches, progress)
     checks = verify_frames(fused, made_of, images_for(made_of.core, images), progress or (lambda *_: None))
     return replace(report, checks=(*report.checks, *checks))
 
@@ -143,7 +164,8 @@ def images_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
 class _Verification:
     """One verification: its runners and the checks collected so far."""
 
-    def __init__(self, fused: FusedModel, progress: OnProgress | None) -> None:
+    def __init__(self, fused: FusedModel, progress: OnProgress | None, read: ImageHead | None = None) -> None:
+        self.read = read or ImageHead(fused.layout, (fused.image.height, fused.image.width))
         self.fused, self.layout, self.config = fused, fused.layout, fused.config
         self.backend = get_backend(fused.backend)
         self.model = self.backend.in_float(fused.model)
@@ -217,13 +239,14 @@ class _Verification:
         shapes: dict[str, tuple[int, ...]] = {}
         for step, (batch, start) in enumerate(starts):
             self.progress("images", step, len(starts))
-            filled = images[(start + np.arange(batch)) % len(images)]
+            numbers = (start + np.arange(batch * self.read.each)) % len(images)
+            filled = images[numbers]
             outputs = self._infer(whole, {self.fused.image.tensor: filled}, batch, "image")
             if outputs is None:
                 continue
             head = {name: outputs[name] for name in self.layout.tensors}
             shapes = {name: values.shape[1:] for name, values in head.items()}
-            self._compare(head, outputs, tuple(f"image {(start + i) % len(images)}" for i in range(batch)))
+            self._compare(head, outputs, tuple(f"image {number}" for number in numbers[:: self.read.each]))
         return shapes
 
     def _on_synthetic_heads(
@@ -234,28 +257,29 @@ class _Verification:
         count = shapes[tap.tensor][tap.candidate_axis - 1]
         stage = Stage(self.layout, self.config, self.fused.image, count, self.thresholds)
         names = tuple(SYNTHETIC_HEADS)
-        runs = [(batch, names[i : i + batch]) for batch in batches for i in range(0, len(names), batch)]
+        each = self.read.each
+        runs = [(batch, names[i : i + batch * each]) for batch in batches for i in range(0, len(names), batch * each)]
         for step, (batch, some) in enumerate(runs):
             self.progress("synthetic heads", step, len(runs))
-            batch_names = tuple(np.resize(np.array(some), batch).tolist())
+            batch_names = tuple(np.resize(np.array(some), batch * each).tolist())
             head = heads(stage, batch_names, shapes, seed=batch)
             inputs = dict(head)
             if self.fused.image.tensor in tail.inputs:  # its shape determines the places of the candidates
                 inputs[self.fused.image.tensor] = np.zeros(
                     (batch, 3, self.fused.image.height, self.fused.image.width), np.float32
                 )
+            cases = tuple(", ".join(batch_names[i : i + each]) for i in range(0, len(batch_names), each))
             outputs = self._infer(tail, inputs, batch, ", ".join(some))
             if outputs is not None:
-                self._compare(head, outputs, batch_names)
+                self._compare(head, outputs, cases)
 
     def _infer(
         self, runner: OnnxRuntimeRunner, inputs: dict[str, np.ndarray], batch: int, case: str
     ) -> dict[str, np.ndarray] | None:
         """Run. A failure or a wrong shape is recorded as a problem of the whole batch; the result is then None."""
         try:
-            outputs = runner.run(
-                inputs | ({} if self.setting is None else self.setting.inputs(self.layout, self.config))
-            )
+            given = {} if self.setting is None else self.setting.inputs(self.layout, self.config)
+            outputs = runner.run(inputs | given | self.read.inputs)
         except RunError as error:
             frozen = (
                 " (the batch is frozen)"
@@ -278,7 +302,6 @@ class _Verification:
 
     def _compare(self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], cases: tuple[str, ...]) -> None:
         counts, boxes, scores, labels = (outputs[name] for name in self.config.output_names)
-        size = (self.fused.image.height, self.fused.image.width)
         first: Rows | None = None
         converged = outputs.get(contract.CONVERGED) if self.config.rounds is not None else None
         for i, case in enumerate(cases):
@@ -292,7 +315,7 @@ class _Verification:
                 labels[i, :count],
                 outputs[contract.INDICES][i, :count] if self.config.indices else None,
             )
-            found = candidates(head, i, self.layout, size)
+            found = self.read.candidates(head, i)
             expected = postprocess(found, self.config, observed, self.thresholds)
             self._note_effects(found, expected)
             problems = _differences(observed, expected)
@@ -302,7 +325,7 @@ class _Verification:
                 problems.append(f"rows past num_detections ({count}) are not blank (zeros, label {contract.NO_LABEL})")
             close_calls = expected.close_calls
             if not problems:
-                others, doubtful = task_output_differences(head, outputs, i, self.layout, self.config, size, expected)
+                others, doubtful = task_output_differences(self.read, head, outputs, i, self.config, expected)
                 problems, close_calls = problems + others, close_calls + doubtful
             elif cause := self._explain(observed, expected, found, first):
                 problems[0] += cause

@@ -7,111 +7,37 @@ The model between is taken out of the graph and verified as any other. Here, at 
 3. The *whole* runs on images. Its rows are those of the model between on what lies before, mapped by `in_frame`; and each is the same
    object, with the same class, as a row of the model between on `letterboxed` images.
 
-`letterboxed` and `in_frame` are NumPy in float64, and share no code with the graph or with the preprocessing of `Detector`.
+Of a model that cuts frames into tiles, what lies before are the images of all tiles and their places, and what lies after only clips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel
-from fusenms.artifacts.raw import ImageInput
 from fusenms.artifacts.report import Check
 from fusenms.boxes import pairwise_iou, pairwise_probiou
 from fusenms.errors import RunError, first_line
 from fusenms.fusion.backends import get_backend
 from fusenms.graph.session import OnnxRuntimeRunner
-from fusenms.layout import Layout
-from fusenms.transforms.frames import FULL, Parts, of_input
+from fusenms.transforms.frames import Parts, of_input
+from fusenms.transforms.letterboxing import FULL
+from fusenms.transforms.tiles import PLACES
+from fusenms.verification.letterboxing import Outputs, Place, Size, in_frame, letterboxed, resized
+from fusenms.verification.tiles import TiledHead, tiled_images, tiles_of
 
-Size = tuple[int, int]
-Outputs = dict[str, np.ndarray]
 MOST_LEVELS, MOST_MEAN = 1.01, 0.1
 """Limits on the difference of a color, in levels of 255: of each, and of the mean. float32 and float64 round few colors differently."""
 SAME_IOU = 0.99
 """Rows of one class with at least this IoU are the same. Others are close calls, if a color was rounded differently."""
 NEAR = 0.02
 """Pixels. Boxes whose coordinates differ by no more than this are the same too."""
-WHOLE_SIZES = 6
-"""Number of sizes at which the whole runs. The parts around it, which are fast, run at all sizes."""
-
-
-def letterboxed(frames: np.ndarray, image: ImageInput, channels: str) -> np.ndarray:
-    """What a model is given for frames ``[B, h, w, 3]`` uint8: ``[B, 3, height, width]`` float64, RGB, in levels from 0 to 255."""
-    place = Place.of(frames.shape[1], frames.shape[2], image)
-    colors = (frames if channels == "rgb" else frames[..., ::-1]).transpose(0, 3, 1, 2)
-    scaled = np.rint(resized(colors, place.inner))
-    whole = np.full((len(frames), 3, image.height, image.width), 114.0)
-    whole[:, :, place.top : place.top + place.inner[0], place.left : place.left + place.inner[1]] = scaled
-    return whole
-
-
-def resized(colors: np.ndarray, size: Size) -> np.ndarray:
-    """Resize ``[B, C, h, w]`` between the centers of pixels, with the border repeated, in float64."""
-    value = colors
-    for axis, length in ((2, size[0]), (3, size[1])):
-        there = value.shape[axis]
-        position = np.clip((np.arange(length) + 0.5) * (there / length) - 0.5, 0, there - 1)
-        first = np.floor(position).astype(np.int64)
-        share = (position - first).reshape((-1, 1) if axis == 2 else (1, -1))
-        one, two = (value.take(i, axis).astype(np.float64) for i in (first, np.minimum(first + 1, there - 1)))
-        value = one + (two - one) * share
-    return value
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a frame of ``height`` x ``width`` lies in the model's input."""
-
-    height: int
-    width: int
-    inner: Size
-    top: int
-    left: int
-
-    @classmethod
-    def of(cls, height: int, width: int, image: ImageInput) -> Place:
-        if image.stretch:
-            return cls(height, width, (image.height, image.width), 0, 0)
-        scale = min(image.height / height, image.width / width)
-        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-        return cls(
-            height,
-            width,
-            (rows, columns),
-            round((image.height - rows) / 2 - 0.1),
-            round((image.width - columns) / 2 - 0.1),
-        )
-
-
-def in_frame(outputs: Outputs, layout: Layout, boxes: str, place: Place) -> Outputs:
-    """Boxes and keypoints of a model ``[B, K, …]`` in pixels of the frame, float64. Rows past ``num_detections`` mean nothing."""
-    found = {}
-    x, y = place.width / place.inner[1], place.height / place.inner[0]
-
-    def moved(values: np.ndarray, axis: int) -> np.ndarray:
-        horizontal = axis % 2 == 0
-        return (values - (place.left if horizontal else place.top)) * (x if horizontal else y)
-
-    for name in (boxes, contract.KEYPOINTS):
-        if name not in outputs:
-            continue
-        values = outputs[name].astype(np.float64)
-        turned = name == boxes and layout.angle is not None
-        for axis in range(2 if turned or name != boxes else 4):
-            most = place.width if axis % 2 == 0 else place.height
-            values[..., axis] = moved(values[..., axis], axis)
-            if not turned:
-                values[..., axis] = np.minimum(np.maximum(values[..., axis], 0), most)
-        if turned:
-            values[..., 2], values[..., 3] = values[..., 2] * x, values[..., 3] * y
-        found[name] = values
-    return found
+WHOLE_SIZES, WHOLE_TILED = 6, 3
+"""Number of sizes at which the whole runs, the second with tiles. The parts around it, which are fast, run at all sizes."""
 
 
 def sizes_of(fused: FusedModel) -> list[Size]:
@@ -123,7 +49,8 @@ def sizes_of(fused: FusedModel) -> list[Size]:
     odd = [(1080, 811), (333, 500), (719, 1279), (height + 1, width - 1), (97, 61), (2 * height, 2 * width)]
     rng = np.random.default_rng(7)
     some = [(int(h), int(w)) for h, w in rng.integers(1, 700, (9, 2))]
-    return [*odd, (height, width), (1, 1), (1, 301), (449, 2), *some]
+    sizes = [*odd, (height, width), (1, 1), (1, 301), (449, 2)]
+    return sizes if fused.image.frames.tiles is not None else [*sizes, *some]
 
 
 def verify_frames(
@@ -140,7 +67,7 @@ def verify_frames(
         progress("frames", step, len(sizes))
         try:
             checks += run.around(size)
-            if step < WHOLE_SIZES:
+            if step < (WHOLE_SIZES if run.frames.tiles is None else WHOLE_TILED):
                 checks += run.whole(size, images)
         except RunError as error:
             problem = f"does not run: {first_line(error)}"
@@ -159,7 +86,7 @@ class _FrameRun:
     def __init__(self, fused: FusedModel, made_of: Parts) -> None:
         assert fused.image.frames is not None
         self.fused, self.frames, self.batch = fused, fused.image.frames, fused.image.batch or 2
-        self.boxes = fused.config.output_names[1]
+        self.boxes, self.image = fused.config.output_names[1], fused.image.tensor
         models = (made_of.before, made_of.core.model, made_of.after, fused.model)
         self.before, self.core, self.after, self.all = map(self._open, models)
 
@@ -180,7 +107,7 @@ class _FrameRun:
         rows, counts = self._rows(rng), rng.integers(1, self.fused.config.max_detections + 1, (self.batch, 1), np.int32)
         counts[0] = self.fused.config.max_detections
         given = {of_input(name): value for name, value in rows.items()} | {self.fused.config.output_names[0]: counts}
-        if self.frames.size is None:
+        if self.frames.tensor in self.after.inputs:
             given[self.frames.tensor] = noise
         found = self.after.run(given)
         problems, worst = self._apart(found, rows, counts, size)
@@ -193,8 +120,8 @@ class _FrameRun:
         colors = np.rint(resized(some, size) * FULL).astype(np.uint8).transpose(0, 2, 3, 1)
         frames = np.ascontiguousarray(colors if self.frames.channels == "rgb" else colors[..., ::-1])
         observed, inputs = self.all.infer(frames), self._images(frames)
-        truth = (letterboxed(frames, self.fused.image, self.frames.channels) / FULL).astype(np.float32)
-        exact, expected = self.core.infer(inputs), self.core.infer(truth)
+        exact, truth = self._core(inputs), self._truth(frames)
+        expected = self._core(truth)
         count, _, scores, labels = self.fused.config.output_names
         problems = self._levels(frames, inputs)
         for name in (count, scores, labels):
@@ -202,18 +129,39 @@ class _FrameRun:
                 problems.append(f"{name} differs from that of the model between on the same images")
         apart, worst = self._apart(observed, exact, exact[count], size)
         yield self._check(size, [*problems, *apart], worst_box=worst)
-        mapped = in_frame(expected, self.fused.layout, self.boxes, Place.of(*size, self.fused.image))
-        equal = np.abs(inputs - truth).max((1, 2, 3)) * FULL < 0.5
+        mapped = in_frame(expected, self.fused.layout, self.boxes, self._place(size))
+        apart_by = np.abs(inputs[self.image] - truth[self.image]).max((1, 2, 3))
+        equal = apart_by.reshape(self.batch, -1).max(1) * FULL < 0.5
         for i in range(self.batch):
             yield self._same(size, i, observed, expected | mapped, bool(equal[i]))
 
-    def _images(self, frames: np.ndarray) -> np.ndarray:
-        (images,) = self.before.run({self.frames.tensor: frames}).values()
-        return images
+    def _images(self, frames: np.ndarray) -> Outputs:
+        """What the graph makes of frames: images, and the places of tiles."""
+        return self.before.run({self.frames.tensor: frames})
 
-    def _levels(self, frames: np.ndarray, images: np.ndarray) -> list[str]:
-        """How images that the graph made differ from `letterboxed`."""
-        truth = letterboxed(frames, self.fused.image, self.frames.channels)
+    def _truth(self, frames: np.ndarray) -> Outputs:
+        """What the reference makes of them, float32."""
+        image, channels, tiles = self.fused.image, self.frames.channels, self.frames.tiles
+        if tiles is None:
+            return {self.image: (letterboxed(frames, image, channels) / FULL).astype(np.float32)}
+        cut = tiles_of(frames.shape[1:3], tiles, image)
+        images = (tiled_images(frames, cut, image, channels) / FULL).astype(np.float32)
+        return {self.image: images, **TiledHead(self.fused.layout, (image.height, image.width), tuple(cut)).inputs}
+
+    def _core(self, inputs: Outputs) -> Outputs:
+        """The results of the model between."""
+        return self.core.run(inputs)
+
+    def _place(self, size: Size) -> Place:
+        """Where results of the model between lie in the frame. Those of tiles are in its pixels already."""
+        return Place.of(*size, self.fused.image) if self.frames.tiles is None else Place(*size, size, 0, 0)
+
+    def _levels(self, frames: np.ndarray, made: Outputs) -> list[str]:
+        """How images that the graph made differ from `letterboxed`, and the places of tiles from theirs."""
+        expected = self._truth(frames)
+        if PLACES in expected and not np.allclose(made[PLACES], expected[PLACES], rtol=1e-6, atol=1e-3):
+            return ["places of tiles differ from the reference"]
+        images, truth = made[self.image], expected[self.image] * np.float64(FULL)
         if images.shape != truth.shape:
             return [f"images of {list(images.shape)} are made of frames; expected {list(truth.shape)}"]
         apart = np.abs(images.astype(np.float64) * FULL - truth)
@@ -246,7 +194,7 @@ class _FrameRun:
         problems, worst = [], 0.0
         used = np.arange(self.fused.config.max_detections) < counts
         limit = 1e-4 + 4e-6 * max(size)
-        expected = in_frame(rows, self.fused.layout, self.boxes, Place.of(*size, self.fused.image))
+        expected = in_frame(rows, self.fused.layout, self.boxes, self._place(size))
         for name, values in expected.items():
             difference = np.abs(found[name][used] - values[used])
             most = float(difference.max(initial=0.0))

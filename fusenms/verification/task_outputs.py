@@ -9,16 +9,15 @@ import numpy as np
 
 from fusenms import contract
 from fusenms.config import PostprocessConfig
-from fusenms.layout import Layout
 from fusenms.reference import (
     BOX_RELATIVE,
     KEYPOINT_TOLERANCE,
     SCORE_TOLERANCE,
     Expected,
-    keypoints,
     mask_coefficients,
     masks,
 )
+from fusenms.verification.image_heads import ImageHead
 
 
 @dataclass(frozen=True)
@@ -32,22 +31,22 @@ class Wanted:
 
 
 def task_output_differences(
-    head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], image: int, layout: Layout, config: PostprocessConfig,
-    size: tuple[int, int], expected: Expected,
+    read: ImageHead, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], image: int, config: PostprocessConfig,
+    expected: Expected,
 ) -> tuple[list[str], int]:  # fmt: skip
     """Compare one image whose boxes, scores and labels are right. Return the differences as text, and the number of mask pixels that differ
     within rounding.
 
     Args:
+        read: reads the head.
         head: the head's tensors, ``[B, …]`` by name; ``outputs`` are those of the model.
-        size: (height, width) of the input in pixels.
     """
-    problems, close_calls, count = [], 0, len(expected.indices)
+    problems, close_calls, count, layout = [], 0, len(expected.indices), read.layout
     if layout.masks is not None and config.masks == "coefficients":
         got, own = outputs[contract.PROTOTYPES][image], head[layout.masks.prototypes][image]
         if not np.array_equal(got, own, equal_nan=True):
             problems.append("the prototypes are not the head's")
-    for wanted in _wanted(head, outputs, image, layout, config, size, expected):
+    for wanted in _wanted(read, head, outputs, image, config, expected):
         got, blank = outputs[wanted.name][image], contract.NO_LABEL if wanted.name == contract.INDICES else 0
         close_calls += wanted.close_calls
         rows, value = got[:count].astype(np.float64), wanted.value.astype(np.float64)
@@ -63,10 +62,10 @@ def task_output_differences(
 
 
 def _wanted(
-    head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], image: int, layout: Layout, config: PostprocessConfig,
-    size: tuple[int, int], expected: Expected,
+    read: ImageHead, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], image: int, config: PostprocessConfig,
+    expected: Expected,
 ) -> Iterator[Wanted]:  # fmt: skip
-    numbers, exact = expected.indices, np.zeros(1)
+    numbers, exact, layout = expected.indices, np.zeros(1), read.layout
     if config.indices:
         yield Wanted(contract.INDICES, numbers, exact)
     if layout.masks is not None:
@@ -74,12 +73,12 @@ def _wanted(
         if config.masks == "coefficients":
             yield Wanted(contract.MASK_COEFFICIENTS, coefficients, exact)
         else:
-            inside, doubtful = masks(coefficients, head[layout.masks.prototypes][image], expected.rows.boxes, size)
+            inside, doubtful = masks(coefficients, head[layout.masks.prototypes][image], expected.rows.boxes, read.size)
             got = outputs[contract.MASKS][image, : len(numbers)]
             close_calls = int((doubtful & (got != inside)).sum())
             yield Wanted(contract.MASKS, np.where(doubtful, got, inside), exact, close_calls)
     if layout.keypoints is not None:
-        points = keypoints(head, image, layout, size, numbers)
+        points = read.keypoints(head, image, numbers)
         tolerance = KEYPOINT_TOLERANCE + BOX_RELATIVE * np.abs(points)
         tolerance[..., 2:] = SCORE_TOLERANCE
         yield Wanted(contract.KEYPOINTS, points, tolerance)
