@@ -78,7 +78,8 @@ def fuse(
         frames: size of the frames that the model takes instead of images, (height, width), or ``dynamic`` for any. Frames are uint8
             ``[B, height, width, 3]``; they are letterboxed (or stretched) in the graph; boxes and keypoints are in their pixels. Backends
             ``ort`` and ``portable``; not for masks.
-        frame_channels: order of the colors of frames, ``rgb`` or ``bgr`` (as OpenCV reads them).
+        frame_channels: order of the colors of frames, ``rgb`` or ``bgr`` (as OpenCV reads them), or ``nv12``: frames are then uint8
+            ``[B, height * 3 / 2, width]``.
         tiles: tiles to cut frames into, in the graph: (rows, columns), or `Tiles`. The network sees them as images of one batch, and the
             candidates of all of them suppress each other once. ``frames`` are then ``dynamic`` by default.
         images: images to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images. The first eight are also

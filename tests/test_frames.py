@@ -150,6 +150,7 @@ def test_rows_are_those_of_the_images_in_the_frame(kind, backend, size):
 def test_every_opset_is_verified(opset):
     plain = fused_model(LAYOUTS["distances"](), "ort", opset)
     assert verify(with_frames(plain, ANY), batches=(1,))
+    assert verify(with_frames(plain, Frames(90, 130, "nv12")), batches=(1,))
 
 
 def test_inputs_that_are_optional_stay(tmp_path):
@@ -203,6 +204,14 @@ def test_detector_puts_channels_in_the_order_of_the_frames(shapes, shapes_raw):
     assert len(results[0]) > 3
     for other in results[1:]:
         np.testing.assert_array_equal(results[0].boxes, other.boxes)
+
+
+def test_openvino_takes_nv12(shapes_raw):
+    pytest.importorskip("openvino")
+    fused = fuse(shapes_raw, frames="dynamic", frame_channels="nv12", unverified=True)
+    with Detector(fused, runtime="openvino") as there, Detector(fused) as here:
+        for one, two in zip(there([IMAGE]), here([IMAGE]), strict=True):
+            np.testing.assert_allclose(one.boxes, two.boxes, atol=1)
 
 
 def test_openvino_gives_the_same(shapes):
@@ -303,7 +312,7 @@ def test_renamed_frames_are_still_frames(shapes, tmp_path):
         ({"frames": (3, 0)}, ConfigError, "expected"),
         ({"frames": (3, 4.0)}, ConfigError, "expected"),
         ({"frames": (3, 10**6)}, ConfigError, "max_image_side"),
-        ({"frames": (3, 4), "frame_channels": "gray"}, ConfigError, "expected 'rgb' or 'bgr'"),
+        ({"frames": (3, 4), "frame_channels": "gray"}, ConfigError, "expected one of 'rgb', 'bgr', 'nv12'"),
         ({"frame_channels": "bgr"}, ConfigError, "takes no frames"),
         ({"frames": "dynamic", "output_preset": "ultralytics"}, ConfigError, "readers letterbox images themselves"),
         ({"frames": (3, 4), "backend": "trt"}, UnsupportedByBackendError, "backend trt takes no frames"),
@@ -530,3 +539,63 @@ def test_fifty_odd_sizes_equal_the_model_without_frames(zoo):
     exact, opencv = np.concatenate(exact), np.concatenate(opencv)
     assert len(exact) > 150 and exact.min() >= 0.99
     assert (opencv >= 0.99).mean() > 0.95 and opencv.min() > 0.9
+
+
+# NV12.
+
+
+def nv12(rgb: np.ndarray) -> np.ndarray:
+    """A frame ``[height, width, 3]`` by OpenCV, with its colors in pairs."""
+    planes, height = cv2.cvtColor(rgb, cv2.COLOR_RGB2YUV_I420), len(rgb)
+    return np.concatenate((planes[:height], planes[height:].reshape(2, -1).T.reshape(-1, rgb.shape[1])))
+
+
+@pytest.mark.parametrize("size", [None, (90, 130)])
+def test_colors_of_nv12_are_those_of_opencv(size):
+    given = np.random.default_rng(1).integers(0, 256, (2, 135, 130), dtype=np.uint8)
+    fused = framed(frames=Frames(*(size or (None, None)), "nv12"))
+    rgb = [cv2.cvtColor(frame, cv2.COLOR_YUV2RGB_NV12) for frame in given]
+    expected = to_tensor([letterbox(image, SIZE, SIZE)[0] for image in rgb])
+    apart = np.abs(images_of(fused, given) - expected) * 255
+    assert apart.max() < 1.6 and (apart > 0.5).mean() < 0.25
+
+
+@pytest.mark.parametrize("tiles", [None, fusenms.Tiles(2, 2, whole=True)])
+@pytest.mark.parametrize("frames", ["dynamic", (90, 130)])
+def test_nv12_is_verified(frames, tiles):
+    layout = LAYOUTS["distances"]()
+    fused = fuse(raw_model(layout), layout=layout, frames=frames, frame_channels="nv12", tiles=tiles)
+    assert fused.report and fused.report.frames == (1 if frames != "dynamic" else 10 if tiles else 19)
+
+
+def test_wrong_colors_of_nv12_are_seen():
+    fused = framed(frames=Frames(channels="nv12"))
+    blue = next(t for t in fused.model.graph.initializer if numpy_helper.to_array(t).tolist() == pytest.approx(2.018))
+    model = onnx.ModelProto()
+    model.CopyFrom(fused.model)
+    one = next(t for t in model.graph.initializer if t.name == blue.name)
+    one.CopyFrom(numpy_helper.from_array(np.array(1.8, np.float32), one.name))
+    assert "of 255" in problems(verify(replace(fused, model=model), batches=(1,)))
+
+
+def test_detector_takes_nv12(shapes, shapes_raw, tmp_path):
+    path = fuse(shapes_raw, frames="dynamic", frame_channels="nv12", unverified=True).save(
+        tmp_path / "m.onnx", unverified=True
+    )
+    image = read_image(IMAGE)
+    with Detector(path, channels="nv12") as yuv, Detector(path) as rgb, Detector(shapes) as plain:
+        yuv.warm_up()
+        (one,), (two,), (expected,) = yuv(nv12(image)), rgb(image), plain(image)
+        np.testing.assert_array_equal(one.boxes, two.boxes)
+        assert len(one) > 5 and abs(len(one) - len(expected)) <= 1
+        with pytest.raises(InputError, match="expected an NV12 frame"):
+            yuv(image)
+        with pytest.raises(InputError, match="whose sides are even"):
+            rgb(image[1:])
+    with pytest.raises(InputError, match="the file takes no NV12 frames"):
+        Detector(shapes, channels="nv12")
+
+
+def test_odd_sides_of_nv12_are_refused():
+    with pytest.raises(ConfigError, match="expected even sides of NV12 frames"):
+        fuse(raw_model(LAYOUTS["distances"]()), layout=LAYOUTS["distances"](), frames=(91, 130), frame_channels="nv12")

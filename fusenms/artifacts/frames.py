@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+CHANNELS = ("rgb", "bgr", "nv12")
+"""Forms of a frame: two orders of its colors, or brightness and colors apart, as video decoders give them."""
+NV12 = "nv12"
 MOST_TILES = 1024
 """A limit on files of unknown origin; memory ends before it."""
 
@@ -61,9 +64,12 @@ class Tiles:
 class Frames:
     """The input of a model that takes frames: uint8 ``[B, height, width, 3]``, letterboxed or stretched inside.
 
+    NV12 frames are ``[B, height * 3 / 2, width]``: a row of brightness for each row of pixels, then a row for each two, with a pair of
+    colors (U, V) for each two by two pixels. Their sides are even.
+
     Attributes:
-        height, width: size of every frame; None for both: any size, one for all frames of a batch.
-        channels: order of the colors of a frame, rgb or bgr.
+        height, width: size of every frame in pixels; None for both: any size, one for all frames of a batch.
+        channels: order of the colors of a frame, rgb or bgr; or nv12.
         tensor: name of the input.
         tiles: what is cut out of each frame, instead of the whole; None: nothing.
     """
@@ -80,8 +86,10 @@ class Frames:
             raise ValueError(
                 f"frames are of {self.height!r} x {self.width!r}; expected positive numbers of pixels, or None twice"
             )
-        if self.channels not in ("rgb", "bgr"):
-            raise ValueError(f"channels is {self.channels!r}; expected 'rgb' or 'bgr'")
+        if self.channels not in CHANNELS:
+            raise ValueError(f"channels is {self.channels!r}; expected one of {', '.join(map(repr, CHANNELS))}")
+        if self.channels == NV12 and any(side is not None and side % 2 for side in sides):
+            raise ValueError(f"frames are of {self.height} x {self.width}; expected even sides of NV12 frames")
         if not isinstance(self.tensor, str) or not self.tensor:
             raise ValueError(f"tensor is {self.tensor!r}; expected a name")
         if self.tiles is not None and not isinstance(self.tiles, Tiles):
@@ -91,6 +99,12 @@ class Frames:
     def size(self) -> tuple[int, int] | None:
         """Height and width; None: any."""
         return None if self.height is None or self.width is None else (self.height, self.width)
+
+    def shape(self, height: Any, width: Any) -> tuple[Any, ...]:
+        """Shape of a frame of a size. A name for the height of NV12 frames is the name of its rows of both kinds."""
+        if self.channels != NV12:
+            return (height, width, 3)
+        return (height * 3 // 2 if isinstance(height, int) else height, width)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. Frames that are not cut have no entry for tiles, as in files written before there were any."""

@@ -168,7 +168,10 @@ def _usual_input(image: ImageInput) -> tuple[str, tuple[int, ...]]:
     """Name and shape of the input at its default size; frames of any size have that of the model's images."""
     if image.frames is None:
         return image.tensor, (image.batch or 1, 3, image.height, image.width)
-    return image.frames.tensor, (image.batch or 1, *(image.frames.size or (image.height, image.width)), 3)
+    return image.frames.tensor, (
+        image.batch or 1,
+        *image.frames.shape(*(image.frames.size or (image.height, image.width))),
+    )
 
 
 def refuse_frames(path: str | os.PathLike[str], image: ImageInput, what: str) -> None:
@@ -232,7 +235,7 @@ def check_graph(path: str | os.PathLike[str], fused: FusedModel) -> None:
     batch = image.batch or 0
     wanted = {image.tensor: [batch, 3, *([0, 0] if image.dynamic_size else [image.height, image.width])]}
     if image.frames is not None:
-        wanted = {image.frames.tensor: [batch, *(image.frames.size or (0, 0)), 3]}
+        wanted = {image.frames.tensor: [batch, *image.frames.shape(*(image.frames.size or (0, 0)))]}
         _check_frames(path, fused.model, image.frames)
     for name, output in fused.layout.outputs(config):
         height, width = sizes.get(name, [0, 0])[-2:] if "h" in output.shape else (0, 0)  # the image size sets them

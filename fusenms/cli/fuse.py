@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusenms.artifacts.frames import Tiles
+from fusenms.artifacts.frames import CHANNELS, Tiles
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.preprocessing import PIXELS, Pixels
 from fusenms.cli.engine import build, engine_path
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "keypoints are in pixels of the frame. Backends ort and portable; not for masks",
     )  # fmt: skip
     parser.add_argument(
-        "--frame-channels", choices=["rgb", "bgr"], default="rgb",
-        help="order of the colors of frames; bgr is what OpenCV reads (default: %(default)s)",
+        "--frame-channels", choices=list(CHANNELS), default=CHANNELS[0],
+        help="order of the colors of frames; bgr is what OpenCV reads, nv12 what video decoders give (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--tiles", type=tiles_argument, metavar="RxC",

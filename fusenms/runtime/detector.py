@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusenms import contract
-from fusenms.artifacts.frames import Frames
+from fusenms.artifacts.frames import CHANNELS, NV12, Frames
 from fusenms.artifacts.fused import FusedModel
 from fusenms.errors import InputError, SourceError
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.ahead import work_ahead
 from fusenms.runtime.call import Call, CallFields, checked_call
 from fusenms.runtime.detections import Detections
-from fusenms.runtime.images import is_single, open_image, red_first
+from fusenms.runtime.images import is_single, nv12_frame, open_image, red_first, to_nv12
 from fusenms.runtime.ncnn import TAIL, sha256
 from fusenms.runtime.opening import Runner, Wanted, open_model
 from fusenms.runtime.placement import Placement, letterbox, rectangle, stretched, to_tensor
@@ -86,6 +86,7 @@ class Detector:
                 for; ONNX Runtime for an `.onnx`.
             device: ``cpu`` or ``cuda`` (``cuda:1``) in ONNX Runtime; ``cpu``, ``gpu``, ``npu`` or ``auto`` in OpenVINO.
             channels: order of the channels of arrays, ``rgb`` or ``bgr`` (as OpenCV reads them). Files and PIL images know theirs.
+                ``nv12``, for a file that takes NV12 frames: arrays are such frames, ``[height * 3 / 2, width]`` uint8.
             size: of a model with a dynamic size: the longer side of its input, or height and width; default: that of the file. With
                 a number or None, the input is only as large as the image needs, in whole strides; with two, it is that size always.
             providers: ONNX Runtime execution providers, in order of preference, each a name or a name with options; instead of ``device``.
@@ -119,8 +120,8 @@ class Detector:
             raise InputError(
                 f"found a {printable(type(model).__name__)}; expected the path of a fused file, or a FusedModel"
             )
-        if channels not in ("rgb", "bgr"):
-            raise InputError(f"channels is {channels!r}; expected 'rgb' or 'bgr'")
+        if channels not in CHANNELS:
+            raise InputError(f"channels is {channels!r}; expected one of {', '.join(map(repr, CHANNELS))}")
         self._settings: dict[str, Any] = {
             "runtime": runtime, "device": device, "channels": channels, "size": size, "session_options": session_options,
             "providers": None if providers is None else tuple(providers), "batch_size": batch_size, "threads": threads, "limits": limits,
@@ -144,6 +145,10 @@ class Detector:
         self._least = fused.image.batch or least
         self._batch_size = (fused.image.batch or min(batch_size, most)) if fused.image.independent else 1
         self._frames, self._channels = fused.image.frames, channels
+        if channels == NV12 and (self._frames is None or self._frames.channels != NV12):
+            raise InputError(
+                "channels is 'nv12', but the file takes no NV12 frames; fuse the weights with frame_channels='nv12'"
+            )
         self._process = None if threads == 1 and opened.runtime == "onnxruntime" else os.getpid()
         self._runner: Runner | None = opened.runner
 
@@ -316,7 +321,10 @@ class Detector:
             batch_size: number of images; default: that of the detector.
         """
         count = min(batch_size or self._batch_size, self._batch_size)
-        gray = np.full((*self._size, 3), 114, np.uint8)
+        shape = (*self._size, 3)
+        if self._frames is not None and self._channels == NV12:
+            shape = self._frames.shape(*self._size)
+        gray = np.full(shape, 114, np.uint8)
         self([gray] * count)
 
     def _call(self, settings: CallFields) -> Call:
@@ -324,6 +332,9 @@ class Detector:
 
     def _place(self, source: Any) -> Placed:
         """Read an image and scale it to the model's input. Channels are put in order afterwards, when the image is small."""
+        if self._frames is not None and self._channels == NV12 and isinstance(source, np.ndarray):
+            frame = nv12_frame(source)
+            return self._checked_size(frame, self._frames, len(frame) * 2 // 3, frame.shape[1])
         image, reversed_ = open_image(source, self.limits, self._channels)
         if self._frames is not None:
             return self._frame(image, reversed_, self._frames)
@@ -340,12 +351,17 @@ class Detector:
     def _frame(self, image: np.ndarray, reversed_: bool, frames: Frames) -> Placed:
         """An image as the frame that the model takes. Its results are in pixels of the image already."""
         height, width = image.shape[:2]
+        if frames.channels == NV12:
+            return self._checked_size(to_nv12(image, reversed_), frames, height, width)
+        frame = image if reversed_ == (frames.channels == "bgr") else red_first(image)
+        return self._checked_size(frame, frames, height, width)
+
+    def _checked_size(self, frame: np.ndarray, frames: Frames, height: int, width: int) -> Placed:
         if frames.size not in (None, (height, width)):
             raise InputError(
                 f"found an image of {height}x{width} (height x width); {printable(self._source)} takes {frames} only: scale the image, or "
                 "fuse the weights with frames='dynamic'"
             )
-        frame = image if reversed_ == (frames.channels == "bgr") else red_first(image)
         return frame, Placement(height, width, 0, 0, height, width)
 
     def _open_runner(self) -> Runner:

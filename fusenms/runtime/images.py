@@ -64,6 +64,36 @@ def red_first(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def nv12_frame(array: np.ndarray) -> np.ndarray:
+    """Check an array that is to be an NV12 frame: ``[height * 3 / 2, width]`` uint8.
+
+    Raises:
+        InputError: it is none.
+    """
+    rows, width = array.shape if array.ndim == 2 else (0, 0)
+    if array.dtype != np.uint8 or not rows or rows % 3 or width % 2 or not width:
+        raise InputError(
+            f"found an array {array.dtype}{list(array.shape)}; expected an NV12 frame, uint8 [height * 3 / 2, width] with even sides"
+        )
+    return np.ascontiguousarray(array)
+
+
+def to_nv12(image: np.ndarray, reversed_: bool) -> np.ndarray:
+    """Convert an image ``[height, width, 3]``, BGR if ``reversed_``, to an NV12 frame ``[height * 3 / 2, width]``.
+
+    Raises:
+        InputError: its sides are not even.
+    """
+    cv2, (height, width) = opencv(), image.shape[:2]
+    if height % 2 or width % 2:
+        raise InputError(
+            f"found an image of {height}x{width}; the file takes NV12 frames, whose sides are even: scale the image"
+        )
+    planes = cv2.cvtColor(image, cv2.COLOR_BGR2YUV_I420 if reversed_ else cv2.COLOR_RGB2YUV_I420)
+    pairs = planes[height:].reshape(2, -1).T.reshape(-1, width)
+    return np.concatenate((planes[:height], pairs))
+
+
 def open_image(source: Any, limits: Limits = DEFAULT_LIMITS, channels: str = "rgb") -> tuple[np.ndarray, bool]:
     """Convert an image of any kind to an array ``[height, width, 3]`` uint8, and say whether its channels are BGR.
 

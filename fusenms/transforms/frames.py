@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from fusenms import contract
-from fusenms.artifacts.frames import Frames, Tiles
+from fusenms.artifacts.frames import CHANNELS, Frames, Tiles
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.raw import RawModel
 from fusenms.config import PostprocessConfig
@@ -22,7 +22,7 @@ from fusenms.graph.builder import FLOAT, Graph, Tensor
 from fusenms.graph.editing import extracted, renamed
 from fusenms.graph.model import declare_optional_inputs
 from fusenms.layout import Layout
-from fusenms.transforms.letterboxing import Place, computed_place, fixed_place, sides_of, to_images
+from fusenms.transforms.letterboxing import Place, computed_place, fixed_place, in_colors, sides_of, to_images
 from fusenms.transforms.tiles import PLACES, cuts, places, tile_images
 
 DYNAMIC = "dynamic"
@@ -40,8 +40,8 @@ def frames_from(
         ConfigError: they are neither, or the outputs are one tensor of rows, whose readers map boxes themselves.
         UnsupportedByBackendError: the backend takes no frames.
     """
-    if channels not in ("rgb", "bgr"):
-        raise ConfigError(f"frame_channels is {channels!r}; expected 'rgb' or 'bgr'")
+    if channels not in CHANNELS:
+        raise ConfigError(f"frame_channels is {channels!r}; expected one of {', '.join(map(repr, CHANNELS))}")
     cut = _tiles_from(tiles)
     if frames is None and cut is not None:
         frames = DYNAMIC
@@ -67,7 +67,10 @@ def frames_from(
             f"backend {backend} takes no frames; leave frames out, or use backend='ort' or backend='portable'"
         )
     height, width = (None, None) if frames == DYNAMIC else (int(frames[0]), int(frames[1]))
-    return Frames(height, width, channels, tiles=cut)
+    try:
+        return Frames(height, width, channels, tiles=cut)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _tiles_from(tiles: Tiles | tuple[int, int] | None) -> Tiles | None:
@@ -132,7 +135,8 @@ def with_frames(fused: FusedModel, frames: Frames) -> FusedModel:
     image = replace(image, dynamic_size=False, frames=frames)
     placed: list[Place] = []
 
-    def make(given: Tensor) -> dict[str, Tensor]:
+    def make(frame: Tensor) -> dict[str, Tensor]:
+        given = in_colors(g, frames, frame)
         if frames.tiles is not None:
             made = cuts(g, image, frames, given)
             placed.append(
@@ -147,7 +151,7 @@ def with_frames(fused: FusedModel, frames: Frames) -> FusedModel:
 
     height, width = frames.size or ("frame_height", "frame_width")
     batch = image.batch or "batch"
-    g.compute_inputs(frames.tensor, np.uint8, (batch, height, width, 3), make)
+    g.compute_inputs(frames.tensor, np.uint8, (batch, *frames.shape(height, width)), make)
     count = g.tensor(fused.config.output_names[0])
     valid = g.op("Less", g.const(np.arange(fused.config.max_detections), np.int32), count)
     mapped = {}

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from fusenms.artifacts.frames import NV12, Frames
 from fusenms.artifacts.raw import ImageInput
 from fusenms.graph.builder import DOUBLE, FLOAT, INT64, Graph, Tensor
 
 GREY, FULL = 114, 255
 """Color around a letterboxed frame, and the highest value of a color."""
+LIGHT, RED, GREEN, BLUE = 1.164, 1.596, (-0.391, -0.813), 2.018
+"""Factors of BT.601: of brightness; of V for red; of U and V for green; of U for blue."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,35 @@ class Place:
     offset: Tensor
     gain: Tensor
     limit: Tensor
+
+
+def in_colors(g: Graph, frames: Frames, given: Tensor) -> Tensor:
+    """Emit frames ``[B, height, width, 3]``: as they are given, or of NV12 in whole colors, float32.
+
+    NV12 is converted as OpenCV's ``COLOR_YUV2RGB_NV12`` does: by BT.601, with brightness from 16 on, and each pair of colors for two by
+    two pixels.
+    """
+    if frames.channels != NV12:
+        return given
+    rows = g.slice(g.op("Shape", given), 0, 1, 2)
+    end = (
+        g.const([frames.height], np.int64)
+        if frames.height
+        else g.op("Sub", rows, g.op("Div", rows, g.const([3], np.int64)))
+    )
+    light = g.cast(g.slice_at(given, 1, g.const([0], np.int64), end), FLOAT)
+    pairs = g.reshape(g.cast(g.slice_at(given, 1, end, rows), FLOAT), 0, 0, -1, 2)
+    none: Any = None if g.opset >= 13 else g.const([], np.float32)
+    each = g.op(
+        "Resize", pairs, none, g.const([1, 2, 2, 1], np.float32), mode="nearest",
+        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+    )  # fmt: skip
+    blue, red = (g.op("Sub", g.slice(each, 3, i, i + 1), g.floats(128)) for i in (0, 1))
+    lit = g.op("Mul", g.op("Max", g.op("Sub", g.unsqueeze(light, 3), g.floats(16)), g.floats(0)), g.floats(LIGHT))
+    green = g.op("Add", g.op("Mul", blue, g.floats(GREEN[0])), g.op("Mul", red, g.floats(GREEN[1])))
+    colors = [g.op("Mul", red, g.floats(RED)), green, g.op("Mul", blue, g.floats(BLUE))]
+    whole = g.op("Round", g.op("Add", lit, g.concat(colors, 3)))
+    return g.op("Min", g.op("Max", whole, g.floats(0)), g.floats(FULL))
 
 
 def fixed_place(g: Graph, image: ImageInput, height: int, width: int) -> Place:

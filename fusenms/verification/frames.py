@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from fusenms import contract
+from fusenms.artifacts.frames import NV12
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.report import Check
 from fusenms.boxes import pairwise_iou, pairwise_probiou
@@ -27,7 +28,7 @@ from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.transforms.frames import Parts, of_input
 from fusenms.transforms.letterboxing import FULL
 from fusenms.transforms.tiles import PLACES
-from fusenms.verification.letterboxing import Outputs, Place, Size, in_frame, letterboxed, resized
+from fusenms.verification.letterboxing import Outputs, Place, Size, as_frames, in_colors, in_frame, letterboxed, resized
 from fusenms.verification.tiles import TiledHead, tiled_images, tiles_of
 
 MOST_LEVELS, MOST_MEAN = 1.01, 0.1
@@ -50,7 +51,11 @@ def sizes_of(fused: FusedModel) -> list[Size]:
     rng = np.random.default_rng(7)
     some = [(int(h), int(w)) for h, w in rng.integers(1, 700, (9, 2))]
     sizes = [*odd, (height, width), (1, 1), (1, 301), (449, 2)]
-    return sizes if fused.image.frames.tiles is not None else [*sizes, *some]
+    if fused.image.frames.tiles is None:
+        sizes += some
+    if fused.image.frames.channels == NV12:
+        sizes = [(h + h % 2, w + w % 2) for h, w in sizes]
+    return sizes
 
 
 def verify_frames(
@@ -102,7 +107,7 @@ class _FrameRun:
     def around(self, size: Size) -> Iterator[Check]:
         """What lies before, on noise; what lies after, on made-up rows."""
         rng = np.random.default_rng(size[0] * 7919 + size[1])
-        noise = rng.integers(0, 256, (self.batch, *size, 3), dtype=np.uint8)
+        noise = rng.integers(0, 256, (self.batch, *self.frames.shape(*size)), dtype=np.uint8)
         yield self._check(size, self._levels(noise, self._images(noise)))
         rows, counts = self._rows(rng), rng.integers(1, self.fused.config.max_detections + 1, (self.batch, 1), np.int32)
         counts[0] = self.fused.config.max_detections
@@ -118,7 +123,7 @@ class _FrameRun:
         some = images[np.arange(self.batch) % len(images)]  # a copy
         some[1::2] = some[1::2, ..., ::-1]
         colors = np.rint(resized(some, size) * FULL).astype(np.uint8).transpose(0, 2, 3, 1)
-        frames = np.ascontiguousarray(colors if self.frames.channels == "rgb" else colors[..., ::-1])
+        frames = as_frames(colors, self.frames.channels)
         observed, inputs = self.all.infer(frames), self._images(frames)
         exact, truth = self._core(inputs), self._truth(frames)
         expected = self._core(truth)
@@ -144,7 +149,7 @@ class _FrameRun:
         image, channels, tiles = self.fused.image, self.frames.channels, self.frames.tiles
         if tiles is None:
             return {self.image: (letterboxed(frames, image, channels) / FULL).astype(np.float32)}
-        cut = tiles_of(frames.shape[1:3], tiles, image)
+        cut = tiles_of(in_colors(frames, channels).shape[1:3], tiles, image)
         images = (tiled_images(frames, cut, image, channels) / FULL).astype(np.float32)
         return {self.image: images, **TiledHead(self.fused.layout, (image.height, image.width), tuple(cut)).inputs}
 

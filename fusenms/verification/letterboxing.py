@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusenms import contract
+from fusenms.artifacts.frames import NV12
 from fusenms.artifacts.raw import ImageInput
 from fusenms.layout import Layout
 
@@ -17,10 +18,35 @@ Size = tuple[int, int]
 Outputs = dict[str, np.ndarray]
 
 
+def in_colors(frames: np.ndarray, channels: str) -> np.ndarray:
+    """Frames as ``[B, height, width, 3]`` RGB, in levels from 0 to 255. Source of NV12: BT.601 as OpenCV has it."""
+    if channels != NV12:
+        return frames if channels == "rgb" else frames[..., ::-1]
+    batch, rows, width = frames.shape
+    height = rows * 2 // 3
+    colors = frames[:, height:].reshape(batch, height // 2, width // 2, 2).astype(np.float64) - 128
+    u, v = np.moveaxis(colors.repeat(2, 1).repeat(2, 2), 3, 0)
+    light = 1.164 * np.maximum(frames[:, :height].astype(np.float64) - 16, 0)
+    rgb = np.stack((light + 1.596 * v, light - 0.813 * v - 0.391 * u, light + 2.018 * u), 3)
+    return np.clip(np.rint(rgb), 0, 255)
+
+
+def as_frames(colors: np.ndarray, channels: str) -> np.ndarray:
+    """RGB ``[B, height, width, 3]`` uint8 as frames of a form, to run a model on. Those of NV12 are similar colors."""
+    if channels != NV12:
+        return np.ascontiguousarray(colors if channels == "rgb" else colors[..., ::-1])
+    batch, height, width, _ = colors.shape
+    light = 16 + colors @ (0.257, 0.504, 0.098)
+    few = colors.reshape(batch, height // 2, 2, width // 2, 2, 3).mean((2, 4))
+    pairs = 128 + np.stack((few @ (-0.148, -0.291, 0.439), few @ (0.439, -0.368, -0.071)), 3)
+    return np.rint(np.concatenate((light, pairs.reshape(batch, height // 2, width)), 1)).astype(np.uint8)
+
+
 def letterboxed(frames: np.ndarray, image: ImageInput, channels: str) -> np.ndarray:
-    """What a model is given for frames ``[B, h, w, 3]`` uint8: ``[B, 3, height, width]`` float64, RGB, in levels from 0 to 255."""
-    place = Place.of(frames.shape[1], frames.shape[2], image)
-    colors = (frames if channels == "rgb" else frames[..., ::-1]).transpose(0, 3, 1, 2)
+    """What a model is given for frames ``[B, h, w, 3]`` uint8, or NV12: ``[B, 3, height, width]`` float64, RGB, in levels from 0 to 255."""
+    given = in_colors(frames, channels)
+    place = Place.of(given.shape[1], given.shape[2], image)
+    colors = given.transpose(0, 3, 1, 2)
     scaled = np.rint(resized(colors, place.inner))
     whole = np.full((len(frames), 3, image.height, image.width), 114.0)
     whole[:, :, place.top : place.top + place.inner[0], place.left : place.left + place.inner[1]] = scaled

@@ -19,7 +19,7 @@ from fusenms.boxes import MAX_REACH, MAX_REACH_ORIENTED
 from fusenms.reference import Candidates, Floats
 from fusenms.transforms.tiles import PLACES
 from fusenms.verification.image_heads import ImageHead
-from fusenms.verification.letterboxing import Place, Size, letterboxed
+from fusenms.verification.letterboxing import Place, Size, in_colors, letterboxed
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def _starts(side: int, count: int, overlap: float) -> list[tuple[int, int]]:
 
 def tiled_images(frames: np.ndarray, tiles: list[Tile], image: ImageInput, channels: str) -> np.ndarray:
     """What a model is given for the tiles of frames: ``[B * tiles, 3, height, width]`` float64, in levels from 0 to 255."""
+    whole = in_colors(frames, channels)
     cut = [
-        letterboxed(frames[:, t.top : t.top + t.place.height, t.left : t.left + t.place.width], image, channels)
+        letterboxed(whole[:, t.top : t.top + t.place.height, t.left : t.left + t.place.width], image, "rgb")
         for t in tiles
     ]
     return np.stack(cut, 1).reshape(-1, 3, image.height, image.width)
