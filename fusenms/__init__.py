@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.report import Report
     from fusenms.comparison import Comparison, compare
     from fusenms.config import PostprocessConfig
+    from fusenms.conversion import Conversion, configure, convert
     from fusenms.deployment import deploy
     from fusenms.diagnosis import doctor
     from fusenms.editing import edit, expose, extract, restamp
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Comparison": "fusenms.comparison",
+    "Conversion": "fusenms.conversion",
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
     "Engine": "fusenms.engines",
@@ -45,6 +47,8 @@ _HOMES = {
     "Report": "fusenms.artifacts.report",
     "build_engine": "fusenms.engines",
     "compare": "fusenms.comparison",
+    "configure": "fusenms.conversion",
+    "convert": "fusenms.conversion",
     "deploy": "fusenms.deployment",
     "custom_ops": "fusenms.graph.custom_ops",
     "doctor": "fusenms.diagnosis",
@@ -64,6 +68,7 @@ _HOMES = {
 
 __all__ = [
     "Comparison",
+    "Conversion",
     "Detections",
     "Detector",
     "Engine",
@@ -79,6 +84,8 @@ __all__ = [
     "Report",
     "build_engine",
     "compare",
+    "configure",
+    "convert",
     "custom_ops",
     "deploy",
     "doctor",
