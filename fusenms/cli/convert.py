@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.artifacts.report import counted
 from fusenms.cli.flags import add_fields
 from fusenms.cli.fuse import rounds_argument
@@ -14,6 +16,7 @@ from fusenms.config import PostprocessConfig
 from fusenms.conversion import RAW, TARGETS, Conversion, convert, layout_path
 from fusenms.events import Fused
 from fusenms.fusion.backends import BACKENDS
+from fusenms.heads import known_heads
 from fusenms.safety.files import check_writable
 
 NAME = "convert"
@@ -22,7 +25,7 @@ BOOLEANS = ("class_agnostic", "multi_label", "indices", "runtime_thresholds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a fused .onnx")
+    parser.add_argument("file", metavar="FILE", help="an .onnx with suppression inside, of fusenms or of others")
     parser.add_argument(
         "--backend",
         choices=list(TARGETS),
@@ -36,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file to write (default: FILE.BACKEND.onnx in the current folder)",
     )
+    parser.add_argument(
+        "--keep-semantics",
+        action="store_true",
+        help="take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused; what fusenms has no "
+        "setting for is said",
+    )
+    parser.add_argument(
+        "--family",
+        choices=[head.name for head in known_heads()],
+        help="detector family of a file that others fused, if several fit",
+    )
+    parser.add_argument("--pixels", choices=list(PIXELS), help="pixels that the network of such a file expects")
     add_changes(parser)
 
 
@@ -44,7 +59,7 @@ def add_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="compare and verify on the images of this folder too"
     )
-    post = parser.add_argument_group("settings (default: those of the file)")
+    post = parser.add_argument_group("settings (default: those of a file of fusenms)")
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     own: dict[str, dict[str, Any]] = dict.fromkeys(PostprocessConfig.__dataclass_fields__, unset)
     own |= {name: unset | {"action": argparse.BooleanOptionalAction} for name in BOOLEANS}
@@ -67,7 +82,15 @@ def run(args: argparse.Namespace) -> int:
         check_writable(layout_path(output), Path(args.file))
     with ProgressBar("verify") as bar:
         made = convert(
-            args.file, args.backend, images=args.images, limits=args.limits, progress=bar.update, **changes_of(args)
+            args.file,
+            args.backend,
+            keep_semantics=args.keep_semantics,
+            family=args.family,
+            pixels=args.pixels,
+            images=args.images,
+            limits=args.limits,
+            progress=bar.update,
+            **changes_of(args),
         )
     show(steps, made)
     made.save(output)
@@ -75,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     if made.model is None:
         stretch = "--stretch" if made.raw.stretch else "--no-stretch"
         steps.line("wrote", str(layout_path(output)))
-        steps.line("next", f"python -m fusenms {output} --layout {layout_path(output)} --pixels rgb {stretch}")
+        pixels = "" if made.semantics is not None else f" --pixels rgb {stretch}"
+        steps.line("next", f"python -m fusenms {output} --layout {layout_path(output)}{pixels}")
     else:
         steps.line("next", f"python -m fusenms verify {output} --images DIR")
     steps.finish(output=str(output))
@@ -85,6 +109,13 @@ def run(args: argparse.Namespace) -> int:
 def show(steps: Steps, made: Conversion) -> None:
     """Print what was found, what changed, and what was compared."""
     steps.line("read", f"{made.source} · {made.found}")
+    if made.rows is not None and made.semantics is not None:
+        steps.line("rows", made.rows.summary)
+        steps.line("rows", made.rows.verdict)
+        steps.values |= {"semantics": made.semantics.to_dict(), "rows": asdict(made.rows)}
+    for line in made.lost:
+        steps.line("lost", line)
+    steps.values["lost"] = list(made.lost)
     for line in made.changes:
         steps.line("changed", line)
     steps.values |= {"source": made.source, "found": made.found, "changes": list(made.changes)}

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusenms.artifacts.fused import FusedModel, load_fused
+from fusenms.artifacts.preprocessing import Pixels
 from fusenms.artifacts.raw_head import RawHead
-from fusenms.config import ConfigFields
+from fusenms.config import ConfigFields, PostprocessConfig
+from fusenms.contract import KEY_BACKEND
 from fusenms.conversion.own import changes, fused_again, raw_of, with_settings
 from fusenms.conversion.result import Conversion, layout_path
+from fusenms.conversion.third_party import Wanted, take_apart
 from fusenms.engines.running import ENGINES
 from fusenms.errors import ConfigError, SourceError, VerificationError
+from fusenms.events import Event, Progress
 from fusenms.fusion.backends import BACKENDS
 from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.onnx_reading.files import read_metadata, read_onnx
+from fusenms.pipeline import fuse
 from fusenms.runtime.example_images import example_images
 from fusenms.runtime.images import list_images
 from fusenms.runtime.placement import load_tensor
+from fusenms.sources import LoadOptions
 from fusenms.verification.agreement import agreement
 from fusenms.verification.checks import OnProgress, images_for, verify
 
@@ -39,18 +46,26 @@ def convert(
     path: PathLike,
     backend: str = "ort",
     *,
+    keep_semantics: bool = False,
+    family: str | None = None,
+    pixels: str | Pixels | None = None,
     images: Images = None,
     limits: Limits = DEFAULT_LIMITS,
     progress: OnProgress | None = None,
     **fields: Unpack[ConfigFields],
 ) -> Conversion:
-    """Fuse a fused file again for another backend, without its weights, and verify the result.
+    """Fuse a file that has suppression inside again for another backend, without its weights, and verify the result.
 
-    The network stays as it is. Settings of the file are kept, but for those that are given.
+    The network stays as it is. Settings of a file that fusenms fused are kept, but for those that are given. A file that others fused is
+    cut before its suppression; its head is recognized, and must give the rows of the file with the file's own settings. The new file has
+    the settings of fusenms, or with ``keep_semantics`` those of the file.
 
     Args:
-        path: a fused `.onnx`.
+        path: an `.onnx` with suppression inside.
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``; ``raw`` for the network up to its head, which nothing is behind.
+        keep_semantics: take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused.
+        family: name of the detector family of a file that others fused, if several fit.
+        pixels: pixels that its network expects, if they are not those that are usual for its family.
         images: images to compare and to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images.
         limits: bounds on the file and on each run.
         progress: called for each step of the verification.
@@ -63,6 +78,7 @@ def convert(
         SourceError: the file cannot be read, or is damaged.
         ConfigError: there is no such backend or setting, or a setting does not fit.
         UnsupportedByBackendError: the backend cannot express the settings of the file.
+        SuppressionError: the suppression of the file cannot be cut out, or its rows are not those of the head before it.
         VerificationError: the result differs from the reference.
 
     Example:
@@ -76,10 +92,15 @@ def convert(
     """
     if backend not in TARGETS:
         raise ConfigError(f"backend is {backend!r}; expected one of {', '.join(TARGETS)}")
-    if backend == RAW and (fields or images is not None):
-        named = ", ".join([*fields, *([] if images is None else ["images"])])
-        raise ConfigError(f"found {named} with backend {RAW!r}, which has no post-processing; leave it out")
-    fused = load_fused(_onnx(path), limits=limits)
+    if backend == RAW and fields:
+        raise ConfigError(f"found {', '.join(fields)} with backend {RAW!r}, which has no post-processing; leave it out")
+    if not _is_ours(_onnx(path), limits):
+        options = LoadOptions(pixels=pixels, limits=limits)
+        wanted = Wanted(family, images, keep_semantics, dict(fields))
+        return _of_others(Path(path), backend, options, wanted, progress)
+    if family is not None or pixels is not None:
+        raise ConfigError(f"found family or pixels, but {path} says itself what its head means; leave them out")
+    fused = load_fused(path, limits=limits)
     if backend == RAW:
         raw, head = raw_of(fused)
         return Conversion(
@@ -150,6 +171,45 @@ def _again(
         changes=(*lines, *changes(fused.config, config)),
         agreement=compared,
     )
+
+
+def _of_others(
+    path: Path, backend: str, options: LoadOptions, wanted: Wanted, progress: OnProgress | None
+) -> Conversion:
+    """Cut a file that others fused before its suppression, and fuse it again."""
+    taken = take_apart(path, options, wanted)
+    shared: dict[str, Any] = {
+        "source": str(path), "found": taken.semantics.summary, "semantics": taken.semantics, "rows": taken.rows
+    }  # fmt: skip
+    if backend == RAW:
+        return Conversion(model=None, raw=taken.raw, layout=taken.layout, changes=("suppression removed",), **shared)
+    config = wanted.config(taken.semantics)
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Progress) and progress is not None:
+            progress(event.what, event.done, event.total)
+
+    made = fuse(taken.raw, backend=backend, layout=taken.layout, config=config, images=taken.images, on_event=on_event)
+    own = taken.semantics.config
+    return Conversion(
+        model=made,
+        raw=taken.raw,
+        layout=taken.layout,
+        changes=_changed_semantics(own, config),
+        lost=taken.semantics.lost if wanted.keep_semantics else (),
+        **shared,
+    )
+
+
+def _changed_semantics(own: PostprocessConfig, config: PostprocessConfig) -> tuple[str, ...]:
+    """Settings of the suppression that differ from those of the file."""
+    read = ("score_threshold", "iou_threshold", "max_detections", "multi_label", "class_agnostic")
+    return tuple(line for line in changes(own, config) if line.split()[0] in read)
+
+
+def _is_ours(path: Path, limits: Limits) -> bool:
+    """Whether fusenms fused a file."""
+    return KEY_BACKEND in read_metadata(read_onnx(path, limits))
 
 
 def _arrays(images: Images, head: RawHead, height: int, width: int, *, limits: Limits) -> np.ndarray | None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.report import Report
+from fusenms.conversion.semantics import Semantics
+from fusenms.conversion.third_party import RowsCompared
 from fusenms.errors import SourceError
 from fusenms.layout import Layout
 from fusenms.safety.files import write_together
@@ -29,7 +31,10 @@ class Conversion:
         raw: the network up to the head.
         layout: the meaning of the head, in the tensors of ``raw``.
         changes: what is other than in the file, a line each.
-        agreement: detections of the file and of ``model`` on images; None if nothing was compared.
+        agreement: detections of the file and of ``model`` on images, if fusenms made the file; None if nothing was compared.
+        semantics: what the suppression of a third-party file does.
+        rows: rows of a third-party file beside the reference on images.
+        lost: what the file does that the new one does not, a line each.
     """
 
     source: str
@@ -39,6 +44,9 @@ class Conversion:
     layout: Layout
     changes: tuple[str, ...] = ()
     agreement: Agreement | None = None
+    semantics: Semantics | None = None
+    rows: RowsCompared | None = None
+    lost: tuple[str, ...] = ()
 
     @property
     def report(self) -> Report | None:
