@@ -140,6 +140,11 @@ def test_raw_head_and_its_layout_fuse_to_the_same(tmp_path, options):
     assert_same_rows(load_fused(path), again)
 
 
+def test_images_are_refused_where_nothing_is_compared(tmp_path):
+    with pytest.raises(ConfigError, match="found images with backend 'raw'"):
+        convert(written(tmp_path), "raw", images=IMAGES)
+
+
 def test_nothing_of_a_raw_head_is_written_if_one_file_cannot_be(tmp_path):
     made = convert(written(tmp_path), "raw")
     (tmp_path / "x.layout.json").mkdir()

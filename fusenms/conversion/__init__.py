@@ -103,6 +103,8 @@ def convert(
     fused = load_fused(path, limits=limits)
     if backend == RAW:
         raw, head = raw_of(fused)
+        if images is not None:
+            raise ConfigError(f"found images with backend {RAW!r}, which leaves nothing to compare; leave them out")
         return Conversion(
             source=str(path), found=_found(fused), model=None, raw=raw, layout=head.layout, changes=_without(fused)
         )

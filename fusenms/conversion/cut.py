@@ -66,7 +66,7 @@ class Around:
         singles = [(name,) for name in self._dominators()][:MOST_SINGLE]
         pairs = self._pairs()[:MOST_PAIRS]
         order = [*pairs, *singles] if self.found.is_plugin else [*singles, *pairs]
-        return [Cut(tensors, self._independent()) for tensors in order]
+        return [Cut(tensors, self.independent()) for tensors in order]
 
     def has_offset(self, tensors: Sequence[str]) -> bool:
         """Whether boxes that the suppression reads depend on the number of the best class, behind these tensors."""
@@ -198,7 +198,7 @@ class Around:
         found.sort(reverse=True)
         return [pair for *_, pair in found]
 
-    def _independent(self) -> tuple[str, ...]:
+    def independent(self) -> tuple[str, ...]:
         """Outputs of the file that do not depend on the suppression."""
         results = {name for node in self.found.nodes for name in node.output}
         return tuple(

@@ -29,7 +29,7 @@ def runnable(model: onnx.ModelProto, found: Found, semantics: Semantics) -> onnx
     if not found.is_plugin:
         return model
     (node,) = found.nodes
-    given, b = attributes(node), _Nodes(model)
+    given, b = attributes(node), _Nodes()
     boxes, scores = node.input[0], node.input[1]
     if found.operator in BATCHED:
         values = {name.replace("_", "").lower(): value for name, value in given.items()}
@@ -92,7 +92,7 @@ _CORNERS = np.array([[1, 0, 1, 0], [0, 1, 0, 1], [-0.5, 0, 0.5, 0], [0, -0.5, 0,
 class _Nodes:
     """Collects nodes and constants."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 

@@ -260,7 +260,7 @@ def _runnable(around: Around, semantics: Semantics) -> onnx.ModelProto:
     model = runnable(around.model, around.found, semantics)
     if around.found.is_plugin:
         return model
-    independent = set(around.cuts()[0].kept) if around.cuts() else set()
+    independent = around.independent()
     return part_before(model, [entry.name for entry in model.graph.output if entry.name not in independent])
 
 
