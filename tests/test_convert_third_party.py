@@ -10,7 +10,19 @@ import onnx
 import pytest
 from onnx import helper
 from third_party import YoloNas, Yolov8
-from third_party_suppressions import IOU, ROWS, SCORE, Tail, batched, efficient, flat, offset, tail_of, unrolled
+from third_party_suppressions import (
+    IOU,
+    ROWS,
+    SCORE,
+    Tail,
+    batched,
+    efficient,
+    flat,
+    mmdeploy,
+    offset,
+    tail_of,
+    unrolled,
+)
 
 from fusenms import convert, fuse, inspect, load_fused, verify
 from fusenms.cli import main
@@ -53,6 +65,7 @@ RECIPES = {
     "EfficientNMS_TRT of centers": lambda path: centers(path, efficient, box_coding=1),
     "EfficientNMS_TRT class-agnostic": lambda path: nas(path, efficient, class_agnostic=1),
     "BatchedNMSDynamic_TRT": lambda path: nas(path, batched),
+    "TRTBatchedNMS": lambda path: nas(path, mmdeploy),
     "rows by class": lambda path: nas(path, flat),
     "rows by class, score first": lambda path: nas(path, flat, order="score-middle"),
     "class offset": lambda path: nas(path, offset),

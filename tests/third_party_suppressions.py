@@ -76,6 +76,16 @@ def batched(t: Tail, boxes: str, scores: str, **attributes: Any) -> onnx.ModelPr
     return t.outputs(**COUNTED)
 
 
+def mmdeploy(t: Tail, boxes: str, scores: str) -> onnx.ModelProto:
+    """`TRTBatchedNMS`: mmdeploy for TensorRT, boxes and scores in one output."""
+    given = {"background_label_id": -1, "num_classes": 3, "topk": 100, "keep_topk": ROWS, "is_normalized": 0}
+    given |= {"score_threshold": SCORE, "iou_threshold": IOU, "clip_boxes": 0, "return_index": 0}
+    wide = t.op("Unsqueeze", boxes, t.const([2]))
+    t.op("TRTBatchedNMS", wide, scores, outputs=["dets", "labels"], domain="mmdeploy", **given)
+    t.model.opset_import.append(helper.make_opsetid("mmdeploy", 1))
+    return t.outputs(dets=(TensorProto.FLOAT, ["batch", ROWS, 5]), labels=(TensorProto.INT32, ["batch", ROWS]))
+
+
 def flat(t: Tail, boxes: str, scores: str, order: str = "score-last") -> onnx.ModelProto:
     """`NonMaxSuppression` over all classes, rows ``[n, 7]``: super-gradients, PINTO's model zoo (``score-middle``)."""
     by_class = t.op("Transpose", scores, perm=[0, 2, 1])
