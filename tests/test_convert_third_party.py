@@ -159,6 +159,22 @@ def test_real_head_with_objectness_as_yolov7_writes_it(zoo, tmp_path, tail):
     assert made.rows.explained and made.rows.before >= 6 and made.report
 
 
+@pytest.mark.slow
+def test_real_masks_beside_corners_as_ultralytics_writes_them(zoo, tmp_path):
+    t = Tail(onnx.load(zoo / "yolov8n-seg_dynint8_320.onnx"))
+    rows = t.op("Transpose", t.heads[0], perm=[0, 2, 1])
+    boxes, rest = (t.op("Slice", rows, t.const([a]), t.const([b]), t.const([2])) for a, b in ((0, 4), (4, 116)))
+    corners = np.array([[1, 0, 1, 0], [0, 1, 0, 1], [-0.5, 0, 0.5, 0], [0, -0.5, 0, 0.5]])
+    head = t.op("Concat", t.op("MatMul", boxes, t.const(corners, np.float32)), rest, axis=2)
+    prototypes = (1, [1, 32, 80, 80])
+    model = unrolled(t, head, 1, 80)
+    model.graph.output.append(helper.make_tensor_value_info(t.heads[1], *prototypes))
+    onnx.save(model, tmp_path / "old.onnx")
+    made = convert(tmp_path / "old.onnx", images=zoo / "photos", keep_semantics=True)
+    assert made.layout.task == "segment" and made.layout.masks.prototypes == t.heads[1]
+    assert made.rows.explained and made.rows.before >= 6 and made.report
+
+
 def test_layout_with_swapped_classes_is_refused(tmp_path, monkeypatch):
     from fusenms.conversion import third_party
 
@@ -187,6 +203,18 @@ def test_two_stages_are_refused(tmp_path):
     model.graph.node.append(helper.make_node("RoiAlign", ["a", "b", "c"], ["d"], name="pool"))
     onnx.save(model, tmp_path / "old.onnx")
     with pytest.raises(SuppressionError, match="a RoiAlign node 'pool', so that it is a detector of two stages"):
+        convert(tmp_path / "old.onnx")
+
+
+def test_suppression_of_what_another_keeps_is_refused(tmp_path):
+    t = tail_of(YoloNas(), tmp_path / "old.onnx")
+    boxes, scores = t.heads
+    by_class = t.op("Transpose", scores, perm=[0, 2, 1])
+    numbers = t.op("Gather", t.op("NonMaxSuppression", boxes, by_class, t.const(50)), t.const(2), axis=1)
+    boxes, by_class = t.op("Gather", boxes, numbers, axis=1), t.op("Gather", by_class, numbers, axis=2)
+    t.op("NonMaxSuppression", boxes, by_class, t.const(50), outputs=["picked"])
+    onnx.save(t.outputs(picked=(7, ["n", 3])), tmp_path / "old.onnx")
+    with pytest.raises(SuppressionError, match="keeps is suppressed again"):
         convert(tmp_path / "old.onnx")
 
 

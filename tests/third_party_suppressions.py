@@ -31,6 +31,13 @@ class Tail:
         self.graph.node.append(node)
         return names[0]
 
+    def best(self, value: str, axis: int, keepdims: int) -> str:
+        """The maximum, whose axes are an input from opset 18 on."""
+        newer = next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx")) >= 18
+        if newer:
+            return self.op("ReduceMax", value, self.const([axis]), keepdims=keepdims)
+        return self.op("ReduceMax", value, axes=[axis], keepdims=keepdims)
+
     def outputs(self, **kinds: tuple[int, list[Any]]) -> onnx.ModelProto:
         del self.graph.output[:]
         self.graph.output.extend(helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items())
@@ -103,7 +110,7 @@ def flat(t: Tail, boxes: str, scores: str, order: str = "score-last") -> onnx.Mo
 
 def offset(t: Tail, boxes: str, scores: str, agnostic: bool = False) -> onnx.ModelProto:
     """Boxes moved by their class, one row of scores, rows ``[n, 7]``: YOLOv7 ``--end2end --max-wh``."""
-    best = t.op("ReduceMax", scores, axes=[2], keepdims=1)
+    best = t.best(scores, 2, 1)
     number = t.op("Cast", t.op("ArgMax", scores, axis=2, keepdims=1), to=TensorProto.FLOAT)
     moved = boxes if agnostic else t.op("Add", boxes, t.op("Mul", number, t.const([640], np.float32)))
     row = t.op("Transpose", best, perm=[0, 2, 1])
@@ -123,7 +130,7 @@ def unrolled(t: Tail, head: str, batch: int, classes: int) -> onnx.ModelProto:
         rows = t.op("Gather", head, t.const(i), axis=0)
         boxes = t.op("Slice", rows, t.const([0]), t.const([4]), t.const([1]))
         scores = t.op("Slice", rows, t.const([4]), t.const([4 + classes]), t.const([1]))
-        best = t.op("ReduceMax", scores, axes=[1], keepdims=0)
+        best = t.best(scores, 1, 0)
         number = t.op("ArgMax", scores, axis=1, keepdims=0)
         above = t.op("Transpose", t.op("NonZero", t.op("Greater", best, t.const(SCORE, np.float32))), perm=[1, 0])
         boxes, best, number = (t.op("GatherND", one, above) for one in (boxes, best, number))
