@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.report import Report
     from fusenms.comparison import Comparison, compare
     from fusenms.config import PostprocessConfig
+    from fusenms.conversion import Conversion, configure, convert
     from fusenms.deployment import deploy
     from fusenms.diagnosis import doctor
     from fusenms.editing import edit, expose, extract, restamp
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Comparison": "fusenms.comparison",
+    "Conversion": "fusenms.conversion",
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
     "Engine": "fusenms.engines",
@@ -47,6 +49,8 @@ _HOMES = {
     "Tiles": "fusenms.artifacts.frames",
     "build_engine": "fusenms.engines",
     "compare": "fusenms.comparison",
+    "configure": "fusenms.conversion",
+    "convert": "fusenms.conversion",
     "deploy": "fusenms.deployment",
     "custom_ops": "fusenms.graph.custom_ops",
     "doctor": "fusenms.diagnosis",
@@ -66,6 +70,7 @@ _HOMES = {
 
 __all__ = [
     "Comparison",
+    "Conversion",
     "Detections",
     "Detector",
     "Engine",
@@ -82,6 +87,8 @@ __all__ = [
     "Tiles",
     "build_engine",
     "compare",
+    "configure",
+    "convert",
     "custom_ops",
     "deploy",
     "doctor",

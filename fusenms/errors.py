@@ -51,6 +51,10 @@ class AlreadyFusedError(HeadError):
     """The model already ends in detections."""
 
 
+class SuppressionError(HeadError):
+    """The suppression of a third-party file cannot be cut out, or the file gives other rows than what was read."""
+
+
 class FusionError(FusenmsError):
     """The fused graph could not be built although head and settings are valid. This is a bug in fusenms."""
 

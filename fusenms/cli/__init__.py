@@ -15,6 +15,8 @@ from fusenms._version import __version__
 from fusenms.cli import (
     bench,
     compare,
+    configure,
+    convert,
     demo,
     deploy,
     detect,
@@ -58,6 +60,8 @@ COMMANDS = {
         extract,
         edit,
         restamp,
+        convert,
+        configure,
     )
 }
 USAGE = """fusenms WEIGHTS [--backend {backends}] [-o FILE] [options]

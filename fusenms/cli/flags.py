@@ -33,7 +33,7 @@ def add_fields(parser: Any, cls: type[Any], names: list[str] | None = None, **ch
         change = dict(changes.get(field.name, {}))
         flags = [_flag(field.name), *change.pop("flags", [])]
         arguments = _arguments(field, hints[field.name], helps[field.name]) | change
-        if arguments["default"] is None:
+        if arguments["default"] in (None, argparse.SUPPRESS):
             arguments["help"] = arguments["help"].removesuffix(DEFAULT)
         parser.add_argument(*flags, dest=field.name, **arguments)
 

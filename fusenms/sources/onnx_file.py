@@ -44,7 +44,7 @@ def load_onnx(path: Path, options: LoadOptions) -> RawModel:
     model = read_onnx(path, options.limits)
     with untrusted(path, "reading"):
         _refuse_fused(path, model, read_metadata(model))
-        return _load(path, model, options)
+        return load_model(path, model, options)
 
 
 def load_any_onnx(path: Path, options: LoadOptions) -> RawModel:
@@ -56,10 +56,11 @@ def load_any_onnx(path: Path, options: LoadOptions) -> RawModel:
     """
     model = read_onnx(path, options.limits)
     with untrusted(path, "reading"):
-        return _load(path, model, options)
+        return load_model(path, model, options)
 
 
-def _load(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
+def load_model(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawModel:
+    """Make a raw model of an ONNX model that was read from ``path``, or of a part of it. Errors are those of `load_any_onnx`."""
     limits, dynamic_size = options.limits, options.dynamic_size
     metadata = read_metadata(model)
     model = _without_outputs(path, model, options.ignore)
@@ -120,13 +121,14 @@ def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) 
     if contract.KEY_BACKEND in metadata:
         raise AlreadyFusedError(
             f"{path}: is a fused model already (backend {metadata[contract.KEY_BACKEND][:40]!r}); expected raw weights. "
-            f"Run it with: python -m fusenms detect {path} IMAGE, or check it with: python -m fusenms verify {path}"
+            f"Run it with: python -m fusenms detect {path} IMAGE, check it with: python -m fusenms verify {path}, "
+            f"or fuse it for another backend with: python -m fusenms convert {path}"
         )
     for node in model.graph.node:
         if any(word in node.op_type for word in NMS_OPS):
             raise AlreadyFusedError(
                 f"{path}: already holds a non-maximum suppression ({node.op_type} node {node.name!r}); "
-                "expected the raw head. Export the model again without NMS"
+                f"expected the raw head. Cut it out with: python -m fusenms convert {path}, or export the model again without NMS"
             )
 
 

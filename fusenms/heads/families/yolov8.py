@@ -62,9 +62,9 @@ def _match_channels(
     decode = box_format(rows[:, :4], grid, probe.sides)
     if decode is None:
         return Mismatch("the first four channels are not boxes that follow the cells of the image")
-    if extra and decode != Decoded(BoxFormat.CXCYWH):
+    if extra and (decode.normalized or (probe.raw.task == "obb" and decode != Decoded(BoxFormat.CXCYWH))):
         return Mismatch(
-            f"found boxes as {decode}; expected centers and sizes in pixels beside masks, keypoints or angles"
+            f"found boxes as {decode}; expected pixels beside masks and keypoints, and centers and sizes beside angles"
         )
     if reason := not_terms(probe, rows[:, 4 + classes :]):
         return Mismatch(reason)
