@@ -201,8 +201,8 @@ def test_network_that_gives_another_head_is_refused(tmp_path, monkeypatch):
         edit(path, tmp_path / "darker.onnx", insert={"images": fusenms.graph.editing.Op("Mul", (0.5,))})
     )
     assert verify(darker)
-    genuine = own.part_before
-    monkeypatch.setattr(own, "part_before", lambda _, tensors: genuine(darker.model, tensors))
+    genuine = own.raw_of
+    monkeypatch.setattr("fusenms.conversion.raw_of", lambda _: genuine(darker))
     with pytest.raises(SourceError, match=r"the network gives another (dist|logits) than the file does"):
         convert(path, "portable")
 

@@ -35,6 +35,13 @@ class Conversion:
         semantics: what the suppression of a third-party file does.
         rows: rows of a third-party file beside the reference on images.
         lost: what the file does that the new one does not, a line each.
+
+    Example:
+        >>> import fusenms
+        >>> path = fusenms.fuse("yolov8n.pt", size=64).save("yolov8n.ort.onnx")
+        >>> made = fusenms.convert(path, "raw")
+        >>> made.model is None, made.layout.family
+        (True, 'yolov8')
     """
 
     source: str
