@@ -124,6 +124,11 @@ def fuse(
         raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     quantizing = _int8(precision, calibrate, keep_float, max_drift)
     taken = frames_from(frames, frame_channels, backend, settings)
+    if quantizing is not None and taken is not None:
+        raise ConfigError(
+            "found frames and precision int8, whose steps amplify the rounding of scaled frames beyond what can be verified; leave frames "
+            "out, or take precision fp32 or fp16"
+        )
     if unverified and images is not None:
         raise ConfigError("found images and unverified, but images are only used to verify; leave one of them out")
     if isinstance(images, (str, os.PathLike)):

@@ -298,7 +298,6 @@ def test_every_task_and_family(zoo, weights, backend):
         {"output_preset": "ultralytics"},
         {"dynamic_size": True},
         {"batch": 2},
-        {"frames": (96, 160)},
     ],
     ids=lambda more: next(iter(more)),
 )
@@ -358,6 +357,7 @@ def test_error_when_images_show_nothing(small):
         ({"precision": "int8", "calibrate": [], "keep_float": -1}, "keep_float is -1; expected 'auto' or a number"),
         ({"precision": "int8", "calibrate": [], "max_drift": 2}, "max_drift is 2; expected a share from 0 to 1"),
         ({"precision": "int8", "calibrate": []}, "found 0 images to calibrate on; expected at least 16, better 100"),
+        ({"precision": "int8", "calibrate": ["a.jpg"] * 16, "frames": (96, 160)}, "found frames and precision int8"),
         ({"precision": "int8", "calibrate": 7}, "found int; expected a folder of images"),
     ],
 )
