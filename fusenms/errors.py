@@ -83,6 +83,14 @@ class VerificationError(FusenmsError):
         self.report = report
 
 
+class DriftError(FusenmsError):
+    """The int8 model finds other objects than the float32 model. ``drift`` is the share that is not the same."""
+
+    def __init__(self, message: str, drift: float) -> None:
+        super().__init__(message)
+        self.drift = drift
+
+
 class InputError(FusenmsError, ValueError):
     """An image or another input of a fused model cannot be used."""
 

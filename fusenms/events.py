@@ -10,6 +10,7 @@ from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.report import Report
 from fusenms.layout import Layout
+from fusenms.quantization import Quantized
 from fusenms.verification.agreement import Agreement
 
 
@@ -56,6 +57,17 @@ class Compared:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedNetwork:
+    """The network is in int8, and its drift is measured."""
+
+    quantized: Quantized
+
+    @property
+    def summary(self) -> str:
+        return self.quantized.summary
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """Part of a step is done: ``done`` of ``total`` units of ``what``."""
 
@@ -75,5 +87,5 @@ class Verified:
         return self.report.summary
 
 
-Event: TypeAlias = Recognized | Fused | Compared | Progress | Verified
+Event: TypeAlias = Recognized | QuantizedNetwork | Fused | Compared | Progress | Verified
 OnEvent: TypeAlias = Callable[[Event], None]

@@ -18,14 +18,16 @@ from fusenms.artifacts.raw_head import RawHead
 from fusenms.artifacts.report import Report
 from fusenms.config import ConfigFields, PostprocessConfig
 from fusenms.errors import ConfigError, UnsupportedOperatorError, VerificationError
-from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
+from fusenms.events import Compared, Event, Fused, OnEvent, Progress, QuantizedNetwork, Recognized, Verified
 from fusenms.fusion.backends import get_backend
 from fusenms.fusion.tail import fuse_head
 from fusenms.graph.session import missing_operators
 from fusenms.heads import Anchors, HeadSpec, check_tensors, raw_head, recognize
 from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
+from fusenms.quantization import ADVISED_IMAGES, AUTO, LEAST_IMAGES, Int8Settings, check_count, quantize
 from fusenms.runtime.example_images import example_images
+from fusenms.runtime.image_set import ImageSet, listed
 from fusenms.runtime.images import list_images
 from fusenms.runtime.placement import load_tensor
 from fusenms.sources import LoadFields, LoadOptions, load, options_from
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 log = logging.getLogger("fusenms")
+CalibrationImages = str | os.PathLike[str] | Sequence[Any] | np.ndarray
 MOST_IMAGES = 8
 """Images of the user that are looked at for what a head means."""
 
@@ -55,6 +58,9 @@ def fuse(
     heads: Sequence[HeadSpec] = (),
     anchors: Anchors | None = None,
     precision: str = "fp32",
+    calibrate: CalibrationImages | None = None,
+    keep_float: int | str = AUTO,
+    max_drift: float = Int8Settings.max_drift,
     frames: str | tuple[int, int] | None = None,
     frame_channels: str = "rgb",
     tiles: Tiles | tuple[int, int] | None = None,
@@ -74,7 +80,13 @@ def fuse(
         family: name of the detector family, if more than one fits the file.
         heads: families to try in addition to those of fusenms and of installed packages.
         anchors: anchor boxes of an `.onnx` whose head is not decoded, as for `fusenms.recognize`.
-        precision: ``fp32``, or ``fp16`` for a network in half precision; a note then says how the detections in the images change.
+        precision: ``fp32``; ``fp16`` for a network in half precision; or ``int8`` for one that is quantized on the images of ``calibrate``.
+            A note then says how the detections change.
+        calibrate: images for ``int8``, at least 16, better 100, as the model sees them in use: a folder, a text file with a path in each
+            line, a sequence of images or paths, or an array ``[n, 3, height, width]`` float32 (RGB, 0 to 1). Where enough are left, every
+            fourth is held out, and the drift is measured on these, or on ``images``.
+        keep_float: convolutions that stay float32 in ``int8``, beside the first and the last: ``auto``, or a number of the dearest.
+        max_drift: largest share of the detections that ``int8`` may change.
         frames: size of the frames that the model takes instead of images, (height, width), or ``dynamic`` for any. Frames are uint8
             ``[B, height, width, 3]``; they are letterboxed (or stretched) in the graph; boxes and keypoints are in their pixels. Backends
             ``ort`` and ``portable``; not for masks.
@@ -98,6 +110,7 @@ def fuse(
 
     Raises:
         VerificationError: the result differs from the reference.
+        DriftError: in int8, too many detections differ from those of float32.
         FusenmsError: another stage failed.
 
     Example:
@@ -114,7 +127,13 @@ def fuse(
     get_backend(backend, settings)  # fails early
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    quantizing = _int8(precision, calibrate, keep_float, max_drift)
     taken = frames_from(frames, frame_channels, backend, settings, tiles)
+    if quantizing is not None and taken is not None:
+        raise ConfigError(
+            "found frames and precision int8, whose steps amplify the rounding of scaled frames beyond what can be verified; leave frames "
+            "out, or take precision fp32 or fp16"
+        )
     if unverified and images is not None:
         raise ConfigError("found images and unverified, but images are only used to verify; leave one of them out")
     if isinstance(images, (str, os.PathLike)):
@@ -140,11 +159,25 @@ def fuse(
     meaning = _meaning(raw, head, arrays, strict, guessed)
     raw = replace(raw, notes=(*raw.notes, *meaning))
     tell(Recognized(raw=raw, layout=layout, meaning=meaning))
-    network = raw if precision in (raw.precision, "fp32") else to_half(raw, head.layout)
+    network = raw
+    if quantizing is not None:
+        quantized = quantize(
+            raw,
+            head,
+            _calibration_images(calibrate, raw, head),
+            backend=backend,
+            settings=quantizing,
+            compared=arrays,
+            progress=tell.progress,
+        )
+        tell(QuantizedNetwork(quantized=quantized))
+        network = quantized.raw
+    elif precision not in (raw.precision, "fp32"):
+        network = to_half(raw, head.layout)
     fused = fuse_head(network, head, settings, backend, None if taken is None else taken.tiles)
     framed = fused if taken is None else with_frames(fused, taken)
     tell(Fused(raw=raw, model=framed))
-    if network is not raw:
+    if quantizing is None and network is not raw:
         full, half = (fuse_head(one, head, settings, backend) for one in (raw, network))
         found = agreement(full, half, images_for(half, arrays))
         framed = replace(framed, notes=(*framed.notes, found.summary))
@@ -157,6 +190,37 @@ def fuse(
     report = verify(framed, images=shown, progress=tell.progress)
     tell(Verified(report=report))
     return _proven(framed, report)
+
+
+def _int8(
+    precision: str, calibrate: CalibrationImages | None, keep_float: int | str, max_drift: float
+) -> Int8Settings | None:
+    """How the network is quantized; None if it is not.
+
+    Raises:
+        ConfigError: precision and calibration images do not go together, or a setting is out of its range.
+        InputError: there are too few images, or one is missing.
+    """
+    settings = Int8Settings(keep_float=keep_float, max_drift=max_drift)
+    if precision != "int8":
+        given = {"calibrate": calibrate is not None, "keep_float": keep_float != AUTO}
+        if given["calibrate"] or given["keep_float"] or max_drift != Int8Settings.max_drift:
+            name = next((name for name, is_given in given.items() if is_given), "max_drift")
+            raise ConfigError(
+                f"found {name} with precision {precision}, but only precision int8 is calibrated; leave {name} out"
+            )
+        return None
+    if calibrate is None:
+        raise ConfigError(
+            f"precision is int8, but there are no images to calibrate on; expected at least {LEAST_IMAGES}, better {ADVISED_IMAGES} "
+            "(calibrate)"
+        )
+    check_count(len(listed(calibrate)))  # fails early
+    return settings
+
+
+def _calibration_images(calibrate: CalibrationImages | None, raw: RawModel, head: RawHead) -> ImageSet:
+    return ImageSet(listed(calibrate, raw.limits), (raw.image.height, raw.image.width), head.stretch, raw.limits)
 
 
 def _settings(config: PostprocessConfig | None, fields: dict[str, Any]) -> PostprocessConfig:

@@ -11,6 +11,7 @@ import third_party
 import torch
 from conftest import SHAPES
 from onnx import TensorProto, helper, numpy_helper
+from raw_heads import LAYOUTS
 from third_party import CLASSES, SIZE, Detr, LevelsApart, YoloNas, Yolov8, write
 from torch import Tensor, nn
 
@@ -19,11 +20,13 @@ from fusenms.cli import main
 from fusenms.errors import (
     AmbiguousHeadError,
     ConfigError,
+    HeadError,
     HeadNotRecognizedError,
     LayoutContradictedError,
     SourceError,
 )
 from fusenms.heads import raw_head
+from fusenms.heads.coarse_scores import coarse_scores
 from fusenms.heads.meaning import check_meaning
 from fusenms.heads.motion import measure_motion, other_readings, slide
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, Tap
@@ -639,3 +642,44 @@ def test_error_when_inspect_has_no_layout_to_print(tmp_path, monkeypatch, capsys
     write_new(Bins17(), tmp_path / "m.onnx")
     assert main(["inspect", "m.onnx", "--layout"]) == 1
     assert "fits levels and gfl" in capsys.readouterr().err
+
+
+def rounded(path, scale: float, over=("output0",)):
+    """YOLOv8 with its decode, and outputs rounded as a quantizer does that has one scale for boxes and scores."""
+    model = onnx.load(write(Yolov8(), path))
+    (output,) = model.graph.output
+    inner = f"{output.name}_before"
+    for node in model.graph.node:
+        node.output[:] = [inner if name == output.name else name for name in node.output]
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(np.array(scale, np.float32), "s"), numpy_helper.from_array(np.array(0, np.uint8), "z")]
+    )
+    model.graph.node.extend(
+        [
+            helper.make_node("QuantizeLinear", [inner, "s", "z"], ["q"], name="q"),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], [output.name], name="dq"),
+        ]
+    )
+    onnx.save(model, path)
+    return path
+
+
+def test_error_when_boxes_and_scores_share_a_scale(tmp_path):
+    path = rounded(tmp_path / "m.onnx", 2.5)
+    layout = LAYOUTS["decoded"](CLASSES)
+    message = r"scores are quantized in steps of 2\.5, which they share with boxes.*nothing can be detected any more"
+    with pytest.raises(HeadError, match=message):
+        fuse(path, layout=layout)
+    with pytest.raises(HeadError, match=message):
+        fuse(path, layout=layout, unverified=True)
+
+
+def test_fine_steps_are_taken(tmp_path):
+    assert coarse_scores(onnx.load(rounded(tmp_path / "m.onnx", 1 / 255)), LAYOUTS["decoded"](CLASSES)) is None
+
+
+@pytest.mark.slow
+def test_inspect_says_that_nothing_can_be_detected(tmp_path, capsys):
+    path = rounded(tmp_path / "m.onnx", 2.5)
+    assert main(["inspect", str(path)]) == 0
+    assert "nothing can be detected any more" in capsys.readouterr().out

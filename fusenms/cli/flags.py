@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from fusenms.config import PostprocessConfig
 from fusenms.engines import EngineSettings
+from fusenms.quantization import Int8Settings
 from fusenms.sources import LoadOptions
 
 DEFAULT = " (default: %(default)s)"
@@ -69,7 +70,9 @@ def _arguments(field: Field[Any], hint: Any, text: str) -> dict[str, Any]:
 
 def with_flags(message: str) -> str:
     """Replace parameters in a message by flags: ``family='yolov8'`` becomes ``--family yolov8``."""
-    named = [field.name for cls in (LoadOptions, PostprocessConfig, EngineSettings) for field in fields(cls)]
+    named = [
+        field.name for cls in (LoadOptions, PostprocessConfig, EngineSettings, Int8Settings) for field in fields(cls)
+    ]
     named = [name for name in [*named, "frame_channels"] if name not in ("limits", "example", "layout", "class_names")]
     names = "|".join(sorted([*named, *_OTHERS], key=len, reverse=True))
     message = re.sub(rf"(?<![\w.-])({names})=(True|'[^']*'|NAME|\d+)(?!\w)", _as_flag, message)

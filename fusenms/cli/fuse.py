@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fusenms.config import PostprocessConfig
 from fusenms.engines import BUILDERS, TENSORRT, EngineSettings
 from fusenms.engines.base import check_places
 from fusenms.errors import BackendError, ConfigError, SourceError, first_line
-from fusenms.events import Compared, Event, Fused, OnEvent, Progress, Recognized, Verified
+from fusenms.events import Compared, Event, Fused, OnEvent, Progress, QuantizedNetwork, Recognized, Verified
 from fusenms.fusion.backends import BACKENDS, get_backend
 from fusenms.fusion.tail import NO_SUPPRESSION
 from fusenms.heads import Anchors, known_heads
@@ -26,6 +26,7 @@ from fusenms.heads.anchors import SETS
 from fusenms.layout import Layout
 from fusenms.onnx_reading.metadata import read_json
 from fusenms.pipeline import fuse
+from fusenms.quantization import AUTO, Int8Settings
 from fusenms.runtime.images import list_images
 from fusenms.safety.files import check_writable
 from fusenms.sources import LoadOptions
@@ -33,6 +34,8 @@ from fusenms.sources.options import DYNAMIC
 from fusenms.transforms.half_precision import HALF, PRECISIONS
 
 NAME = "fuse"
+SHOWN = 5
+"""Convolutions that are printed of the ranking; `--json` has all."""
 HELP = "fuse the post-processing into a detector, verify the result, and write the model (the default command)"
 LOADING = ["size", "dynamic_size", "opset", "batch", "make_dynamic", "one_to_many", "pixels", "stretch", "ignore"]
 """Fields of `LoadOptions` that are flags of this command."""
@@ -138,9 +141,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=list(PRECISIONS), default=PRECISIONS[0],
         help="precision of the network; the decode and everything after it are always float32 (default: %(default)s)",
     )  # fmt: skip
+    _add_int8(parser)
     post = parser.add_argument_group("post-processing")
     rounds = {"type": rounds_argument, "metavar": "auto|N"}
     add_fields(post, PostprocessConfig, rounds=rounds, output_preset={"flags": ["--names"]})
+
+
+def _add_int8(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("int8")
+    group.add_argument(
+        "--calibrate", type=Path, metavar="DIR|LIST",
+        help="images to calibrate --precision int8 on: a folder, or a text file with the path of an image in each line; at least 16, "
+        "better 100, as the model sees them in use. Where enough are left, every fourth is held out to measure the drift",
+    )  # fmt: skip
+    add_fields(group, Int8Settings, keep_float={"type": keep_float_argument, "metavar": "N|auto"})
+
+
+def keep_float_argument(text: str) -> int | str:
+    """Parse a number of convolutions, or ``auto``."""
+    if text != AUTO and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected {AUTO} or a number of convolutions")
+    return text if text == AUTO else int(text)
 
 
 def engine_builder(asked: str, backend: str) -> str | None:
@@ -265,6 +286,8 @@ def run(args: argparse.Namespace) -> int:
             family=args.family,
             anchors=args.anchors,
             precision=args.precision,
+            calibrate=args.calibrate,
+            **fields_of(args, Int8Settings),
             frames=args.frames,
             frame_channels=args.frame_channels,
             tiles=tiles,
@@ -312,6 +335,7 @@ def _engine(args: argparse.Namespace, builder: str | None, output: Path, steps: 
 
 def printer(steps: Steps, bar: ProgressBar) -> OnEvent:
     """A function that prints a line for each event of `fuse`."""
+    shown: list[str] = []  # notes about int8
 
     def recognized(event: Recognized) -> None:
         raw, layout = event.raw, event.layout
@@ -323,9 +347,24 @@ def printer(steps: Steps, bar: ProgressBar) -> OnEvent:
             steps.line("head", line)
         steps.values |= {"source": raw.source, "family": layout.family, "task": layout.task}
 
+    def quantized(event: QuantizedNetwork) -> None:
+        found = event.quantized
+        for note in found.raw.notes[-2:]:
+            steps.line("int8", note)
+        if found.costs:
+            steps.line(
+                "int8", f"the dearest: {', '.join(f'{cost.layer} {cost.error:.2%}' for cost in found.costs[:SHOWN])}"
+            )
+        steps.values["int8"] = {
+            "drift": found.drift.to_dict() | {"share": found.drift.drift, "held_out": found.held_out},
+            "kept": list(found.kept),
+            "costs": [asdict(cost) for cost in found.costs],
+        }
+        shown.extend(found.raw.notes[-2:])
+
     def fused(event: Fused) -> None:
         model, config = event.model, event.model.config
-        for note in model.notes[len(event.raw.notes) :]:
+        for note in model.notes[len(event.raw.notes) + len(shown) :]:
             steps.line("half" if note == HALF else "fuse" if note.startswith(NO_SUPPRESSION) else "input", note)
         steps.line("fuse", event.summary)
         if model.layout.suppress:
@@ -351,7 +390,13 @@ def printer(steps: Steps, bar: ProgressBar) -> OnEvent:
         if event.report:
             steps.line("verify", event.summary)
 
-    printers = {Recognized: recognized, Fused: fused, Compared: compared, Verified: verified}
+    printers = {
+        Recognized: recognized,
+        QuantizedNetwork: quantized,
+        Fused: fused,
+        Compared: compared,
+        Verified: verified,
+    }
 
     def on_event(event: Event) -> None:
         if isinstance(event, Progress):

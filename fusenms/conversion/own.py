@@ -25,7 +25,7 @@ from fusenms.heads import raw_head
 from fusenms.heads.probe import probe_image
 from fusenms.transforms.frames import check_frames, frames_from, parts, with_frames
 
-HEAD_ROUNDING = {"fp32": 1e-4, "fp16": 1e-2}
+HEAD_ROUNDING = {"fp32": 1e-4, "fp16": 1e-2, "int8": 1e-4}
 """Largest difference of a head tensor, relative to its largest value, by precision. ONNX Runtime joins other operators in another graph."""
 
 
@@ -67,6 +67,11 @@ def fused_again(fused: FusedModel, raw: RawModel, head: RawHead, config: Postpro
         SourceError: the network does not give the head that the file has.
     """
     frames = fused.image.frames
+    if fused.precision == "int8" and backend != fused.backend and "ort" in (backend, fused.backend):
+        raise UnsupportedByBackendError(
+            f"{raw.source}: is quantized for backend {fused.backend}, and backend {backend} takes int8 in another form; quantize the weights "
+            "for it"
+        )
     try:
         get_backend(backend, config)
         if frames is not None:

@@ -15,6 +15,7 @@ from fusenms.artifacts.raw_head import RawHead
 from fusenms.errors import AmbiguousHeadError, HeadError, LayoutContradictedError
 from fusenms.heads.accounting import channels_left_over
 from fusenms.heads.anchors_agree import Agreement, compare_anchors
+from fusenms.heads.coarse_scores import coarse_scores
 from fusenms.heads.mirror import SMALLEST, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, channels_of, sum_to_one
@@ -56,12 +57,14 @@ def check_meaning(
     Raises:
         LayoutContradictedError: the network contradicts the layout.
         AmbiguousHeadError: ``guessed``, and nothing shows what the box terms are.
-        HeadError: ``strict``, and no object is found again.
+        HeadError: ``strict``, and no object is found again; or the file is quantized so that no score is left.
         SourceError: the model does not run.
     """
     with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
         if reason := _wrong_count(raw, head):
             raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
+        if reason := coarse_scores(raw.model, head.layout):
+            raise HeadError(f"{raw.source}: {reason}")
         large = min(raw.image.height, raw.image.width) >= SMALLEST
         found = slide(raw, head, mirrored(images))
         if reason := _contradiction(found):

@@ -18,7 +18,8 @@ from fusenms.graph.custom_ops import foreign_operators
 from fusenms.graph.model import constants_as_initializers, sorted_model, with_only_outputs
 from fusenms.layout import Layout
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
+PRECISION_TYPES = {"fp16": "float16", "int8": "int8"}
 HALF = "float16 up to the head, float32 from there on"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that take most of a network's time. Everything after the last of them on every path to the head stays float32."""
@@ -33,17 +34,7 @@ def to_half(raw: RawModel, layout: Layout) -> RawModel:
         ConfigError: the network is quantized, or in half precision already.
         FusionError: the converted graph is not valid.
     """
-    operators = {node.op_type for node in raw.model.graph.node}
-    if quantized := sorted(op for op in operators if "Quantize" in op or "Integer" in op):
-        raise ConfigError(
-            f"{raw.source}: is quantized ({', '.join(quantized)}); precision fp16 is for float32 models: leave it out"
-        )
-    if any(item.data_type == onnx.TensorProto.FLOAT16 for item in raw.model.graph.initializer):
-        raise ConfigError(f"{raw.source}: has weights in half precision already; leave precision fp16 out")
-    if foreign := foreign_operators(raw.model):
-        raise ConfigError(
-            f"{raw.source}: has operators of other domains ({', '.join(foreign)}), which may not take float16; leave precision fp16 out"
-        )
+    refuse_unless_float32(raw, "fp16")
     half = _joined(*_split(constants_as_initializers(sorted_model(with_only_outputs(raw.model, layout.sources)))))
     try:
         onnx.shape_inference.infer_shapes(half, check_type=True, strict_mode=True)
@@ -52,6 +43,26 @@ def to_half(raw: RawModel, layout: Layout) -> RawModel:
             f"{raw.source}: the graph in half precision is not valid ({error}); please report this"
         ) from error
     return replace(raw, model=half, notes=(*raw.notes, HALF), precision="fp16")
+
+
+def refuse_unless_float32(raw: RawModel, precision: str) -> None:
+    """Refuse a network that is not float32 in standard operators, for a precision that it is to be converted to.
+
+    Raises:
+        ConfigError: it is quantized or in half precision already, or has operators of other domains.
+    """
+    operators = {node.op_type for node in raw.model.graph.node}
+    if quantized := sorted(op for op in operators if "Quantize" in op or "Integer" in op):
+        raise ConfigError(
+            f"{raw.source}: is quantized ({', '.join(quantized)}); precision {precision} is for float32 models: leave it out"
+        )
+    if any(item.data_type == onnx.TensorProto.FLOAT16 for item in raw.model.graph.initializer):
+        raise ConfigError(f"{raw.source}: has weights in half precision already; leave precision {precision} out")
+    if foreign := foreign_operators(raw.model):
+        raise ConfigError(
+            f"{raw.source}: has operators of other domains ({', '.join(foreign)}), which may not take {PRECISION_TYPES[precision]}; leave "
+            f"precision {precision} out"
+        )
 
 
 def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +38,12 @@ class Agreement:
     worst_score: float
 
     @property
+    def drift(self) -> float:
+        """Share of the detections that have no partner, of the model that has more of them; 0 if neither has any."""
+        most = max(self.before, self.after)
+        return 1 - self.same / most if most else 0.0
+
+    @property
     def summary(self) -> str:
         """One line."""
         return (
@@ -48,8 +55,8 @@ class Agreement:
         return asdict(self)
 
 
-def agreement(before: FusedModel, after: FusedModel, images: np.ndarray) -> Agreement:
-    """Run both models in ONNX Runtime on images ``[n, 3, height, width]`` float32 (RGB, 0 to 1), one by one, and compare them."""
+def agreement(before: FusedModel, after: FusedModel, images: Sequence[np.ndarray] | np.ndarray) -> Agreement:
+    """Run both models in ONNX Runtime on images ``[3, height, width]`` float32 (RGB, 0 to 1), one by one, and compare them."""
     runner = OnnxRuntimeRunner(get_backend(after.backend).to_standard(after.model, after), source=after.source)
     rows = [runner.infer(_alone(after, image)) for image in images]
     runner.close()
@@ -59,7 +66,7 @@ def agreement(before: FusedModel, after: FusedModel, images: np.ndarray) -> Agre
 
 
 def agreement_of(
-    before: FusedModel, images: np.ndarray, after: FusedModel, outputs: dict[str, np.ndarray]
+    before: FusedModel, images: Sequence[np.ndarray] | np.ndarray, after: FusedModel, outputs: dict[str, np.ndarray]
 ) -> Agreement:
     """The same, if the outputs of ``after`` on the images are known: ``[n, …]`` by name."""
     runner = OnnxRuntimeRunner(get_backend(before.backend).to_standard(before.model, before), source=before.source)
