@@ -15,7 +15,7 @@ from conftest import ROOT, SHAPES
 from onnx import numpy_helper
 from raw_heads import LAYOUTS, raw_model
 
-from fusenms import fuse, load, load_fused, quantization, recognize, verify
+from fusenms import configure, convert, fuse, load, load_fused, quantization, recognize, verify
 from fusenms.cli import main
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, DriftError, InputError, UnsupportedByBackendError
@@ -433,3 +433,14 @@ def test_command_line(tmp_path, monkeypatch, capsys, drawn):
     assert main([*command[:-1], "photos/00.png", "-o", "n2.onnx"]) == 1
     assert "is one image" in capsys.readouterr().err
     assert not (tmp_path / "n2.onnx").exists()
+
+
+def test_file_is_converted_only_where_its_form_is_known(drawn, tmp_path):
+    """Settings and backends of the same form can change; another form of int8 needs the weights."""
+    fused = fuse(SHAPES / "shapes.pt", size=SIZE, precision="int8", calibrate=drawn, keep_float=0, backend="portable")
+    path = fused.save(tmp_path / "m.portable.onnx")
+    made = convert(path, "trt", score_threshold=0.4)
+    assert made.report and made.model.precision == "int8"
+    assert configure(path, max_detections=50).report
+    with pytest.raises(UnsupportedByBackendError, match="takes int8 in another form"):
+        convert(path, "ort")

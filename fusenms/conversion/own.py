@@ -69,8 +69,8 @@ def fused_again(fused: FusedModel, raw: RawModel, head: RawHead, config: Postpro
     frames = fused.image.frames
     if fused.precision == "int8" and backend != fused.backend and "ort" in (backend, fused.backend):
         raise UnsupportedByBackendError(
-            f"{raw.source}: is quantized for backend {fused.backend}, and backend {backend} takes int8 in another form; quantize the weights "
-            "for it"
+            f"{raw.source}: is quantized for backend {fused.backend}, and backend {backend} takes int8 in another form; quantize the "
+            "weights for it"
         )
     try:
         get_backend(backend, config)
