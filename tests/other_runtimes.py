@@ -47,7 +47,7 @@ def ties_in_any_order() -> Iterator[None]:
     ONNX Runtime's TopK on CUDA does not put the lower index first. A key that is exactly the threshold, which only a logit of 0 can be, may
     then count or not.
     """
-    decoded, rounding = verification.candidates, reference._key_rounding
+    decoded, rounding = reference.candidates, reference._key_rounding
 
     def tied(*arguments: Any) -> reference.Candidates:
         found = decoded(*arguments)
@@ -56,5 +56,5 @@ def ties_in_any_order() -> Iterator[None]:
     def exact(key: float, relative: float) -> float:
         return 0.0 if relative == TIED else rounding(key, relative)
 
-    with mock.patch.object(verification, "candidates", tied), mock.patch.object(reference, "_key_rounding", exact):
+    with mock.patch.object(reference, "candidates", tied), mock.patch.object(reference, "_key_rounding", exact):
         yield
