@@ -9,8 +9,8 @@ from typing import Any
 
 from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.artifacts.report import counted
+from fusenms.cli.arguments import rounds_argument
 from fusenms.cli.flags import add_fields
-from fusenms.cli.fuse import rounds_argument
 from fusenms.cli.printing import ProgressBar, Steps, megabytes
 from fusenms.config import PostprocessConfig
 from fusenms.conversion import RAW, TARGETS, Conversion, convert, layout_path
