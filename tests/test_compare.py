@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from xml.etree import ElementTree
 
 import numpy as np
@@ -69,11 +70,11 @@ def folder(tmp_path_factory):
     return path, exported(path / "net.onnx")
 
 
-def weight(model, node, place=4):
+def weight(model, node, place=4, by=0.01):
     held = {item.name: item for item in model.graph.initializer}
     item = next(held[name] for name in node.input if name in held)
     values = numpy_helper.to_array(item).copy()
-    values.flat[values.size * place // 8] += 0.01 * np.abs(values).max()
+    values.flat[values.size * place // 8] += by * np.abs(values).max()
     item.CopyFrom(numpy_helper.from_array(values, item.name))
 
 
@@ -347,7 +348,9 @@ def test_planted_error_is_named_in_real_networks(zoo, tmp_path, name, change):
     count = sum(node.op_type == operator for node in model.graph.node)
     if not count:
         pytest.skip(f"{name} has no {operator}")
-    bad, node = planted(model, change, operator, count // 2)
+    # A hundredth in one weight of RT-DETR is gone in the layers behind: nothing parts but rounding, on some machines.
+    made = partial(weight, by=0.1) if change is weight else change
+    bad, node = planted(model, made, operator, count // 2)
     onnx.save(bad, tmp_path / "bad.onnx")
     found = compare(zoo / name, tmp_path / "bad.onnx", size=160)
     assert (found.parting.b.node, bool(found)) == (node, False), found
