@@ -232,3 +232,18 @@ def test_commands_write_what_the_functions_make(tmp_path, capsys, monkeypatch):
     assert "--layout distances.raw.layout.json" in capsys.readouterr().out
     assert main(["convert", path.name, "--backend", "ort"]) == 1
     assert "is the input file, which would be overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [{"tiles": {"rows": 2, "columns": 2, "overlap": 0.3}}, {"channels": "bgr"}])
+def test_metadata_of_frames_that_the_graph_does_not_follow_are_refused(tmp_path, wrong):
+    """The new file would be right by the metadata, and another one than the old."""
+    path = fuse(SHAPES / "shapes.pt", size=64, unverified=True, tiles=(2, 2)).save(tmp_path / "f.onnx", unverified=True)
+    model = onnx.load(path)
+    (entry,) = (item for item in model.metadata_props if item.key == "fusenms.image")
+    values = json.loads(entry.value)
+    values["frames"] |= wrong
+    entry.value = json.dumps(values)
+    onnx.save(model, path)
+    with pytest.raises(SourceError, match="its graph makes other images of them"):
+        convert(path, "portable")

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from fusenms import contract
+from fusenms.artifacts.frames import Frames
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.one_tensor import has_one_tensor
 from fusenms.artifacts.preprocessing import Pixels
@@ -84,7 +85,33 @@ def fused_again(fused: FusedModel, raw: RawModel, head: RawHead, config: Postpro
             raise
         raise type(error)(f"{error} (the file has backend {fused.backend}, and its other settings are kept)") from error
     _compare_heads(fused, made)
-    return made if frames is None else with_frames(made, frames)
+    if frames is None:
+        return made
+    framed = with_frames(made, frames)
+    _compare_images(fused, framed, frames)
+    return framed
+
+
+def _compare_images(before: FusedModel, after: FusedModel, frames: Frames) -> None:
+    """Refuse metadata of frames that the graph of the file does not follow: the new one is made by them, and is right by them.
+
+    Raises:
+        SourceError: the two make other images of the same frames.
+    """
+    size = frames.size or (98, 62)
+    noise = np.random.default_rng(0).integers(0, 256, (before.image.batch or 2, *frames.shape(*size)), dtype=np.uint8)
+    made = []
+    for one in (before, after):
+        model = parts(one).before
+        session = Session(model, source=one.source, max_seconds=one.limits.max_run_seconds)
+        given = {model.graph.input[0].name: noise}
+        made.append(session.run(given, [output.name for output in model.graph.output]))
+        session.close()
+    if not all(a.shape == b.shape and np.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*made, strict=True)):
+        raise SourceError(
+            f"{before.source}: its metadata says that it takes {frames}, but its graph makes other images of them; the file was changed "
+            "after it was written: fuse the weights again"
+        )
 
 
 def _compare_heads(before: FusedModel, after: FusedModel) -> None:
