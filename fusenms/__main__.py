@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # PyTorch's threads wait without a busy loop, so that ONNX Runtime's have the cores
 
 
 def run() -> int:

@@ -126,14 +126,15 @@ class Candidates:
     """All candidates of one image: boxes ``[N, 4]`` xyxy in pixels (oriented ones ``[N, 5]``), class values ``[N, C]``.
 
     ``keys`` order the candidates and are compared with the threshold: logits if ``logits``, whose order is exact, else probabilities.
-    An unusable class value is NaN in ``keys``, and an unusable box is NaN. ``rounding`` is the relative rounding of the keys. ``suppress``
+    An unusable class value is NaN in ``keys``, and an unusable box is NaN. ``probabilities`` ``[N, C]`` are None where they are the sigmoid
+    of the class values ``labels_by``. ``rounding`` is the relative rounding of the keys. ``suppress``
     and ``every_class`` are those of the layout. ``given`` ``[N]`` are labels that the head gives; None if it gives none. ``scaled`` boxes
     were moved to another image, so that float32 rounds them: an IoU that equals the threshold in float64 is then a close call.
     """
 
     boxes: Floats
     keys: Floats
-    scores: Floats
+    probabilities: Floats | None
     labels_by: Floats
     logits: bool
     rounding: float
@@ -142,6 +143,17 @@ class Candidates:
     given: NDArray[np.int64] | None
     scaled: bool = False
 
+    @property
+    def scores(self) -> Floats:
+        """All scores ``[N, C]``."""
+        return _sigmoid(self.labels_by) if self.probabilities is None else self.probabilities
+
+    def scores_at(self, anchor: NDArray[np.int64], column: NDArray[np.int64]) -> Floats:
+        """Scores ``[n]`` of these candidates and classes."""
+        if self.probabilities is None:
+            return _sigmoid(self.labels_by[anchor, column])
+        return self.probabilities[anchor, column]
+
 
 def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size: tuple[int, int]) -> Candidates:
     """Decode all candidates of one image. ``head`` maps tensor names to ``[B, …]`` float32; ``size`` is (height, width)."""
@@ -149,6 +161,7 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
     usable = ~np.isnan(raw) & (raw != np.inf)
     values = np.where(usable, raw, -np.inf)
     logits, rounding = False, SCORE_ROUNDING
+    probabilities: Floats | None
     if layout.activation is Activation.SOFTMAX:
         every = (
             raw if layout.background is None else np.concatenate((raw, _channels(head, image, layout.background)), 1)
@@ -158,7 +171,7 @@ def candidates(head: Mapping[str, np.ndarray], image: int, layout: Layout, size:
         keys = probabilities
     elif layout.objectness is None:
         logits, rounding = layout.activation is Activation.SIGMOID, 0.0
-        probabilities, keys = _sigmoid(values) if logits else values, values
+        probabilities, keys = None if logits else values, values
     else:
         objectness = _channels(head, image, layout.objectness)
         if layout.activation is Activation.SIGMOID:
@@ -199,6 +212,7 @@ def postprocess(
     thresholds = thresholds or Thresholds.of(config)
     chosen = _choose(found, config, 0.0 if observed is None else found.rounding, thresholds)
     boxes, labels = found.boxes[chosen.anchor], chosen.label
+    largest, shortest = np.abs(boxes).max(1), (boxes[:, 2:4] - boxes[:, :2]).min(1)
     alive: NDArray[np.bool_] = np.ones(len(labels), bool)
     doubtful: NDArray[np.bool_] = chosen.doubtful.copy()
     picked: list[int] = []
@@ -229,7 +243,7 @@ def postprocess(
         rounding = (
             _probiou_rounding(boxes[best], boxes[rivals], iou)
             if oriented
-            else _iou_rounding(boxes[best], boxes[rivals])
+            else _iou_rounding(np.maximum(largest[best], largest[rivals]), np.minimum(shortest[best], shortest[rivals]))
         )
         close = ((margin > 0) | found.scaled) & (margin <= rounding) & (observed is not None)
         alive[rivals[(iou > thresholds.iou) & ~close]] = False
@@ -241,13 +255,12 @@ def postprocess(
 
 def matches(rows: Rows, row: int, box: Floats, score: float, label: int) -> bool:
     """Whether an observed row is this candidate, within tolerance."""
-    tolerance = np.full(len(box), BOX_TOLERANCE + BOX_RELATIVE * np.abs(box).max())
-    tolerance[4:] = ANGLE_TOLERANCE * np.maximum(1, np.abs(box[4:]))
-    return bool(
-        rows.labels[row] == label
-        and abs(rows.scores[row] - score) <= SCORE_TOLERANCE
-        and (np.abs(rows.boxes[row] - box) <= tolerance).all()
-    )
+    if rows.labels[row] != label or not abs(rows.scores[row] - score) <= SCORE_TOLERANCE:
+        return False
+    expected = box.tolist()
+    tolerance = BOX_TOLERANCE + BOX_RELATIVE * max(map(abs, expected))
+    tolerances = [tolerance] * 4 + [ANGLE_TOLERANCE * max(1, abs(angle)) for angle in expected[4:]]
+    return all(abs(a - b) <= most for a, b, most in zip(rows.boxes[row].tolist(), expected, tolerances, strict=True))
 
 
 def mask_coefficients(head: Mapping[str, np.ndarray], image: int, layout: Layout, numbers: NDArray[np.int64]) -> Floats:
@@ -324,13 +337,14 @@ def _choose(found: Candidates, config: PostprocessConfig, rounding: float, thres
         anchor, column = np.arange(len(found.keys)), np.where(counts, found.labels_by, -np.inf).argmax(1)
         usable = np.broadcast_to(~np.isnan(found.keys).any(axis=1, keepdims=True), found.keys.shape)
     label = column if found.given is None else found.given[anchor]
-    key, score = found.keys[anchor, column], found.scores[anchor, column]
+    key = found.keys[anchor, column]
     threshold = np.broadcast_to(limits, classes)[column]
     with np.errstate(invalid="ignore"):
         near: NDArray[np.bool_] = np.asarray(np.abs(key - threshold) <= _key_rounding(threshold, rounding))
         near = near if rounding else np.zeros_like(near)
         keep = usable[anchor, column] & counts[column] & ((key > threshold) | near)
-    anchor, label, key, score, doubtful = anchor[keep], label[keep], key[keep], score[keep], near[keep]
+    score = found.scores_at(anchor[keep], column[keep])
+    anchor, label, key, doubtful = anchor[keep], label[keep], key[keep], near[keep]
     order = np.argsort(-key, kind="stable")
     finite = ~np.isnan(found.boxes.sum(1))
     most = config.max_candidates if found.suppress else config.max_detections
@@ -366,13 +380,13 @@ def _follow(
     return (-1, False) if doubtful[first] else (first, True)
 
 
-def _iou_rounding(box: Floats, rivals: Floats) -> Floats:
+def _iou_rounding(largest: Floats, shortest: Floats) -> Floats:
     """Largest error of the IoU of float32 boxes: relative rounding, plus the rounding of coordinates divided by the shortest side.
+
+    ``largest`` are the largest coordinates of each pair, ``shortest`` their shortest sides.
 
     If that side is itself below rounding, it may be 0 in float32. The IoU is then 0, whatever its exact value.
     """
-    largest = np.maximum(np.abs(box).max(), np.abs(rivals).max(1))
-    shortest = np.minimum((box[2:] - box[:2]).min(), (rivals[:, 2:] - rivals[:, :2]).min(1))
     off = np.minimum(IOU_ROUNDING + 4 * PIXEL_ROUNDING * largest / np.maximum(shortest, 1e-6), IOU_ROUNDING_MOST)
     return np.where(shortest <= PIXEL_ROUNDING * largest, 1.0, off)
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
+from conftest import SHAPES
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusenms import load
 from fusenms.errors import ConfigError, SourceError
 from fusenms.limits import Limits
 from fusenms.sources.checkpoint import load_checkpoint
 from fusenms.sources.torch_modules import layers as modules
+from fusenms.sources.torch_modules.cost import _made
 
 LAYERS = [
     nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, (1, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=4, bias=False),
@@ -140,3 +147,47 @@ def test_error_when_a_checkpoint_exceeds_a_bound(limit, message, tmp_path):
     load_checkpoint(tmp_path / "a.pt")
     with pytest.raises(SourceError, match=message):
         load_checkpoint(tmp_path / "a.pt", limits=Limits(**limit))
+
+
+POINTWISE = [
+    ("silu", F.silu), ("silu in place", partial(F.silu, inplace=True)), ("relu", F.relu), ("leaky relu", F.leaky_relu),
+    ("hardswish", F.hardswish), ("gelu", F.gelu), ("sigmoid", torch.sigmoid), ("exp", torch.exp), ("add", lambda x: x + x[:, :1]),
+    ("mul", lambda x: x * x[:1, :, :1, :1]), ("sub", lambda x: x - x[:1]), ("rsub", lambda x: 1 - x), ("div", lambda x: x / 2),
+    ("cat", lambda x: torch.cat((x, x[:, :2]), 1)),
+    ("cat of the last axis", lambda x: torch.cat((x, x[..., :2]), -1)),
+    ("batch norm", lambda x: nn.BatchNorm2d(4, device="meta").eval()(x)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "step"), POINTWISE, ids=[name for name, _ in POINTWISE])
+def test_shapes_known_for_the_cost_are_those_of_pytorch(name, step):
+    class Kept(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            known, made = _made(func, args), func(*args, **(kwargs or {}))
+            if known is not None:
+                shown.append(func)
+                one, other = (value if isinstance(value, tuple) else (value,) for value in (known, made))
+                assert [(v.shape, v.dtype, v.device) for v in one][:1] == [(v.shape, v.dtype, v.device) for v in other][
+                    :1
+                ]
+            return made
+
+    shown = []
+    with torch.no_grad(), Kept():
+        step(torch.empty(2, 4, 6, 8, device="meta"))
+    assert len(shown) == 1
+
+
+def test_unlike_tensors_are_left_to_pytorch():
+    alike, other = torch.empty(1, 2, 4, device="meta"), torch.empty(1, 2, 5, device="meta")
+    assert _made(torch.ops.aten.cat.default, ([alike, other], 1)) is None
+    assert _made(torch.ops.aten.add.Tensor, (alike.long(), alike.long())) is None
+    with pytest.raises(RuntimeError):
+        _made(torch.ops.aten.add.Tensor, (alike, other))
+
+
+@pytest.mark.slow
+def test_loading_imports_no_compiler():
+    """It takes a second."""
+    code = f"import sys, fusenms; fusenms.load({str(SHAPES / 'shapes.pt')!r}, size=64); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -53,6 +53,7 @@ class Session:
         providers: Sequence[Provider] = ("CPUExecutionProvider",),
         threads: int | None = None,
         arena: bool = True,
+        spinning: bool = False,
         options: Any = None,
     ) -> None:
         """Open a model.
@@ -63,7 +64,9 @@ class Session:
             providers: execution providers, in order of preference, each a name or a name with options.
             threads: threads of one run; default: ONNX Runtime's choice.
             arena: keep freed memory for the next run, as ONNX Runtime does by default.
-            options: an `onnxruntime.SessionOptions` to start from; ``threads`` and ``arena`` are set on it.
+            spinning: let threads wait for their next work in a busy loop, as ONNX Runtime does by default. It gains some percent where the
+                session has the cores to itself, and delays everything else that runs on them, other sessions among it.
+            options: an `onnxruntime.SessionOptions` to start from, instead of ``spinning``; ``threads`` and ``arena`` are set on it.
 
         Raises:
             BackendUnavailableError: ONNX Runtime, or a provider, is not installed or cannot start on this machine.
@@ -81,6 +84,8 @@ class Session:
         if options is None:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # problems are raised as errors
+            if not spinning:
+                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = arena
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -210,6 +215,7 @@ class OnnxRuntimeRunner:
         threads: int | None = None,
         *,
         arena: bool = True,
+        spinning: bool = False,
         options: Any = None,
         source: str = "the model",
         max_seconds: float = DEFAULT_LIMITS.max_run_seconds,
@@ -222,6 +228,7 @@ class OnnxRuntimeRunner:
             providers=providers,
             threads=threads,
             arena=arena,
+            spinning=spinning,
             options=options,
         )
         self.inputs, self.outputs = self._session.inputs, self._session.outputs

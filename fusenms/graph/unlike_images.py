@@ -79,6 +79,12 @@ def largest_difference(
 def _difference(got: np.ndarray, expected: np.ndarray, tensor: int, floor: float) -> Difference:
     if got.shape != expected.shape:
         return Difference(np.inf, np.inf, tensor)
+    if got.dtype == expected.dtype == np.float32:
+        with np.errstate(invalid="ignore"):
+            absolute = float(np.abs(got - expected).max(initial=0))
+        if np.isfinite(absolute):  # then every value is
+            scale = max(float(expected.max(initial=0)), -float(expected.min(initial=0)), floor)
+            return Difference(absolute / scale, absolute, tensor)
     a, b = got.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b))

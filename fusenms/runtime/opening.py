@@ -151,6 +151,7 @@ def _open_onnx(fused: FusedModel, source: str, runtime: str, wanted: Wanted, lim
             wanted.threads,
             source=source,
             max_seconds=seconds,
+            spinning=True,
             options=wanted.session_options,
         )
     return Opened(fused=fused, runtime=runtime, runner=runner)

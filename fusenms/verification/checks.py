@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,8 @@ from fusenms.verification.tiles import TiledHead, tiles_of
 BATCHES = (1, 2, 7)
 MOST_TILES = 24
 """Images of a run above which no further batch size is run: they take memory."""
+THREADS = 2
+"""Images that the reference works on at the same time."""
 OnProgress = Callable[[str, int, int], None]
 """Called with the name of the step, the number of units done, and the total number."""
 
@@ -159,6 +163,15 @@ def images_for(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
         found = f"{images.dtype}{list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
         raise InputError(f"found images {found}; expected float32 [n, 3, {size[0]}, {size[1]}], n at least 1")
     return images
+
+
+@dataclass(frozen=True)
+class _Referred:
+    """One image: the observed rows, all candidates of its head, and what the reference expects."""
+
+    observed: Rows
+    found: Candidates
+    expected: Expected
 
 
 class _Verification:
@@ -301,48 +314,66 @@ class _Verification:
         return outputs
 
     def _compare(self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], cases: tuple[str, ...]) -> None:
-        counts, boxes, scores, labels = (outputs[name] for name in self.config.output_names)
+        """Check every image of a run. The reference works on `THREADS` images at a time, since all its candidates take memory."""
         first: Rows | None = None
-        converged = outputs.get(contract.CONVERGED) if self.config.rounds is not None else None
-        for i, case in enumerate(cases):
-            if converged is not None and converged[i, 0] == 0:
-                self._check(batch=len(cases), image=i, case=case, converged=False)
-                continue
-            count = int(np.clip(counts[i, 0], 0, len(scores[i])))
-            observed = Rows(
-                boxes[i, :count].astype(np.float64),
-                scores[i, :count].astype(np.float64),
-                labels[i, :count],
-                outputs[contract.INDICES][i, :count] if self.config.indices else None,
-            )
-            found = self.read.candidates(head, i)
-            expected = postprocess(found, self.config, observed, self.thresholds)
-            self._note_effects(found, expected)
-            problems = _differences(observed, expected)
-            if counts[i, 0] != count:
-                problems.append(f"num_detections is {counts[i, 0]}, outside of 0 to {len(scores[i])}")
-            if np.any(boxes[i, count:]) or np.any(scores[i, count:]) or np.any(labels[i, count:] != contract.NO_LABEL):
-                problems.append(f"rows past num_detections ({count}) are not blank (zeros, label {contract.NO_LABEL})")
-            close_calls = expected.close_calls
-            if not problems:
-                others, doubtful = task_output_differences(self.read, head, outputs, i, self.config, expected)
-                problems, close_calls = problems + others, close_calls + doubtful
-            elif cause := self._explain(observed, expected, found, first):
-                problems[0] += cause
-            first = observed if first is None else first
-            matched = min(len(observed), len(expected.rows)) if not problems else 0
-            worst_box = float(np.abs(observed.boxes[:matched] - expected.rows.boxes[:matched]).max(initial=0))
-            worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
-            self._check(
-                batch=len(cases),
-                image=i,
-                case=case,
-                detections=len(observed),
-                close_calls=close_calls,
-                worst_box=worst_box,
-                worst_score=worst_score,
-                problems=tuple(problems),
-            )
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(cases), THREADS):
+                numbers = range(start, min(start + THREADS, len(cases)))
+                for i, referred in zip(numbers, pool.map(partial(self._refer, head, outputs), numbers), strict=True):
+                    if referred is None:
+                        self._check(batch=len(cases), image=i, case=cases[i], converged=False)
+                        continue
+                    self._judge(head, outputs, cases, i, referred, first)
+                    first = referred.observed if first is None else first
+
+    def _refer(self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], i: int) -> _Referred | None:
+        """The rows of an image and those of the reference; None if its rounds did not suffice."""
+        if self.config.rounds is not None and contract.CONVERGED in outputs and outputs[contract.CONVERGED][i, 0] == 0:
+            return None
+        counts, boxes, scores, labels = (outputs[name] for name in self.config.output_names)
+        count = int(np.clip(counts[i, 0], 0, len(scores[i])))
+        observed = Rows(
+            boxes[i, :count].astype(np.float64),
+            scores[i, :count].astype(np.float64),
+            labels[i, :count],
+            outputs[contract.INDICES][i, :count] if self.config.indices else None,
+        )
+        found = self.read.candidates(head, i)
+        return _Referred(observed, found, postprocess(found, self.config, observed, self.thresholds))
+
+    def _judge(
+        self, head: dict[str, np.ndarray], outputs: dict[str, np.ndarray], cases: tuple[str, ...], i: int, referred: _Referred,
+        first: Rows | None,
+    ) -> None:  # fmt: skip
+        """Check one image. ``first`` are the rows of the first image of the batch."""
+        counts, boxes, scores, labels = (outputs[name] for name in self.config.output_names)
+        observed, found, expected = referred.observed, referred.found, referred.expected
+        count = len(observed)
+        self._note_effects(found, expected)
+        problems = _differences(observed, expected)
+        if counts[i, 0] != count:
+            problems.append(f"num_detections is {counts[i, 0]}, outside of 0 to {len(scores[i])}")
+        if np.any(boxes[i, count:]) or np.any(scores[i, count:]) or np.any(labels[i, count:] != contract.NO_LABEL):
+            problems.append(f"rows past num_detections ({count}) are not blank (zeros, label {contract.NO_LABEL})")
+        close_calls = expected.close_calls
+        if not problems:
+            others, doubtful = task_output_differences(self.read, head, outputs, i, self.config, expected)
+            problems, close_calls = problems + others, close_calls + doubtful
+        elif cause := self._explain(observed, expected, found, first):
+            problems[0] += cause
+        matched = min(len(observed), len(expected.rows)) if not problems else 0
+        worst_box = float(np.abs(observed.boxes[:matched] - expected.rows.boxes[:matched]).max(initial=0))
+        worst_score = float(np.abs(observed.scores[:matched] - expected.rows.scores[:matched]).max(initial=0))
+        self._check(
+            batch=len(cases),
+            image=i,
+            case=cases[i],
+            detections=count,
+            close_calls=close_calls,
+            worst_box=worst_box,
+            worst_score=worst_score,
+            problems=tuple(problems),
+        )
 
     def _note_effects(self, found: Candidates, expected: Expected) -> None:
         """Note the inputs without which other candidates would be expected."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -74,7 +75,7 @@ def dense(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
 
 def empty(stage: Stage, rng: np.random.Generator) -> SyntheticHead:
     """No score above any usual threshold."""
-    classes = rng.normal(LOW, 0.5, (stage.count, stage.layout.classes.channels))
+    classes = LOW + 0.5 * rng.standard_normal((stage.count, stage.layout.classes.channels), np.float32)
     return SyntheticHead(classes, rng.normal(LOW, 0.5, stage.count), _random_boxes(stage, rng))
 
 
@@ -139,7 +140,8 @@ def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...
     """
     layout = stage.layout
     tensors = {name: np.zeros((len(names), *shape), np.float32) for name, shape in shapes.items()}
-    for i, name in enumerate(names):
+
+    def fill(i: int, name: str) -> None:  # each image has random numbers of its own
         head = SYNTHETIC_HEADS[name](stage, np.random.default_rng([seed, i, list(SYNTHETIC_HEADS).index(name)]))
         activate = layout.activation is Activation.NONE
         parts = [(layout.boxes, head.boxes), (layout.classes, _squash(head.classes) if activate else head.classes)]
@@ -159,6 +161,9 @@ def heads(stage: Stage, names: tuple[str, ...], shapes: dict[str, tuple[int, ...
             target = tensors[tap.tensor][i]
             rows = target.T if tap.channel_axis == 1 else target
             rows[:, tap.start : tap.stop] = values
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(fill, range(len(names)), names))
     if layout.activation is Activation.NONE and layout.objectness is None:
         _exact_threshold(stage, names, tensors)
     return tensors
@@ -214,7 +219,9 @@ def _random_boxes(stage: Stage, rng: np.random.Generator) -> np.ndarray:
     if isinstance(layout.decode, Distances):
         bins = layout.decode.bins
         peak = rng.uniform(0, min(6, bins - 1), (count, 4, 1))
-        return (-((np.arange(bins) - peak) ** 2) + rng.normal(0, 0.3, (count, 4, bins))).reshape(count, -1)
+        return (-((np.arange(bins) - peak) ** 2) + 0.3 * rng.standard_normal((count, 4, bins), np.float32)).reshape(
+            count, -1
+        )
     if not isinstance(layout.decode, Decoded):
         return rng.normal(0, 1, (count, 4))
     sides = np.array([stage.image.width, stage.image.height])

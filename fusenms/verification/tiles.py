@@ -85,7 +85,7 @@ class TiledHead(ImageHead):
             found[0],
             boxes=np.concatenate(boxes),
             keys=np.concatenate([one.keys for one in found]),
-            scores=np.concatenate([one.scores for one in found]),
+            probabilities=None if found[0].probabilities is None else np.concatenate([one.scores for one in found]),
             labels_by=np.concatenate([one.labels_by for one in found]),
             suppress=True,
             scaled=True,

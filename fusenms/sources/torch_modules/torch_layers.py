@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fusenms.limits import Limits
@@ -113,7 +114,8 @@ def _embedding(a: Attributes, _: dict[str, Stored]) -> nn.Module:
     a.take("padding_idx", "norm_type", "scale_grad_by_freq", "sparse")
     if a("max_norm", _optional(fields.real), None) is not None:
         raise ValueError(f"{a.where} renormalizes its weights; expected max_norm None")
-    return nn.Embedding(a("num_embeddings", fields.channels), a("embedding_dim", fields.channels), device="meta")
+    shape = a("num_embeddings", fields.channels), a("embedding_dim", fields.channels)
+    return nn.Embedding(*shape, _weight=torch.empty(shape, device="meta"))  # without weights it would draw random ones
 
 
 def _max_pool(a: Attributes, _: dict[str, Stored]) -> nn.Module:
