@@ -32,6 +32,7 @@ GENCODE = $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(a
 	-gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
 CHECKPOINTS ?=
 IMAGE ?=
+CALIBRATE ?=
 FUSE = $(BIN)/python -m fusenms $< -o $@ --engine none $(if $(SIZE),--size $(SIZE)) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
 
 .PHONY: help demo test test-quick test-all test-lowest newest test-gpu check docs fuzz lock licences bench bench-tasks bench-gpu plugin format clean \
@@ -91,9 +92,9 @@ check: $(VENV)/.dev ## Lint, format check, types
 docs: $(VENV)/.docs ## Build the documentation into site/, without network; a warning or broken link is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -E -b html -d build/doctrees docs site
 
-bench: $(VENV)/.bench ## Time fusenms beside its peers: make bench CHECKPOINT=yolov8n.pt [IMAGE=FILE]; writes docs/benchmarks.*
+bench: $(VENV)/.bench ## Time fusenms beside its peers: make bench CHECKPOINT=yolov8n.pt [IMAGE=FILE] [CALIBRATE=DIR]; writes docs/benchmarks.*
 	@test -n "$(CHECKPOINT)" || { echo "name a YOLOv8-style checkpoint: make bench CHECKPOINT=yolov8n.pt"; exit 2; }
-	$(BIN)/python tests/benchmarks/run.py $(CHECKPOINT) $(if $(IMAGE),--image $(IMAGE)) $(ARGS)
+	$(BIN)/python tests/benchmarks/run.py $(CHECKPOINT) $(if $(IMAGE),--image $(IMAGE)) $(if $(CALIBRATE),--calibrate $(CALIBRATE)) $(ARGS)
 
 bench-tasks: $(VENV)/.bench ## The same for masks, keypoints, oriented boxes: make bench-tasks CHECKPOINTS="A-seg.pt B-pose.pt"
 	@test -n "$(CHECKPOINTS)" || { echo "name checkpoints with YOLOv8's head: make bench-tasks CHECKPOINTS=\"A-seg.pt B-pose.pt C-obb.pt\""; exit 2; }
@@ -184,7 +185,7 @@ $(VENV)/.rtx: $(VENV)/.run
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.run tests/benchmarks/requirements.txt
-	$(BIN)/python -m pip install -q -e '.[bench]'
+	$(BIN)/python -m pip install -q -e '.[bench,openvino]'
 	$(BIN)/python -m pip install -q -r tests/benchmarks/requirements.txt
 	$(BIN)/python -m pip install -q --no-deps ultralytics torchvision || echo "peers that do not install are left out"
 	touch $@

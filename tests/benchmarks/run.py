@@ -1,41 +1,54 @@
 """Time fusenms beside its peers, in one run, on one checkpoint: the table and the plot of docs/benchmarks.md.
 
-    python tests/benchmarks/run.py CHECKPOINT.pt [--image FILE] [--runs 25] [--batch 1 8 16] [--out docs]
+    python tests/benchmarks/run.py CHECKPOINT.pt [--image FILE] [--calibrate DIR] [--runs 25] [--batch 1 8 16] [--out docs]
 
 The raw model is the checkpoint with its usual decode in the graph: the output ``[B, 4 + C, N]`` that exporters write.
+
+No thread pool spins: sessions that take turns on the same cores would disturb each other, and a tail of 1 ms would read as 7. Files are
+also timed alone, each in a process of its own with ONNX Runtime's default settings (`alone.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch
+
 import peers
 import torch
+from alone import alone
 from torch import Tensor, nn
 
 from fusenms import fuse
 from fusenms.artifacts.fused import FusedModel
-from fusenms.benchmark import TAIL, WHOLE, Contestant, Timing, contestants, measure, peak_memory
+from fusenms.benchmark import TAIL, WHOLE, Contestant, Timing, measure, peak_memory
 from fusenms.cli.bench import plot, print_table
 from fusenms.errors import first_line
-from fusenms.graph.model import with_outputs
+from fusenms.graph.model import cut_before, with_only_outputs
 from fusenms.graph.session import OnnxRuntimeRunner
 from fusenms.reference import candidates
+from fusenms.runtime.openvino import OpenVinoRunner
 from fusenms.sources.checkpoint import Checkpoint, load_checkpoint
 from fusenms.sources.torch_modules.layers import AnchorFreeDetect
 
 RAW, FUSED, CUT = "raw model", "fusenms (ort)", "cut before the decode (floor)"
+INT8, SLIM = "fusenms (ort, int8)", "fusenms (ort), written by onnxslim"
 ULTRALYTICS = "Ultralytics nms=True"
-CROWD = 1500
+CROWD, FULL = 1500, 3840
+OPENVINO, ALONE = "whole model in OpenVINO", "alone"
 
 
 class Decoded(nn.Module):
@@ -76,44 +89,70 @@ def raw_model(checkpoint: Checkpoint, size: int, path: Path) -> onnx.ModelProto:
     return onnx.load(path)
 
 
-def whole(name: str, model: onnx.ModelProto, after: Callable[[np.ndarray], Any] | None, threads: int) -> Contestant:
-    """A model, and what the host does with its first output."""
+@dataclass(frozen=True)
+class Graph:
+    """A graph to time: its model by batch size, and its inputs for a batch of images."""
+
+    name: str
+    part: str
+    model: Callable[[int], onnx.ModelProto]
+    inputs: Callable[[np.ndarray], dict[str, np.ndarray]]
+
+    def contestant(self, threads: int, after: Callable[[np.ndarray], Any] | None = None, name: str = "") -> Contestant:
+        """In ONNX Runtime, with what the host does with the first output."""
+
+        def prepare(images: np.ndarray) -> Callable[[], Any]:
+            runner, inputs = OnnxRuntimeRunner(self.model(len(images)), threads=threads), self.inputs(images)
+            if after is None:
+                return lambda: runner.run(inputs)
+            return lambda: after(next(iter(runner.run(inputs).values())))
+
+        return Contestant(name or self.name, self.part, prepare)
+
+    def in_openvino(self, threads: int) -> Contestant:
+        def prepare(images: np.ndarray) -> Callable[[], Any]:
+            runner = OpenVinoRunner(self.model(len(images)), threads=threads, source=self.name)
+            inputs = self.inputs(images)
+            return lambda: runner.run(inputs)
+
+        return Contestant(self.name, OPENVINO, prepare)
+
+    def alone(self, images: np.ndarray, threads: int, runs: int, folder: Path) -> float:
+        """Median ms in a process of its own."""
+        path = folder / "alone.onnx"
+        onnx.save(self.model(len(images)), path)
+        return alone(path, self.inputs(images), folder, threads, runs)
+
+
+def whole(name: str, model: onnx.ModelProto) -> Graph:
+    return Graph(name, WHOLE, lambda _: model, lambda images: {"images": images})
+
+
+def tail(name: str, part: str, model: Callable[[int], onnx.ModelProto], head: np.ndarray) -> Graph:
+    """A graph that starts at the decoded head of one image, which is repeated; images, where it asks for their shape, are those given."""
+
+    def inputs(images: np.ndarray) -> dict[str, np.ndarray]:
+        heads = np.repeat(head, len(images), 0)
+        return {entry.name: images if entry.name == "images" else heads for entry in model(len(images)).graph.input}
+
+    return Graph(name, part, model, inputs)
+
+
+def fused_tail(part: str, fused: FusedModel, taps: dict[str, np.ndarray]) -> Graph:
+    model = cut_before(fused.model, {key: value.shape[1:] for key, value in taps.items()})
+    return Graph(
+        FUSED, part, lambda _: model, lambda images: {k: np.repeat(v, len(images), 0) for k, v in taps.items()}
+    )
+
+
+def on_host(name: str, part: str, work: Callable[[np.ndarray], Any], head: np.ndarray) -> Contestant:
+    """Work on the decoded head of one image, which is repeated."""
 
     def prepare(images: np.ndarray) -> Callable[[], Any]:
-        runner = OnnxRuntimeRunner(model, threads=threads)
-        if after is None:
-            return lambda: runner.infer(images)
-        return lambda: after(next(iter(runner.infer(images).values())))
-
-    return Contestant(name, WHOLE, prepare)
-
-
-def tail(name: str, part: str, work: Callable[[np.ndarray], Any], heads: Callable[[int], np.ndarray]) -> Contestant:
-    """Work on the decoded head alone."""
-
-    def prepare(images: np.ndarray) -> Callable[[], Any]:
-        head = heads(len(images))
-        return lambda: work(head)
+        heads = np.repeat(head, len(images), 0)
+        return lambda: work(heads)
 
     return Contestant(name, part, prepare)
-
-
-def tail_model(
-    name: str, part: str, model: onnx.ModelProto, heads: Callable[[int], np.ndarray], threads: int
-) -> Contestant:
-    """A graph that starts at the decoded head; images, where it asks for their shape, are those given."""
-
-    def prepare(images: np.ndarray) -> Callable[[], Any]:
-        runner, head = OnnxRuntimeRunner(model, threads=threads), heads(len(images))
-        inputs = {key: images if key == "images" else head for key in runner.inputs}
-        return lambda: runner.run(inputs)
-
-    return Contestant(name, part, prepare)
-
-
-def by_batch(name: str, part: str, make: Callable[[int], Callable[[np.ndarray], Callable[[], Any]]]) -> Contestant:
-    """Something that is built anew for each batch size."""
-    return Contestant(name, part, lambda images: make(len(images))(images))
 
 
 def crowd(taps: dict[str, np.ndarray], fused: FusedModel, count: int) -> dict[str, np.ndarray]:
@@ -143,74 +182,95 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
         fused = fuse(args.checkpoint, size=args.size)
         ours = fused.save(work / "fused.onnx")
         images = read(args.image, args.size)
-        cut = onnx.ModelProto()
-        cut.CopyFrom(with_outputs(fused.model, fused.layout.tensors))
-        kept = [entry for entry in cut.graph.output if entry.name in fused.layout.tensors]
-        del cut.graph.output[:]
-        cut.graph.output.extend(kept)
+        cut = with_only_outputs(fused.model, fused.layout.tensors)
         taps = OnnxRuntimeRunner(cut).infer(images)
-        cases = {TAIL: taps, f"tail, {CROWD} candidates": crowd(taps, fused, CROWD)}
+        cases = {TAIL: taps} | {f"tail, {count} candidates": crowd(taps, fused, count) for count in (CROWD, FULL)}
 
-        entries = [whole(RAW, raw, None, args.threads), whole(CUT, cut, None, args.threads)]
-        for entry in contestants([ours], args.threads):
-            if entry.part == WHOLE:
-                entries.append(Contestant(FUSED, WHOLE, entry.prepare))
-        hosts: dict[str, Callable[[np.ndarray], Any]] = {"raw + cv2.dnn.NMSBoxesBatched": peers.opencv_batched}
-        for name, make in (
-            ("raw + Ultralytics predict NMS (PyTorch)", peers.ultralytics_predict),
-            ("raw + torchvision batched_nms", peers.torchvision_batched),
-        ):
-            try:
-                hosts[name] = make()
-            except (ImportError, RuntimeError) as error:
-                notes.append(f"{name}: cannot be run here ({first_line(error)})")
+        graphs = [whole(RAW, raw), whole(CUT, cut), whole(FUSED, fused.model), *variants(args, fused, notes)]
         recipes = {
             name: peers.recipe(name, len(checkpoint.class_names), taps[fused.layout.classes.tensor].shape[2])
             for name in peers.recipes()
         }
-        exported = ultralytics_models(args, work, notes)
-        entries += [whole(name, raw, after, args.threads) for name, after in hosts.items()]
-        entries += [whole(name, peers.joined(raw, model), None, args.threads) for name, model in recipes.items()]
-        if exported:
-            entries.append(
-                by_batch(ULTRALYTICS, WHOLE, lambda b: whole(ULTRALYTICS, exported[b], None, args.threads).prepare)
-            )
+        graphs += [whole(name, peers.joined(raw, model)) for name, model in recipes.items()]
+        if exported := ultralytics_models(args, work, notes):
+            graphs.append(Graph(ULTRALYTICS, WHOLE, exported.__getitem__, lambda images: {"images": images}))
+        hosts = host_work(notes)
+        entries = [graph.contestant(args.threads) for graph in graphs]
+        entries += [graphs[0].contestant(args.threads, after, name) for name, after in hosts.items()]
         timings = measure(entries, images, batches=args.batch, runs=args.runs)
 
-        tails: list[Contestant] = []
+        tails, graph_tails = list[Contestant](), list[Graph]()
         for part, head in cases.items():
             flat = decode(head, fused)
-            heads = lambda b, flat=flat: np.repeat(flat, b, 0)  # noqa: E731
             if part == TAIL:
-                tails.append(tail("NumPy class maximum (for scale)", part, lambda h: h[:, 4:].max(1), heads))
-            tails.append(fused_tail(FUSED, part, fused, head, args.threads))
-            tails += [tail(name, part, after, heads) for name, after in hosts.items()]
-            tails += [tail_model(name, part, model, heads, args.threads) for name, model in recipes.items()]
+                tails.append(on_host("NumPy class maximum (for scale)", part, lambda h: h[:, 4:].max(1), flat))
+            own = [fused_tail(part, fused, head)]
+            own += [tail(name, part, lambda _, model=model: model, flat) for name, model in recipes.items()]
             if exported:
                 models = {b: ultralytics_tail(model, flat.shape) for b, model in exported.items()}
-                tails.append(
-                    by_batch(
-                        ULTRALYTICS,
-                        part,
-                        lambda b, m=models, h=heads: tail_model(ULTRALYTICS, TAIL, m[b], h, args.threads).prepare,
-                    )
-                )
+                own.append(tail(ULTRALYTICS, part, models.__getitem__, flat))
+            tails += [graph.contestant(args.threads) for graph in own]
+            tails += [on_host(name, part, after, flat) for name, after in hosts.items()]
+            graph_tails += own
         timings += measure(tails, images, batches=args.batch, runs=args.runs)
+        if find_spec("openvino") is not None:
+            shown = [graph for graph in graphs if graph.name in (RAW, FUSED, INT8, ULTRALYTICS)]
+            beside = [graph.in_openvino(args.threads) for graph in shown]
+            beside[:0] = [
+                replace(graph.contestant(args.threads), part=OPENVINO, name=f"{graph.name}, in ONNX Runtime")
+                for graph in shown
+            ]
+            timings += measure(beside, images, batches=[b for b in args.batch if b <= 8], runs=args.runs)
+        timings += by_itself([*graphs, *graph_tails], images, args, work)
         memory = {str(b): peak_memory(ours, TAIL, b) or 0.0 for b in args.batch}
     return timings, notes, memory
 
 
-def fused_tail(name: str, part: str, fused: FusedModel, taps: dict[str, np.ndarray], threads: int) -> Contestant:
-    from fusenms.graph.model import cut_before
+def variants(args: argparse.Namespace, fused: FusedModel, notes: list[str]) -> list[Graph]:
+    """Our model in int8, and written by onnxslim."""
+    found = []
+    if args.calibrate is None:
+        notes.append(f"{INT8}: there were no images to calibrate on (--calibrate)")
+    else:
+        quantized = fuse(args.checkpoint, size=args.size, precision="int8", calibrate=args.calibrate, max_drift=1.0)
+        found.append(whole(INT8, quantized.model))
+    try:
+        import onnxslim
+    except ImportError as error:
+        notes.append(f"{SLIM}: cannot be run here ({first_line(error)})")
+    else:
+        found.append(whole(SLIM, onnxslim.slim(onnx.ModelProto.FromString(fused.model.SerializeToString()))))
+    return found
 
-    model = cut_before(fused.model, {key: value.shape[1:] for key, value in taps.items()})
 
-    def prepare(images: np.ndarray) -> Callable[[], Any]:
-        runner = OnnxRuntimeRunner(model, threads=threads)
-        inputs = {key: np.repeat(value, len(images), 0) for key, value in taps.items()}
-        return lambda: runner.run(inputs)
+def host_work(notes: list[str]) -> dict[str, Callable[[np.ndarray], Any]]:
+    """What peers do on the host with the raw model's output."""
+    hosts: dict[str, Callable[[np.ndarray], Any]] = {"raw + cv2.dnn.NMSBoxesBatched": peers.opencv_batched}
+    for name, make in (
+        ("raw + Ultralytics predict NMS (PyTorch)", peers.ultralytics_predict),
+        ("raw + torchvision batched_nms", peers.torchvision_batched),
+    ):
+        try:
+            hosts[name] = make()
+        except (ImportError, RuntimeError) as error:
+            notes.append(f"{name}: cannot be run here ({first_line(error)})")
+    return hosts
 
-    return Contestant(name, part, prepare)
+
+def by_itself(graphs: list[Graph], images: np.ndarray, args: argparse.Namespace, folder: Path) -> list[Timing]:
+    """Timings of graphs, each in a process of its own; the median of three processes, in turns."""
+    timings, nan = [], float("nan")
+    for batch in args.batch:
+        filled = images[np.arange(batch) % len(images)]
+        rounds = [[graph.alone(filled, args.threads, args.runs, folder) for graph in graphs] for _ in range(3)]
+        middle = {
+            (g.name, g.part): float(np.median(times))
+            for g, times in zip(graphs, zip(*rounds, strict=True), strict=True)
+        }
+        for (name, part), milliseconds in middle.items():
+            base = middle[RAW, WHOLE] if part == WHOLE else middle[FUSED, part]
+            timings.append(Timing(name, f"{part}, {ALONE}", batch, milliseconds, nan, nan, milliseconds / base))
+    return timings
 
 
 def ultralytics_models(args: argparse.Namespace, work: Path, notes: list[str]) -> dict[int, onnx.ModelProto]:
@@ -223,8 +283,6 @@ def ultralytics_models(args: argparse.Namespace, work: Path, notes: list[str]) -
 
 def ultralytics_tail(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.ModelProto:
     """What follows the decoded head in Ultralytics' graph: the head is the Concat of boxes and the sigmoid of the scores."""
-    from fusenms.graph.model import cut_before
-
     makers = {output: node.op_type for node in model.graph.node for output in node.output}
     joins = [
         n for n in model.graph.node if n.op_type == "Concat" and [makers.get(i) for i in n.input] == ["Mul", "Sigmoid"]
@@ -244,19 +302,20 @@ def markdown(timings: list[Timing], notes: list[str], memory: dict[str, float], 
     """The page: a table for the whole model, one for each kind of tail, what could not be run."""
     lines = [
         "# Benchmarks", "",
-        f"{args.checkpoint.name} at {args.size}, score threshold {peers.SCORE}, IoU {peers.IOU}, {peers.ROWS} rows; "
-        f"medians of {args.runs} interleaved "
-        f"runs in one process, "
-        f"{args.threads} threads. ONNX Runtime {onnxruntime.__version__}, PyTorch {torch.__version__}, {platform.system()} "
-        f"{platform.machine()}, CPU only. Absolute times are this machine's; read the ratios.", "",
+        f"{args.checkpoint.name} at {args.size}, score threshold {peers.SCORE}, IoU {peers.IOU}, {peers.ROWS} rows; medians of {args.runs} "
+        f"interleaved runs in one process, {args.threads} threads, which do not spin. Alone: each file in a process of its own, with ONNX "
+        f"Runtime's default settings; the median of three. {processor()} ONNX Runtime {onnxruntime.__version__}, PyTorch "
+        f"{torch.__version__}, {platform.system()}. Absolute times are this machine's; read the ratios.", "",
         "Made by `make bench CHECKPOINT=FILE.pt`. Other tasks: [benchmarks-tasks.md](benchmarks-tasks.md).", "",
         "![Whole model](benchmarks.svg)", "",
     ]  # fmt: skip
     for part in dict.fromkeys(t.part for t in timings):
         rows = [t for t in timings if t.part == part]
         batches = sorted({t.batch for t in rows})
-        base = RAW if part == WHOLE else FUSED
-        title = "Whole model" if part == WHOLE else f"{part[0].upper()}{part[1:]}"
+        of_model = part.startswith(WHOLE)
+        base = f"{RAW}, in ONNX Runtime" if part == OPENVINO else RAW if of_model else FUSED
+        title = part.replace(WHOLE, "whole model") if part != OPENVINO else part
+        title = f"{title[0].upper()}{title[1:]}"
         lines += [
             f"## {title}",
             "",
@@ -270,12 +329,12 @@ def markdown(timings: list[Timing], notes: list[str], memory: dict[str, float], 
             cells = []
             for b in batches:
                 t = next(t for t in rows if t.name == name and t.batch == b)
-                ratio = t.ratio if part == WHOLE else t.milliseconds / firsts[b]
+                ratio = t.ratio if of_model and not np.isnan(t.ratio) else t.milliseconds / firsts[b]
                 cells.append("does not run" if t.note else f"{t.milliseconds:.2f} ({ratio:.2f})")
             lines.append(f"| {'**' + name + '**' if name == FUSED else name} | " + " | ".join(cells) + " |")
         lines.append("")
     quiet = {t.batch: t.milliseconds for t in timings if (t.name, t.part) == (FUSED, TAIL)}
-    crowded = {t.batch: t.milliseconds for t in timings if t.name == FUSED and t.part not in (WHOLE, TAIL)}
+    crowded = {t.batch: t.milliseconds for t in timings if (t.name, t.part) == (FUSED, f"{TAIL}, {CROWD} candidates")}
     factors = ", ".join(f"{crowded[b] / quiet[b]:.1f} at batch {b}" for b in quiet)
     lines += [f"Our tail on the crowded head takes so many times as long as on the quiet one: {factors}.", ""]
     peaks = ", ".join(f"{value:.1f} MB at batch {b}" for b, value in memory.items())
@@ -284,10 +343,19 @@ def markdown(timings: list[Timing], notes: list[str], memory: dict[str, float], 
     return "\n".join(lines)
 
 
+def processor() -> str:
+    """Its name, and whether it has VNNI, which int8 is fast with."""
+    path = Path("/proc/cpuinfo")
+    said = path.read_text() if path.exists() else ""
+    name = next((line.partition(":")[2].strip() for line in said.splitlines() if line.startswith("model name")), "")
+    return f"{name or platform.processor()}{', with VNNI' if 'vnni' in said else ''}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a YOLOv8-style checkpoint")
     parser.add_argument("--image", type=Path)
+    parser.add_argument("--calibrate", type=Path, metavar="DIR", help="images to calibrate int8 on")
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--runs", type=int, default=25)
