@@ -20,6 +20,7 @@ from third_party_suppressions import (
     flat,
     mmdeploy,
     offset,
+    padded,
     tail_of,
     unrolled,
 )
@@ -71,6 +72,7 @@ RECIPES = {
     "class offset": lambda path: nas(path, offset),
     "class-agnostic": lambda path: nas(path, offset, agnostic=True),
     "one node an image": loop,
+    "padded rows by class": lambda path: nas(path, padded),
 }
 
 
@@ -83,7 +85,7 @@ def test_recipe_is_cut_and_fused_again(tmp_path, recipe):
     assert (read.score_threshold, read.iou_threshold) == (pytest.approx(SCORE), pytest.approx(IOU))
     assert read.class_agnostic == ("agnostic" in recipe)
     assert read.multi_label == ("TRT" in recipe or "by class" in recipe)
-    assert read.max_detections == (None if "by class" in recipe else ROWS)
+    assert read.max_detections == (None if recipe.startswith("rows") else ROWS)
     assert rows.explained and rows.before >= 8
     assert made.report and rows.after == rows.before == rows.left
     after = load_fused(made.save(tmp_path / "new.onnx"))

@@ -147,3 +147,43 @@ def unrolled(t: Tail, head: str, batch: int, classes: int) -> onnx.ModelProto:
         images.append(t.op("Unsqueeze", t.op("Pad", found, pads), t.const([0])))
     t.op("Concat", *images, outputs=["detections"], axis=0)
     return t.outputs(detections=(TensorProto.FLOAT, [batch, ROWS, 6]))
+
+
+def padded(t: Tail, boxes: str, scores: str) -> onnx.ModelProto:
+    """Best boxes, `NonMaxSuppression`, a blank row, and the best rows, at most as many as there are: mmdeploy for ONNX Runtime."""
+    best = t.best(scores, 2, 0)
+    t.op("TopK", best, _lower(t, best, 1, 200), outputs=["tail/best", "tail/places"], axis=1)
+    places = t.op("Unsqueeze", "tail/places", t.const([2]))
+    boxes, scores = (t.op("GatherND", one, places, batch_dims=1) for one in (boxes, scores))
+    by_class = t.op("Transpose", scores, perm=[0, 2, 1])
+    picks = t.op(
+        "NonMaxSuppression", boxes, by_class, t.const([200]), t.const([IOU], np.float32), t.const([SCORE], np.float32)
+    )
+    image, label = (t.op("Squeeze", t.op("Gather", picks, t.const([c]), axis=1), t.const([1])) for c in (0, 1))
+    row_boxes = t.op("GatherND", boxes, t.op("Gather", picks, t.const([0, 2]), axis=1))
+    row = t.op("Concat", row_boxes, t.op("Unsqueeze", t.op("GatherND", by_class, picks), t.const([1])), axis=1)
+    count = t.op("Gather", t.op("Shape", scores), t.const(0))
+    images = t.op("Unsqueeze", t.op("Range", t.const(0), count, t.const(1)), t.const([1]))
+    own = t.op("Equal", t.op("Unsqueeze", image, t.const([0])), images)  # [B, n]
+    rows = t.op(
+        "Where", t.op("Unsqueeze", own, t.const([2])), t.op("Unsqueeze", row, t.const([0])), t.const([0], np.float32)
+    )
+    labels = t.op("Where", own, t.op("Unsqueeze", label, t.const([0])), t.const([-1]))
+    one = t.op("Unsqueeze", count, t.const([0]))
+    blank = t.op("ConstantOfShape", t.op("Concat", one, t.const([1, 5]), axis=0))
+    rows = t.op("Concat", rows, blank, axis=1)
+    labels = t.op(
+        "Concat", labels, t.op("Cast", t.op("Gather", blank, t.const(0), axis=2), to=TensorProto.INT64), axis=1
+    )
+    by_score = t.op("Gather", rows, t.const(-1), axis=2)
+    t.op("TopK", by_score, _lower(t, by_score, 1, ROWS), outputs=["tail/last", "tail/order"], axis=1)
+    order = t.op("Unsqueeze", "tail/order", t.const([2]))
+    t.op("GatherND", rows, order, outputs=["dets"], batch_dims=1)
+    t.op("GatherND", labels, order, outputs=["labels"], batch_dims=1)
+    return t.outputs(dets=(TensorProto.FLOAT, ["batch", "n", 5]), labels=(TensorProto.INT64, ["batch", "n"]))
+
+
+def _lower(t: Tail, value: str, axis: int, most: int) -> str:
+    """A constant, or the size of an axis if that is lower."""
+    size = t.op("Gather", t.op("Shape", value), t.const(axis))
+    return t.op("Reshape", t.op("Where", t.op("Less", t.const(most), size), t.const(most), size), t.const([1]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 from fusenms.artifacts.frames import Tiles
 from fusenms.artifacts.preprocessing import PIXELS, Pixels
-from fusenms.cli.flags import fields_of
+from fusenms.cli.flags import add_fields, fields_of
 from fusenms.errors import ConfigError, SourceError, first_line
 from fusenms.heads import Anchors
 from fusenms.heads.anchors import SETS
@@ -79,6 +80,26 @@ def tiles_of(args: argparse.Namespace) -> Tiles | None:
         return Tiles(rows, columns, Tiles.overlap if args.overlap is None else args.overlap, args.and_whole)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def add_pixels(group: argparse._ArgumentGroup) -> None:
+    """Add a flag for each value of `Pixels`, besides that for a preset."""
+    own: dict[str, Any] = {"default": None}
+    three = own | {"type": float, "nargs": 3, "metavar": "N"}
+    add_fields(
+        group, Pixels, channels=own | {"choices": ["rgb", "bgr"]}, scale=own | {"metavar": "N"}, mean=three, std=three
+    )
+
+
+def add_anchors(group: argparse._ArgumentGroup) -> None:
+    """Add the flag for anchor boxes."""
+    group.add_argument(
+        "--anchors",
+        type=anchors_argument,
+        metavar="W,H,…|SET",
+        help="anchor boxes of an .onnx whose head is not decoded: widths and heights in pixels, the finest level first, or one of "
+        + ", ".join(SETS),
+    )
 
 
 def pixels_of(args: argparse.Namespace) -> str | Pixels | None:

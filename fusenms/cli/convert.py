@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusenms.artifacts.preprocessing import PIXELS
 from fusenms.artifacts.report import counted
-from fusenms.cli.arguments import rounds_argument
+from fusenms.cli.arguments import add_anchors, add_pixels, pixels_of, rounds_argument
 from fusenms.cli.flags import add_fields
 from fusenms.cli.printing import ProgressBar, Steps, megabytes
 from fusenms.config import PostprocessConfig
@@ -18,6 +17,7 @@ from fusenms.events import Fused
 from fusenms.fusion.backends import BACKENDS
 from fusenms.heads import known_heads
 from fusenms.safety.files import check_writable
+from fusenms.sources.options import LoadOptions
 
 NAME = "convert"
 HELP = "fuse a file that has suppression inside again for another backend, without its weights, and verify the result"
@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[head.name for head in known_heads()],
         help="detector family of a file that others fused, if several fit",
     )
-    parser.add_argument("--pixels", choices=list(PIXELS), help="pixels that the network of such a file expects")
+    others = parser.add_argument_group("network of a file that others fused")
+    add_fields(others, LoadOptions, ["pixels", "stretch"])
+    add_pixels(others)
+    add_anchors(others)
     add_changes(parser)
 
 
@@ -86,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
             args.backend,
             keep_semantics=args.keep_semantics,
             family=args.family,
-            pixels=args.pixels,
+            pixels=pixels_of(args),
+            stretch=args.stretch,
+            anchors=args.anchors,
             images=args.images,
             limits=args.limits,
             progress=bar.update,
@@ -113,6 +118,9 @@ def show(steps: Steps, made: Conversion) -> None:
         steps.line("rows", made.rows.summary)
         steps.line("rows", made.rows.verdict)
         steps.values |= {"semantics": made.semantics.to_dict(), "rows": asdict(made.rows)}
+    for line in made.meaning:
+        steps.line("head", line)
+    steps.values["meaning"] = list(made.meaning)
     for line in made.lost:
         steps.line("lost", line)
     steps.values["lost"] = list(made.lost)

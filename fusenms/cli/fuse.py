@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fusenms.artifacts.frames import CHANNELS, Tiles
 from fusenms.artifacts.fused import FusedModel
-from fusenms.artifacts.preprocessing import Pixels
 from fusenms.cli.arguments import (
-    anchors_argument,
+    add_anchors,
+    add_pixels,
     batch_argument,
     frames_argument,
     keep_float_argument,
@@ -33,7 +33,6 @@ from fusenms.events import Compared, Event, Fused, OnEvent, Progress, QuantizedN
 from fusenms.fusion.backends import BACKENDS, get_backend
 from fusenms.fusion.tail import NO_SUPPRESSION
 from fusenms.heads import known_heads
-from fusenms.heads.anchors import SETS
 from fusenms.pipeline import fuse
 from fusenms.quantization import Int8Settings
 from fusenms.runtime.images import list_images
@@ -117,28 +116,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "help": "name of an output of an .onnx that means nothing for its detections; may be given several times",
         },
     )
-    own = {"default": None}
-    three = own | {"type": float, "nargs": 3, "metavar": "N"}
-    add_fields(
-        model,
-        Pixels,
-        channels=own | {"choices": ["rgb", "bgr"]},
-        scale=own | {"metavar": "N"},
-        mean=three,
-        std=three,
-    )
+    add_pixels(model)
     model.add_argument(
         "--family",
         choices=[head.name for head in known_heads()],
         help="detector family, if several fit the file",
     )
-    model.add_argument(
-        "--anchors",
-        type=anchors_argument,
-        metavar="W,H,…|SET",
-        help="anchor boxes of an .onnx whose head is not decoded: widths and heights in pixels, the finest level first, or one of "
-        + ", ".join(SETS),
-    )
+    add_anchors(model)
     model.add_argument(
         "--layout",
         type=Path,

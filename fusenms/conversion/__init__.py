@@ -18,8 +18,9 @@ from fusenms.conversion.result import Conversion, layout_path
 from fusenms.conversion.third_party import Wanted, take_apart
 from fusenms.engines.running import ENGINES
 from fusenms.errors import ConfigError, SourceError, VerificationError
-from fusenms.events import Event, Progress
+from fusenms.events import Event, Progress, Recognized
 from fusenms.fusion.backends import BACKENDS
+from fusenms.heads import Anchors
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.pipeline import fuse
@@ -49,6 +50,8 @@ def convert(
     keep_semantics: bool = False,
     family: str | None = None,
     pixels: str | Pixels | None = None,
+    stretch: bool | None = None,
+    anchors: Anchors | None = None,
     images: Images = None,
     limits: Limits = DEFAULT_LIMITS,
     progress: OnProgress | None = None,
@@ -65,7 +68,9 @@ def convert(
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``; ``raw`` for the network up to its head, which nothing is behind.
         keep_semantics: take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused.
         family: name of the detector family of a file that others fused, if several fit.
-        pixels: pixels that its network expects, if they are not those that are usual for its family.
+        pixels: pixels that its network expects, if they are not those that are usual for its family: a name, or a `Pixels`.
+        stretch: whether its images are stretched instead of letterboxed, if that is not as usual for its family.
+        anchors: its anchor boxes, as for `fusenms.recognize`, if its head is not decoded.
         images: images to compare and to verify on: ``[n, 3, height, width]`` float32 (RGB, 0 to 1), or a folder of images.
         limits: bounds on the file and on each run.
         progress: called for each step of the verification.
@@ -95,11 +100,14 @@ def convert(
     if backend == RAW and fields:
         raise ConfigError(f"found {', '.join(fields)} with backend {RAW!r}, which has no post-processing; leave it out")
     if not _is_ours(_onnx(path), limits):
-        options = LoadOptions(pixels=pixels, limits=limits)
-        wanted = Wanted(family, images, keep_semantics, dict(fields))
+        options = LoadOptions(pixels=pixels, stretch=stretch, limits=limits)
+        wanted = Wanted(family, anchors, images, keep_semantics, dict(fields))
         return _of_others(Path(path), backend, options, wanted, progress)
-    if family is not None or pixels is not None:
-        raise ConfigError(f"found family or pixels, but {path} says itself what its head means; leave them out")
+    stated = {"family": family, "pixels": pixels, "stretch": stretch, "anchors": anchors}
+    if given := [name for name, value in stated.items() if value is not None]:
+        raise ConfigError(
+            f"found {', '.join(given)}, but {path} says itself what its network expects and its head means; leave that out"
+        )
     fused = load_fused(path, limits=limits)
     if backend == RAW:
         raw, head = raw_of(fused)
@@ -187,7 +195,12 @@ def _of_others(
         return Conversion(model=None, raw=taken.raw, layout=taken.layout, changes=("suppression removed",), **shared)
     config = wanted.config(taken.semantics)
 
+    meaning: tuple[str, ...] = ()
+
     def on_event(event: Event) -> None:
+        nonlocal meaning
+        if isinstance(event, Recognized):
+            meaning = event.meaning
         if isinstance(event, Progress) and progress is not None:
             progress(event.what, event.done, event.total)
 
@@ -200,6 +213,7 @@ def _of_others(
         raw=taken.raw,
         layout=taken.layout,
         changes=_changed_semantics(own, config),
+        meaning=meaning,
         lost=taken.semantics.lost if wanted.keep_semantics else (),
         **shared,
     )

@@ -95,12 +95,35 @@ class Around:
         return shape[2] if self.found.is_plugin else shape[1]
 
     def rows_of_output(self) -> int | None:
-        """Rows of the first output of rank 3, ``[B, K, ...]``; None if there is none."""
+        """Rows of the first output of rank 3, ``[B, K, ...]``, at most; None if there is none."""
         for entry in self.model.graph.output:
             dims = entry.type.tensor_type.shape.dim
             if len(dims) == 3:
-                return dims[1].dim_value or self._run([entry.name])[entry.name].shape[1]
+                return dims[1].dim_value or self._most_rows(entry.name) or self._run([entry.name])[entry.name].shape[1]
         return None
+
+    def _most_rows(self, name: str) -> int | None:
+        """The constant that a top-k between the suppression and an output is limited by: its k, or the lower of that and the rows.
+
+        The second is what mmdeploy writes.
+        """
+        shapes = [output for node in self.model.graph.node if node.op_type == "Shape" for output in node.output]
+        found = []
+        for node in {
+            self.place[one]: self.producers[one] for one in ancestors(self.producers, [name]) if one in self.place
+        }.values():
+            if node.op_type == "TopK" and not set(node.output) & self.behind:
+                names = ancestors(self.producers, [node.input[1]], shapes)
+                found += [value for value in map(self._whole_number, names) if value is not None and value > 1]
+        return min(found, default=None)
+
+    def _whole_number(self, name: str) -> int | None:
+        """A stored whole number; None if the tensor is something else."""
+        values = [onnx.numpy_helper.to_array(item) for item in self.model.graph.initializer if item.name == name]
+        node = self.producers.get(name)
+        if node is not None and node.op_type == "Constant":
+            values = [onnx.numpy_helper.to_array(one.t) for one in node.attribute if one.name == "value"]
+        return int(values[0].reshape(-1)[0]) if values and values[0].size == 1 and values[0].dtype.kind == "i" else None
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.values[name].shape if name in self.values else ()

@@ -35,6 +35,7 @@ class Conversion:
         semantics: what the suppression of a third-party file does.
         rows: rows of a third-party file beside the reference on images.
         lost: what the file does that the new one does not, a line each.
+        meaning: what the network of a third-party file shows of its head, and what is assumed, a line each.
 
     Example:
         >>> import fusenms
@@ -54,6 +55,7 @@ class Conversion:
     semantics: Semantics | None = None
     rows: RowsCompared | None = None
     lost: tuple[str, ...] = ()
+    meaning: tuple[str, ...] = ()
 
     @property
     def report(self) -> Report | None:

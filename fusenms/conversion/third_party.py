@@ -28,7 +28,7 @@ from fusenms.errors import HeadError, SourceError, SuppressionError, first_line
 from fusenms.fusion.tail import fuse_head
 from fusenms.graph.model import part_before, with_outputs
 from fusenms.graph.session import Session
-from fusenms.heads import raw_head, recognize
+from fusenms.heads import Anchors, raw_head, recognize
 from fusenms.heads.probe import are_normalized
 from fusenms.layout import Layout
 from fusenms.onnx_reading import untrusted
@@ -117,12 +117,13 @@ class ThirdParty:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a third-party file is read for: the family of its head, images to compare on, and the settings of the new file.
+    """What a third-party file is read for: family and anchors of its head, images to compare on, and the settings of the new file.
 
     ``fields`` are those of `PostprocessConfig` that are given; with ``keep_semantics``, the others are the file's own.
     """
 
     family: str | None
+    anchors: Anchors | None
     images: Images
     keep_semantics: bool
     fields: dict[str, Any]
@@ -170,7 +171,7 @@ def _try(path: Path, options: LoadOptions, wanted: Wanted, around: Around, cut: 
     part = part_before(around.model, [*cut.tensors, *cut.kept])
     _drop_arguments(part)
     raw = _loaded(path, part, options)
-    layout = recognize(raw, wanted.family)
+    layout = recognize(raw, wanted.family, anchors=wanted.anchors)
     semantics = _semantics(around, cut, layout)
     opened = open_batch(raw, layout)
     head = raw_head(opened, layout)
