@@ -15,7 +15,7 @@ from conftest import ROOT, SHAPES
 from onnx import numpy_helper
 from raw_heads import LAYOUTS, raw_model
 
-from fusenms import configure, convert, fuse, load, load_fused, quantization, recognize, verify
+from fusenms import configure, convert, evaluate, fuse, load, load_fused, quantization, recognize, verify
 from fusenms.cli import main
 from fusenms.config import PostprocessConfig
 from fusenms.errors import ConfigError, DriftError, InputError, UnsupportedByBackendError
@@ -433,6 +433,30 @@ def test_command_line(tmp_path, monkeypatch, capsys, drawn):
     assert main([*command[:-1], "photos/00.png", "-o", "n2.onnx"]) == 1
     assert "is one image" in capsys.readouterr().err
     assert not (tmp_path / "n2.onnx").exists()
+
+
+@pytest.mark.thorough
+def test_command_line_with_ground_truth(tmp_path, monkeypatch, capsys, drawn):
+    pytest.importorskip("faster_coco_eval")
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "labels"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    for i, image in enumerate(drawn):
+        cv2.imwrite(str(tmp_path / "set" / "images" / f"{i:02}.png"), image[..., ::-1])
+        (tmp_path / "set" / "labels" / f"{i:02}.txt").write_text("0 0.5 0.5 0.25 0.25\n")
+    command = [str(SHAPES / "shapes.pt"), "--size", str(SIZE), "--yolo", "set"]
+    quantized = [*command, "--precision", "int8", "--calibrate", "set/images", "--keep-float", "0"]
+    assert main([*quantized, "-o", "m.onnx", "--json", "--max-drift", "1"]) == 0
+    said = json.loads(capsys.readouterr().out)["int8"]["map"]
+    assert said["images"] == said["objects"] == len(drawn)
+    apart = [evaluate(SHAPES / "shapes.pt", yolo="set", size=SIZE).map50_95, said["map50_95"][0]]
+    assert apart[0] == pytest.approx(apart[1])
+    note = load_fused("m.onnx").notes[-1]
+    assert f"mAP50-95 {100 * said['map50_95'][0]:.2f} -> {100 * said['map50_95'][1]:.2f}" in note
+    assert main([*command, "-o", "n.onnx"]) == 1
+    assert "found --yolo with --precision fp32" in capsys.readouterr().err
+    assert main([*quantized[:-1], "0", "--yolo", "nothing", "-o", "n.onnx"]) == 1
+    assert "nothing" in capsys.readouterr().err and not (tmp_path / "n.onnx").exists()
 
 
 def test_file_is_converted_only_where_its_form_is_known(drawn, tmp_path):

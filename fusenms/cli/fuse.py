@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from fusenms.config import PostprocessConfig
 from fusenms.engines import BUILDERS, TENSORRT, EngineSettings
 from fusenms.engines.base import check_places
 from fusenms.errors import BackendError, ConfigError
+from fusenms.evaluation.between import check_truth, map_between
 from fusenms.events import Compared, Event, Fused, OnEvent, Progress, QuantizedNetwork, Recognized, Verified
 from fusenms.fusion.backends import BACKENDS, get_backend
 from fusenms.fusion.tail import NO_SUPPRESSION
@@ -147,6 +148,14 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
         "better 100, as the model sees them in use. Where enough are left, every fourth is held out to measure the drift",
     )  # fmt: skip
     add_fields(group, Int8Settings, keep_float={"type": keep_float_argument, "metavar": "N|auto"})
+    truth = group.add_mutually_exclusive_group()
+    truth.add_argument(
+        "--coco",
+        type=Path,
+        metavar="JSON",
+        help="ground truth in COCO's format, to compare the mAP of float32 and of int8",
+    )
+    truth.add_argument("--yolo", type=Path, metavar="DIR", help="the same in YOLO's format, as for eval")
 
 
 def engine_builder(asked: str, backend: str) -> str | None:
@@ -174,6 +183,15 @@ def run(args: argparse.Namespace) -> int:
         check_places(output.parent / engine_path(output, builder), Path(args.weights))
     if args.images is not None:
         list_images(args.images)  # fail early
+    truth = {name: path for name in ("coco", "yolo") if (path := getattr(args, name)) is not None}
+    if truth and args.precision != "int8":
+        raise ConfigError(
+            f"found --{next(iter(truth))} with --precision {args.precision}, but mAP is compared for int8 only; for that of one file: "
+            "python -m fusenms eval"
+        )
+    if truth:
+        check_truth(**truth, limits=args.limits)  # fail early
+    seen: list[Event] = []
     with ProgressBar("verify") as bar:
         fused = fuse(
             args.weights,
@@ -195,8 +213,10 @@ def run(args: argparse.Namespace) -> int:
                 layout=read_layout(args),
                 limits=args.limits,
             ),
-            on_event=printer(steps, bar),
+            on_event=_also(printer(steps, bar), seen.append if truth else None),
         )
+        if truth:
+            fused = _with_map(fused, seen, truth, steps, bar)
     fused.save(output, unverified=args.unverified)
     engine = _engine(args, builder, output, steps)
     seconds = time.monotonic() - start
@@ -206,6 +226,27 @@ def run(args: argparse.Namespace) -> int:
         steps.line("next", command)
     steps.finish(output=str(output), seconds=round(seconds, 3), verified=not args.unverified)
     return 0
+
+
+def _also(first: OnEvent, second: OnEvent | None) -> OnEvent:
+    def both(event: Event) -> None:
+        first(event)
+        if second is not None and not isinstance(event, Progress):
+            second(event)
+
+    return both
+
+
+def _with_map(
+    fused: FusedModel, seen: list[Event], truth: dict[str, Path], steps: Steps, bar: ProgressBar
+) -> FusedModel:
+    """The model, with a note about the mAP of float32 and of int8."""
+    recognized = next(event for event in seen if isinstance(event, Recognized))
+    quantized = next(event.quantized for event in seen if isinstance(event, QuantizedNetwork))
+    found = map_between(recognized.raw, quantized.raw, recognized.layout, progress=bar.update, **truth)
+    steps.line("int8", found.summary)
+    steps.values["int8"]["map"] = found.to_dict()
+    return replace(fused, notes=(*fused.notes, f"int8: {found.summary}"))
 
 
 def _engine(args: argparse.Namespace, builder: str | None, output: Path, steps: Steps) -> bool:
