@@ -57,7 +57,15 @@ COUNTED = {
 }
 
 
-def efficient(t: Tail, boxes: str, scores: str, domain: str = "TRT", **attributes: Any) -> onnx.ModelProto:
+def efficient(
+    t: Tail,
+    boxes: str,
+    scores: str,
+    domain: str = "TRT",
+    operator: str = "EfficientNMS_TRT",
+    more: tuple[str, ...] = (),
+    **attributes: Any,
+) -> onnx.ModelProto:
     """`EfficientNMS_TRT`: YOLOv8-TensorRT, TensorRT-YOLO, YOLOv7 ``--end2end`` (with ``box_coding=1``)."""
     given = {
         "score_threshold": SCORE,
@@ -67,10 +75,10 @@ def efficient(t: Tail, boxes: str, scores: str, domain: str = "TRT", **attribute
         "box_coding": 0,
     }
     given |= {"score_activation": 0, "plugin_version": "1", **attributes}
-    t.op("EfficientNMS_TRT", boxes, scores, outputs=list(COUNTED), domain=domain, **given)
+    t.op(operator, boxes, scores, outputs=[*COUNTED, *more], domain=domain, **given)
     if domain:
         t.model.opset_import.append(helper.make_opsetid(domain, 1))
-    return t.outputs(**COUNTED)
+    return t.outputs(**COUNTED, **dict.fromkeys(more, (TensorProto.INT32, ["batch", ROWS])))
 
 
 def batched(t: Tail, boxes: str, scores: str, **attributes: Any) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 | operator | made by |
 |---|---|
 | `EfficientNMS_TRT` | YOLOv7 ``--end2end``, YOLOv8-TensorRT, TensorRT-YOLO, NVIDIA's samples |
+| `EfficientNMSX_TRT`, `EfficientIdxNMS_TRT` | forks of Ultralytics for DeepStream, TensorRT-YOLO |
 | `BatchedNMS_TRT`, `BatchedNMSDynamic_TRT` | yolort, older TensorRT samples |
 | `TRTBatchedNMS` | mmdeploy |
 | `NonMaxSuppression` | Ultralytics ``nms=True``, YOLOv7 ``--end2end`` for ONNX Runtime, super-gradients, mmdeploy, PINTO's model zoo |
@@ -24,8 +25,10 @@ from fusenms.sources.onnx_file import NMS_OPS
 
 STANDARD = "NonMaxSuppression"
 EFFICIENT = "EfficientNMS_TRT"
+WITH_INDICES = ("EfficientNMSX_TRT", "EfficientIdxNMS_TRT")
+"""The same plugin with the numbers of the boxes that it keeps as a fifth output."""
 BATCHED = ("BatchedNMS_TRT", "BatchedNMSDynamic_TRT", "TRTBatchedNMS")
-PLUGINS = (EFFICIENT, *BATCHED)
+PLUGINS = (EFFICIENT, *WITH_INDICES, *BATCHED)
 TWO_STAGE = ("RoiAlign", "MaxRoiPool", "ROIAlign_TRT", "PyramidROIAlign_TRT", "MMCVRoiAlign", "MMCVMultiLevelRoiAlign")
 """Operators that look at the network's own boxes again."""
 
@@ -123,7 +126,7 @@ def plugin_semantics(found: Found) -> Semantics:
     """What a plugin does, by its attributes and their published defaults."""
     (node,) = found.nodes
     given = attributes(node)
-    if found.operator == EFFICIENT:
+    if found.operator not in BATCHED:
         others = []
         if given.get("box_coding", 0) == 1:
             others.append("boxes as centers and sizes: read as such")
@@ -131,6 +134,8 @@ def plugin_semantics(found: Found) -> Semantics:
             others.append("a sigmoid of the scores inside the plugin")
         if (background := given.get("background_class", -1)) >= 0:
             others.append(f"class {background} is the background, and never a row")
+        if found.operator in WITH_INDICES:
+            others.append("the numbers of the boxes that are kept, as an output: the setting indices gives them")
         return Semantics(
             operator=found.operator,
             score_threshold=float(given.get("score_threshold", 0.25)),
