@@ -179,6 +179,48 @@ def test_triton_takes_engines(tmp_path):
     assert (config.max_batch_size, list(config.input[0].dims)) == (0, [-1, 3, 64, 64])
 
 
+def with_output(path: Path, name: str, operator: str, rank: int, kind: int, **attributes: object) -> Path:
+    """The file with one more output, computed of the scores."""
+    model = onnx.load(path)
+    model.graph.node.append(onnx.helper.make_node(operator, ["scores"], [name], **attributes))
+    model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, ["batch", 300][:rank]))
+    onnx.save(model, path)
+    return path
+
+
+def test_triton_takes_further_outputs_of_the_file(tmp_path):
+    """A number for each image is a tensor without dims, which Triton writes as one that it reshapes."""
+    path = with_output(tiny(tmp_path), "best", "ReduceMax", 1, onnx.TensorProto.FLOAT, axes=[1], keepdims=0)
+    config = model_config(deploy(path, tmp_path / "repository", target="triton").folder, "tiny")
+    best = config.output[-1]
+    assert (best.name, list(best.dims), best.HasField("reshape"), list(best.reshape.shape)) == ("best", [1], True, [])
+    with_output(tiny(tmp_path), "wide", "Cast", 2, onnx.TensorProto.DOUBLE, to=onnx.TensorProto.DOUBLE)
+    check_triton(model_config(deploy(path, tmp_path / "repository", target="triton").folder, "tiny"), onnx.load(path))
+
+
+def test_outputs_that_the_file_declares_wrong_are_refused(tmp_path):
+    path = with_output(tiny(tmp_path), "best", "ReduceMax", 2, onnx.TensorProto.FLOAT, axes=[1], keepdims=1)
+    for target in ("triton", "web", "docker"):
+        with pytest.raises(SourceError, match=r"best float32\[1, 1\], but declares best float32\[batch, 300\]"):
+            deploy(path, tmp_path / "kit", target=target)
+    with_output(tiny(tmp_path), "text", "Cast", 2, onnx.TensorProto.STRING, to=onnx.TensorProto.STRING)
+    with pytest.raises(UnsupportedByBackendError, match="Triton has no type for text object"):
+        deploy(path, tmp_path / "kit", target="triton")
+    assert not (tmp_path / "kit").exists()
+
+
+@pytest.mark.parametrize(
+    "outputs", [None, 3, [], {}, {"boxes": 1}, {"boxes": {"dtype": "x", "shape": [1]}}, {"boxes": {"dtype": "float"}}]
+)
+@pytest.mark.parametrize("target", ["triton", "deepstream"])
+def test_sidecars_that_describe_no_outputs_are_refused(tmp_path, outputs, target):
+    engine = engine_of(tiny(tmp_path, backend="trt"), tmp_path)
+    sidecar = engine.with_name(f"{engine.name}.json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"outputs": outputs}))
+    with pytest.raises(SourceError, match="its sidecar does not describe its outputs"):
+        deploy(engine, tmp_path / "kit", target=target)
+
+
 def test_triton_refuses_what_it_cannot_run(tmp_path):
     output = tmp_path / "repository"
     path = tiny(tmp_path, backend="trt")
@@ -272,6 +314,7 @@ def test_deepstream_takes_engines(tmp_path):
         ({"backend": "trt", "output_preset": "ultralytics"}, "has all rows in one output"),
         ({"backend": "trt", "batch": 2}, "its batch is fixed at 2"),
         ({"backend": "portable", "frames": (48, 80)}, "takes RGB frames of 48x80"),
+        ({"backend": "portable", "runtime_thresholds": True}, "its thresholds are inputs, which DeepStream does not feed"),
     ],
     ids=str,
 )  # fmt: skip

@@ -14,7 +14,8 @@ import onnx
 from fusenms.artifacts import one_tensor
 from fusenms.artifacts.fused import FusedModel, load_fused, usual_input
 from fusenms.artifacts.report import counted
-from fusenms.errors import ConfigError, RunError, UnsupportedByBackendError
+from fusenms.engines.running import DTYPES
+from fusenms.errors import ConfigError, RunError, SourceError, UnsupportedByBackendError, first_line
 from fusenms.fusion.backends import BACKENDS, get_backend
 from fusenms.graph.custom_ops import foreign_operators
 from fusenms.graph.session import OnnxRuntimeRunner
@@ -23,9 +24,14 @@ from fusenms.onnx_reading.external import tensors_of
 from fusenms.onnx_reading.files import read_onnx
 from fusenms.onnx_reading.tensors import TensorInfo, needed_inputs, tensor_info
 from fusenms.runtime.example_images import example_images
+from fusenms.runtime.opening import ENGINE_RUNTIMES, EngineFile
 from fusenms.safety.files import read_regular
 from fusenms.safety.text import printable
 from fusenms.verification.agreement import Agreement
+
+BATCH = 8
+"""Largest batch of a server, unless another is asked for; the default of `Detector`."""
+OPEN = "batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +135,52 @@ def run_there(path: Path, file: FusedFile, target: str) -> str:
     found = runner.run({name: np.zeros(shape, kind)})
     runner.close()
     for output in file.outputs:
-        value = found[output.name]
-        sizes = [own if isinstance(own, int) else there for own, there in zip(output.shape, value.shape, strict=False)]
-        if value.dtype != output.dtype or list(value.shape) != sizes:
-            raise RunError(f"{path}: gives {output.name} {value.dtype}{list(value.shape)}; it declares {output}")
+        value = np.asarray(found[output.name])
+        same = len(value.shape) == len(output.shape) and all(
+            own == there for own, there in zip(output.shape, value.shape, strict=True) if isinstance(own, int)
+        )
+        if value.dtype != output.dtype or not same:
+            raise RunError(
+                f"{path}: gives {output.name} {value.dtype}{list(value.shape)}, but declares {output}; declare what it gives"
+            )
     return f"runs in ONNX Runtime · {counted(len(file.outputs), 'output')} of the declared types and sizes"
+
+
+def outputs_of(path: Path, file: EngineFile) -> tuple[TensorInfo, ...]:
+    """Outputs of an engine by its sidecar. Open sizes are ``batch``, the only ones that an engine of a fused file has.
+
+    Raises:
+        SourceError: the sidecar does not say what they are.
+    """
+    try:
+        found = tuple(
+            TensorInfo(
+                name=str(name),
+                dtype=np.dtype(DTYPES[one["dtype"].upper()]).name,
+                shape=tuple(int(size) if size >= 0 else OPEN for size in one["shape"]),
+            )
+            for name, one in file.engine.info["outputs"].items()
+        )
+        if not found:
+            raise ValueError("there are none")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(
+            f"{path}: its sidecar does not describe its outputs ({first_line(error)}); build it again"
+        ) from error
+    return found
+
+
+def refuse_other_builders(path: Path, file: EngineFile, target: str) -> None:
+    """Refuse an engine of TensorRT-RTX.
+
+    Raises:
+        UnsupportedByBackendError: it is one.
+    """
+    builder = file.engine.info["builder"]["name"]
+    if builder != ENGINE_RUNTIMES["tensorrt"]:
+        raise UnsupportedByBackendError(
+            f"{path}: is an engine of {printable(builder)}; {target} runs those of TensorRT: build it with TensorRT, or deploy the .onnx"
+        )
 
 
 def refuse_one_tensor(path: Path, fused: FusedModel, target: str) -> None:

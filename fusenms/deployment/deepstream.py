@@ -10,10 +10,20 @@ from pathlib import Path
 
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel, refuse_frames
-from fusenms.deployment.base import Deployment, Wanted, labels_file, model_name, read_fused, refuse_one_tensor
+from fusenms.deployment.base import (
+    BATCH,
+    Deployment,
+    Wanted,
+    labels_file,
+    model_name,
+    outputs_of,
+    read_fused,
+    refuse_one_tensor,
+    refuse_other_builders,
+)
 from fusenms.engines.running import ENGINES
 from fusenms.errors import ConfigError, UnsupportedByBackendError
-from fusenms.runtime.opening import ENGINE_RUNTIMES, read_engine
+from fusenms.runtime.opening import EngineFile, read_engine
 from fusenms.safety.files import write_folder
 
 CONFIG, LABELS = "config_infer.txt", "labels.txt"
@@ -22,7 +32,6 @@ BACKENDS = ("trt", "portable")
 PARSER = "NvDsInferParseCustomEfficientNMS"
 LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/libnvds_infercustomparser.so"
 MODES = {"fp32": 0, "int8": 1, "fp16": 2}
-BATCH = 8
 
 
 def deploy_deepstream(path: Path, output: Path, wanted: Wanted) -> Deployment:
@@ -30,11 +39,11 @@ def deploy_deepstream(path: Path, output: Path, wanted: Wanted) -> Deployment:
     name = model_name(path)
     if path.suffix.lower() in ENGINES:
         file = read_engine(path, wanted.limits)
-        _check_engine(path, file.engine.info, file.fused, file.batches)
+        _check_engine(path, file)
         fused, data, model, most = file.fused, file.engine.data, f"{name}.engine", file.batches[1]
         if wanted.half:
             raise ConfigError(f"found half, but {path} is an engine, whose precision is fixed; leave it out")
-        outputs = list(file.engine.info.get("outputs", ()))
+        outputs = [tensor.name for tensor in outputs_of(path, file)]
     else:
         onnx_file = read_fused(path, wanted.limits)
         fused, data, model = onnx_file.fused, onnx_file.data, f"{name}.onnx"
@@ -83,22 +92,17 @@ def settings(fused: FusedModel, model: str, batch: int, half: bool) -> dict[str,
     }
 
 
-def _check_engine(path: Path, info: dict[str, object], fused: FusedModel, batches: tuple[int, int]) -> None:
+def _check_engine(path: Path, file: EngineFile) -> None:
     """Refuse an engine that nvinfer does not run.
 
     Raises:
         UnsupportedByBackendError: it does not.
     """
-    builder, shapes = info["builder"], info["inputs"]
-    assert isinstance(builder, dict) and isinstance(shapes, dict)
-    if builder["name"] != ENGINE_RUNTIMES["tensorrt"]:
+    refuse_other_builders(path, file, "DeepStream")
+    shapes = file.engine.info["inputs"][file.fused.image.tensor]
+    if file.batches[0] != 1 or shapes["min"][1:] != shapes["max"][1:]:
         raise UnsupportedByBackendError(
-            f"{path}: is an engine of {builder['name']}; DeepStream runs those of TensorRT: build it with TensorRT, or deploy the .onnx"
-        )
-    size = shapes[fused.image.tensor]
-    if batches[0] != 1 or size["min"][2:] != size["max"][2:]:
-        raise UnsupportedByBackendError(
-            f"{path}: its profile is {size['min']} to {size['max']}; DeepStream needs batches from 1 and one image size"
+            f"{path}: its profile is {shapes['min']} to {shapes['max']}; DeepStream needs batches from 1 and one image size"
         )
 
 
@@ -121,6 +125,10 @@ def _check_file(path: Path, fused: FusedModel) -> None:
     if fused.image.batch not in (None, 1):
         raise UnsupportedByBackendError(
             f"{path}: its batch is fixed at {fused.image.batch}, and DeepStream runs fewer images too; fuse the weights without batch"
+        )
+    if fused.config.runtime_thresholds:
+        raise UnsupportedByBackendError(
+            f"{path}: its thresholds are inputs, which DeepStream does not feed; fuse the weights without runtime_thresholds"
         )
     if fused.precision == "int8":
         raise UnsupportedByBackendError(

@@ -16,25 +16,31 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.report import counted
-from fusenms.deployment.base import Deployment, Wanted, labels_file, model_name, read_fused, run_there
-from fusenms.engines.running import DTYPES, ENGINES
-from fusenms.errors import ConfigError, SourceError, UnsupportedByBackendError, first_line
+from fusenms.deployment.base import (
+    BATCH,
+    OPEN,
+    Deployment,
+    Wanted,
+    labels_file,
+    model_name,
+    outputs_of,
+    read_fused,
+    refuse_other_builders,
+    run_there,
+)
+from fusenms.engines.running import ENGINES
+from fusenms.errors import ConfigError, UnsupportedByBackendError
 from fusenms.onnx_reading.tensors import TensorInfo
-from fusenms.runtime.opening import ENGINE_RUNTIMES, EngineFile, read_engine
+from fusenms.runtime.opening import EngineFile, read_engine
 from fusenms.safety.files import write_folder
+from fusenms.safety.text import printable
 
-TYPES = {
-    "bool": "TYPE_BOOL", "uint8": "TYPE_UINT8", "int8": "TYPE_INT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
-    "float16": "TYPE_FP16", "float32": "TYPE_FP32",
-}  # fmt: skip
-"""Triton's types by NumPy's names."""
-BATCH = 8
-"""The default of `Detector`."""
-OPEN = "batch"
+TYPES = {"bool": "BOOL", "float16": "FP16", "float32": "FP32", "float64": "FP64"} | {
+    f"{kind}{bits}": f"{kind.upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+"""Triton's types, without their TYPE_, by NumPy's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,10 @@ def deploy_triton(path: Path, output: Path, wanted: Wanted) -> Deployment:
             file="model.onnx", platform="onnxruntime_onnx", kind="KIND_AUTO", inputs=file.inputs, optional=file.optional,
             outputs=file.outputs, most=None, batches=batches,
         )  # fmt: skip
+    if strange := [one for one in (*model.inputs, *model.optional, *model.outputs) if one.dtype not in TYPES]:
+        raise UnsupportedByBackendError(
+            f"{path}: Triton has no type for {printable(strange[0])}; leave that tensor out"
+        )
     size = _max_batch_size(path, fused, model, wanted.batch)
     labels = labels_file(path, fused.class_names)
     config = config_text(name, fused, model, size)
@@ -116,31 +126,14 @@ def _of_engine(path: Path, file: EngineFile) -> Model:
         UnsupportedByBackendError: it is one of TensorRT-RTX.
         SourceError: the sidecar does not say what its outputs are.
     """
-    info, image = file.engine.info, file.fused.image
-    if info["builder"]["name"] != ENGINE_RUNTIMES["tensorrt"]:
-        raise UnsupportedByBackendError(
-            f"{path}: is an engine of {info['builder']['name']}; Triton runs those of TensorRT: build it with TensorRT, or deploy the .onnx"
-        )
-    try:
-        outputs = tuple(
-            TensorInfo(
-                name=str(name),
-                dtype=np.dtype(DTYPES[one["dtype"].upper()]).name,
-                shape=tuple(int(size) if size >= 0 else OPEN for size in one["shape"]),
-            )
-            for name, one in info["outputs"].items()
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(
-            f"{path}: its sidecar does not describe its outputs ({first_line(error)}); build it again"
-        ) from error
-    least, most = file.batches
-    shapes = info["inputs"][image.tensor]
-    sizes = [low if low == high else OPEN for low, high in zip(shapes["min"], shapes["max"], strict=True)]
+    refuse_other_builders(path, file, "Triton")
+    outputs, (least, most) = outputs_of(path, file), file.batches
+    shapes = file.engine.info["inputs"][file.fused.image.tensor]
+    sizes = [low if low == high else OPEN for low, high in zip(shapes["min"], shapes["max"], strict=False)]
     sizes[0] = OPEN if _open(outputs) else most
     return Model(
         file="model.plan", platform="tensorrt_plan", kind="KIND_GPU",
-        inputs=(TensorInfo(name=image.tensor, dtype="float32", shape=tuple(sizes)),), optional=(), outputs=outputs,
+        inputs=(TensorInfo(name=file.fused.image.tensor, dtype="float32", shape=tuple(sizes)),), optional=(), outputs=outputs,
         most=most, batches=_open(outputs) and least == 1,
     )  # fmt: skip
 
@@ -161,9 +154,12 @@ def config_text(name: str, fused: FusedModel, model: Model, max_batch_size: int)
 
 
 def _tensor(kind: str, tensor: TensorInfo, first: int, optional: bool = False) -> str:
-    dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in tensor.shape[first:])
+    sizes = [str(size) if isinstance(size, int) else "-1" for size in tensor.shape[first:]]
     more = " optional: true" if optional else ""
-    return f"{kind} [ {{ name: {quoted(tensor.name)} data_type: {TYPES[tensor.dtype]} dims: [ {dims} ]{more} }} ]"
+    if not sizes:  # Triton has no tensors without dims
+        sizes, more = ["1"], f"{more} reshape: {{ shape: [ ] }}" if first else more
+    entry = f"name: {quoted(tensor.name)} data_type: TYPE_{TYPES[tensor.dtype]} dims: [ {', '.join(sizes)} ]{more}"
+    return f"{kind} [ {{ {entry} }} ]"
 
 
 def quoted(text: str) -> str:
