@@ -548,9 +548,10 @@ def test_page_finds_in_a_browser_what_onnxruntime_finds(shapes, tmp_path):
         check_rows(shown["rows"], rows, *limits)
         assert shown["lines"] == len(rows) and shown["status"].startswith(f"{len(rows)} detections in ")
     assert [shown["size"] for shown in found] == [[64, 64], [299, 401], [640, 480]]
-    last = found[2]["rows"][-1]  # nothing is drawn over it
-    line = np.multiply(colorsys.hls_to_rgb(last["label"] * 137.5 % 360 / 360, 0.45, 0.9), 255)
-    np.testing.assert_allclose(found[2]["edges"][-1], line, atol=3)
+    shown = found[2]  # lines and names of later boxes cover few of the lower edges
+    lines = [colorsys.hls_to_rgb(row["label"] * 137.5 % 360 / 360, 0.45, 0.9) for row in shown["rows"]]
+    drawn = np.abs(np.array(lines) * 255 - shown["edges"]).max(1) < 4
+    assert drawn.mean() > 0.5
 
 
 @pytest.mark.thorough
