@@ -722,6 +722,15 @@ def test_kits_are_written_whole_or_not_at_all(tmp_path, monkeypatch, target):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("target", ["web", "docker", "deepstream"])
+def test_kits_do_not_replace_their_own_source(tmp_path, target):
+    path = tiny(tmp_path, "model.onnx", backend="portable")
+    before = path.read_bytes()
+    with pytest.raises(SourceError, match="is the input file, which would be overwritten"):
+        deploy(path, tmp_path, target=target)
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.txt"))
+
+
 def test_command_says_what_was_checked_and_written(tmp_path, monkeypatch, capsys):
     path = tiny(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -58,7 +58,7 @@ def deploy_deepstream(path: Path, output: Path, wanted: Wanted) -> Deployment:
     text = "\n".join(("[property]", *(f"{key}={value}" for key, value in values.items()), "", "[class-attrs-all]",
                       f"pre-cluster-threshold={fused.config.score_threshold!r}", ""))  # fmt: skip
     labels = labels_file(path, fused.class_names, without=";")
-    files = write_folder(output, {model: data, LABELS: labels, CONFIG: text.encode()})
+    files = write_folder(output, {model: data, LABELS: labels, CONFIG: text.encode()}, path)
     said = f"outputs {', '.join(outputs)} are what {PARSER} reads · {len(fused.class_names)} classes"
     return Deployment(output, tuple(files), (said,))
 

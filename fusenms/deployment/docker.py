@@ -9,7 +9,7 @@ from fusenms._version import __version__
 from fusenms.deployment.base import Deployment, Wanted, model_name, read_fused, run_there
 from fusenms.safety.files import write_folder
 
-REQUIREMENT = f"fusenms[cpu,images,serve]=={__version__}"
+REQUIREMENT = f"fusenms[cpu,serve]=={__version__}"
 PORT = 8000
 READY = f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{PORT}/v2/health/ready', timeout=2)"
 
@@ -25,7 +25,7 @@ def deploy_docker(path: Path, output: Path, wanted: Wanted) -> Deployment:
         ".dockerignore": f"*\n!{path.name}\n!requirements.txt\n!*.whl\n".encode(),
         "Dockerfile": dockerfile(path.name).encode(),
     }
-    written = write_folder(output, files)
+    written = write_folder(output, files, path)
     return Deployment(output, tuple(written), (checked, f"serves the model {name} on port {PORT}"))
 
 

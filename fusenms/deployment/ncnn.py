@@ -66,7 +66,7 @@ def deploy_ncnn(path: Path, output: Path, wanted: Wanted) -> Deployment:
             f"{path}: ncnn computes something else: the tensors of its head differ by {drift:.2g} of their largest value; expected at most "
             f"{MOST_DRIFT[half]:g}. Nothing was written ({found.summary})"
         )
-    files = write_folder(output, {NETWORK: param, WEIGHTS: weights, TAIL: tail.SerializeToString()})
+    files = write_folder(output, {NETWORK: param, WEIGHTS: weights, TAIL: tail.SerializeToString()}, path)
     return Deployment(output, tuple(files), compared("ncnn", found, drift), found, drift)
 
 

@@ -49,7 +49,7 @@ def deploy_openvino(path: Path, output: Path, wanted: Wanted) -> Deployment:
             f"{path}: OpenVINO computes something else: {' · '.join(said)}; expected at most {MOST_DRIFT[wanted.half]:g}, and the same "
             "detections. Nothing was written"
         )
-    written = write_folder(output, files | {IR_METADATA: ir_metadata(fused, files)})
+    written = write_folder(output, files | {IR_METADATA: ir_metadata(fused, files)}, path)
     return Deployment(output, tuple(written), said, found, drift)
 
 

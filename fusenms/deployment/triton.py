@@ -91,6 +91,7 @@ def deploy_triton(path: Path, output: Path, wanted: Wanted) -> Deployment:
     files = write_folder(
         output / name,
         {f"1/{model.file}": data, "labels.txt": labels, "config.pbtxt": config.encode()},
+        path,
     )
     tensors = f"{counted(len(model.inputs) + len(model.optional), 'input')}, {counted(len(model.outputs), 'output')}"
     batching = f"up to {size} images" if size else "requests as they come, not batched"

@@ -27,7 +27,7 @@ def deploy_web(path: Path, output: Path, wanted: Wanted) -> Deployment:
     package = {"name": "detector", "private": True, "dependencies": {"onnxruntime-web": ORT_WEB}}
     files = {page.name: page.read_bytes() for page in sorted(PAGE.iterdir()) if page.is_file()}
     files |= {MODEL: file.data, "package.json": _json(package), SETTINGS: _json(settings(file.fused))}
-    written = write_folder(output, files)
+    written = write_folder(output, files, path)
     return Deployment(output, tuple(written), (checked, f"the page runs {name} in onnxruntime-web {ORT_WEB}"))
 
 

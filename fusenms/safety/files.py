@@ -219,13 +219,13 @@ def write_together(files: Mapping[Path, bytes]) -> list[Path]:
     return list(files)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+def write_folder(folder: Path, files: Mapping[str, bytes], source: Path) -> list[Path]:
     """Write files into a folder together, by their paths in it. Return their paths.
 
     Folders that do not exist are made. Files of the same names are replaced, all of them or none; others stay.
 
     Raises:
-        SourceError: a folder cannot be made or a file cannot be written. Folders that were made are removed again.
+        SourceError: a folder cannot be made, a file cannot be written, or one is ``source``. Folders that were made are removed again.
     """
     places = {folder.joinpath(*name.split("/")): data for name, data in files.items()}
     made: list[Path] = []
@@ -234,6 +234,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             missing = [each for each in (parent, *parent.parents) if not is_folder(each)]
             make_folder(parent)
             made += reversed(missing)
+        for place in places:
+            check_writable(place, source)
         return write_together(places)
     except BaseException:
         for each in reversed(made):
