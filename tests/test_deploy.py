@@ -401,8 +401,7 @@ def test_openvino_half_stores_half(shapes, ir, tmp_path):
 
 
 @needs_openvino
-@pytest.mark.slow
-@pytest.mark.covering(default=0)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
