@@ -310,7 +310,7 @@ def test_deepstream_takes_engines(tmp_path):
     [
         ({}, "its backend is ort; expected 'trt' or 'portable'"),
         ({"backend": "plugin"}, "its backend is plugin"),
-        ({"backend": "portable", "rounds": 3}, "num_detections, boxes, scores, labels, converged; .*: fuse the weights without rounds"),
+        ({"backend": "portable", "rounds": 3}, "labels int32.*, converged int32.*; .*: fuse the weights without rounds"),
         ({"backend": "trt", "indices": True}, "fuse the weights without indices"),
         ({"backend": "trt", "output_preset": "ultralytics"}, "has all rows in one output"),
         ({"backend": "trt", "batch": 2}, "its batch is fixed at 2"),
@@ -324,6 +324,24 @@ def test_deepstream_refuses_what_its_parser_does_not_read(tmp_path, settings, wh
     with pytest.raises(UnsupportedByBackendError, match=why):
         deploy(path, tmp_path / "kit", target="deepstream")
     assert not (tmp_path / "kit").exists()
+
+
+def test_deepstream_refuses_outputs_of_other_types_and_order(tmp_path):
+    path = tiny(tmp_path, backend="portable")
+    model = onnx.load(path)
+    outputs = list(model.graph.output)
+    del model.graph.output[:]
+    model.graph.output.extend([outputs[1], outputs[0], *outputs[2:]])
+    onnx.save(model, path)
+    with pytest.raises(UnsupportedByBackendError, match="in this order, and no others"):
+        deploy(path, tmp_path / "kit", target="deepstream")
+    engine = engine_of(tiny(tmp_path, backend="trt"), tmp_path)
+    sidecar = engine.with_name(f"{engine.name}.json")
+    info = json.loads(sidecar.read_text())
+    info["outputs"]["labels"]["dtype"] = "int64"
+    sidecar.write_text(json.dumps(info))
+    with pytest.raises(UnsupportedByBackendError, match="labels int64"):
+        deploy(engine, tmp_path / "kit", target="deepstream")
 
 
 @pytest.mark.thorough

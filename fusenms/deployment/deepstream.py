@@ -23,6 +23,7 @@ from fusenms.deployment.base import (
 )
 from fusenms.engines.running import ENGINES
 from fusenms.errors import ConfigError, UnsupportedByBackendError
+from fusenms.onnx_reading.tensors import TensorInfo
 from fusenms.runtime.opening import EngineFile, read_engine
 from fusenms.safety.files import write_folder
 
@@ -43,11 +44,11 @@ def deploy_deepstream(path: Path, output: Path, wanted: Wanted) -> Deployment:
         fused, data, model, most = file.fused, file.engine.data, f"{name}.engine", file.batches[1]
         if wanted.half:
             raise ConfigError(f"found half, but {path} is an engine, whose precision is fixed; leave it out")
-        outputs = [tensor.name for tensor in outputs_of(path, file)]
+        outputs = outputs_of(path, file)
     else:
         onnx_file = read_fused(path, wanted.limits)
         fused, data, model = onnx_file.fused, onnx_file.data, f"{name}.onnx"
-        outputs = [tensor.name for tensor in onnx_file.outputs]
+        outputs = onnx_file.outputs
         _check_file(path, fused)
         most = fused.image.batch or wanted.batch or BATCH
     _check_model(path, fused, outputs)
@@ -59,7 +60,9 @@ def deploy_deepstream(path: Path, output: Path, wanted: Wanted) -> Deployment:
                       f"pre-cluster-threshold={fused.config.score_threshold!r}", ""))  # fmt: skip
     labels = labels_file(path, fused.class_names, without=";")
     files = write_folder(output, {model: data, LABELS: labels, CONFIG: text.encode()}, path)
-    said = f"outputs {', '.join(outputs)} are what {PARSER} reads · {len(fused.class_names)} classes"
+    said = (
+        f"outputs {', '.join(one.name for one in outputs)} are what {PARSER} reads · {len(fused.class_names)} classes"
+    )
     return Deployment(output, tuple(files), (said,))
 
 
@@ -136,7 +139,7 @@ def _check_file(path: Path, fused: FusedModel) -> None:
         )
 
 
-def _check_model(path: Path, fused: FusedModel, outputs: list[str]) -> None:
+def _check_model(path: Path, fused: FusedModel, outputs: tuple[TensorInfo, ...]) -> None:
     """Refuse a model whose outputs the parser does not read.
 
     Raises:
@@ -148,11 +151,13 @@ def _check_model(path: Path, fused: FusedModel, outputs: list[str]) -> None:
             f"{path}: is for the task {fused.task}; DeepStream's parser {PARSER} reads upright boxes alone"
         )
     expected = list(fused.config.output_names)
-    if outputs != expected:
-        more = [name for name in outputs if name not in expected]
+    found = [one.name for one in outputs]
+    types = [str(output.dtype) for output in contract.OUTPUTS]
+    if found != expected or [one.dtype for one in outputs] != types:
+        more = [name for name in found if name not in expected]
         known = {contract.INDICES: "indices", contract.CONVERGED: "rounds"}
         cure = " and ".join(known[name] for name in more if name in known)
         raise UnsupportedByBackendError(
-            f"{path}: its outputs are {', '.join(outputs)}; DeepStream's parser {PARSER} reads {', '.join(expected)}, in this order, and "
-            f"no others{f': fuse the weights without {cure}' if cure else ''}"
+            f"{path}: its outputs are {', '.join(map(str, outputs))}; DeepStream's parser {PARSER} reads {', '.join(expected)}, of types "
+            f"{', '.join(types)}, in this order, and no others{f': fuse the weights without {cure}' if cure else ''}"
         )
