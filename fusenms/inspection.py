@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from fusenms import contract
 from fusenms.artifacts.fused import FusedModel, load_fused
@@ -18,24 +15,10 @@ from fusenms.heads.meaning import check_meaning
 from fusenms.layout import Layout
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.onnx_reading.files import read_metadata, read_onnx
+from fusenms.onnx_reading.tensors import TensorInfo, needed_inputs, tensor_info
 from fusenms.runtime.example_images import example_images
 from fusenms.sources import load
 from fusenms.transforms.dynamic_batch import open_batch
-
-if TYPE_CHECKING:
-    import onnx
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """An input or output: its name, its NumPy dtype name, and its sizes. An open size is a name or ``?``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +77,14 @@ def inspect(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) ->
     model = read_onnx(path, limits)
     metadata = read_metadata(model)
     found = Inspection(
-        kind="onnx", inputs=_inputs(model), outputs=tuple(map(_info, model.graph.output)), metadata=metadata
+        kind="onnx", inputs=needed_inputs(model), outputs=tuple(map(tensor_info, model.graph.output)), metadata=metadata
     )
     if contract.KEY_BACKEND in metadata:
         fused = load_fused(path, limits=limits)
         return replace(
             found,
             kind="fused",
-            inputs=(*found.inputs, *(_info(e) for e in model.graph.input if e.name in _optional(fused))),
+            inputs=(*found.inputs, *(tensor_info(e) for e in model.graph.input if e.name in _optional(fused))),
             layout=fused.layout,
             class_names=fused.class_names,
             notes=fused.notes,
@@ -138,24 +121,6 @@ def _with_head(found: Inspection, raw: RawModel) -> Inspection:
     return replace(found, layout=layout, meaning=meaning, opened=opened)
 
 
-def _inputs(model: onnx.ModelProto) -> tuple[TensorInfo, ...]:
-    constants = {item.name for item in model.graph.initializer}  # old files also list initializers as inputs
-    return tuple(_info(entry) for entry in model.graph.input if entry.name not in constants)
-
-
 def _optional(fused: FusedModel) -> set[str]:
     """Names of the optional inputs of a fused model."""
     return {given.name for given in fused.layout.runtime_inputs(fused.config)}
-
-
-def _info(entry: onnx.ValueInfoProto) -> TensorInfo:
-    import onnx
-
-    kind = entry.type.tensor_type
-    try:
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
-    except KeyError:
-        dtype = "unknown"
-    return TensorInfo(
-        name=entry.name, dtype=dtype, shape=tuple(d.dim_value or d.dim_param or "?" for d in kind.shape.dim)
-    )

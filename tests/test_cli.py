@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny_onnx
 import torch
 from conftest import SHAPES
 from test_checkpoint import Bomb, archive, tiny
@@ -163,6 +164,23 @@ def test_inspect_checkpoint(capsys):
     printed = capsys.readouterr().out
     assert "yolov8 · 3 classes · scores: sigmoid · boxes: distances" in printed
     assert "circle, square, triangle" in printed
+
+
+def test_inspect_says_what_is_dynamic_and_writes_labels(tmp_path, capsys):
+    (tmp_path / "m.onnx").write_bytes(tiny_onnx.fused_bytes())
+    assert main(["inspect", str(tmp_path / "m.onnx"), "--labels", str(tmp_path / "labels.txt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "dynamic   images: batch" in lines and "classes   3: class 0, class 1, class 2" in lines
+    assert (tmp_path / "labels.txt").read_text() == "class 0\nclass 1\nclass 2\n"
+    assert main(["inspect", str(tmp_path / "m.onnx"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dynamic"] == {"images": ["batch"]}
+    assert main(["inspect", str(tmp_path / "m.onnx"), "--labels", str(tmp_path / "m.onnx")]) == 1
+    assert "is the input file" in capsys.readouterr().err
+    model = tiny_onnx.third_party()
+    del model.metadata_props[:]
+    (tmp_path / "bare.onnx").write_bytes(model.SerializeToString())
+    assert main(["inspect", str(tmp_path / "bare.onnx"), "--labels", str(tmp_path / "none.txt")]) == 1
+    assert "has no class names" in capsys.readouterr().err and not (tmp_path / "none.txt").exists()
 
 
 def test_inspect_says_why_no_head_fits(tmp_path, capsys):

@@ -138,6 +138,14 @@ def test_both_formats_give_the_same(where, found, drawn, fused):
 
 
 @pytest.mark.slow
+def test_deployed_folder_is_evaluated(found, drawn, fused, tmp_path):
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'fusenms[openvino]'")
+    folder = fusenms.deploy(fused, tmp_path / "ir", target="openvino").folder
+    other = fusenms.evaluate(folder, coco=drawn.json, images=drawn.folder / "images").boxes
+    assert other.map50_95 == pytest.approx(found.boxes.map50_95, abs=1e-3)
+
+
+@pytest.mark.slow
 def test_sizes_are_those_of_the_areas(found, drawn, fused):
     """An object whose area says that it is small is one, whatever its box."""
     data = copy.deepcopy(drawn.data)

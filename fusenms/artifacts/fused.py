@@ -159,12 +159,12 @@ def load_fused(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS)
             raise SourceError(f"{path}: its metadata is damaged ({first_line(error)}); fuse the model again") from error
         check_graph(path, fused)
     image = fused.image
-    name, shape = _usual_input(image)
+    name, shape = usual_input(image)
     refuse_cost(path, model, {name: shape}, limits)
     return fused
 
 
-def _usual_input(image: ImageInput) -> tuple[str, tuple[int, ...]]:
+def usual_input(image: ImageInput) -> tuple[str, tuple[int, ...]]:
     """Name and shape of the input at its default size; frames of any size have that of the model's images."""
     if image.frames is None:
         return image.tensor, (image.batch or 1, 3, image.height, image.width)

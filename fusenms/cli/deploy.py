@@ -1,4 +1,4 @@
-"""`fusenms deploy FUSED`: writes a fused file for a runtime that reads no ONNX, and compares its detections there."""
+"""`fusenms deploy FUSED --target NAME`: writes what another runtime or server needs to run a fused file, checked against it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,32 @@ from fusenms.deployment import TARGETS, deploy
 from fusenms.runtime.placement import load_tensor
 
 NAME = "deploy"
-HELP = "write a fused file for another runtime (ncnn), and compare its detections there"
+HELP = (
+    f"write what another runtime or server needs to run a fused file ({', '.join(TARGETS)}), checked against the file"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FUSED", help="a fused .onnx of float32 and of one image size")
-    parser.add_argument("--target", choices=list(TARGETS), required=True, help="the runtime")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR",
-        help="folder to write, which detect and Detector open (default: NAME.ncnn in the current folder)",
+        "file",
+        metavar="FUSED",
+        help="a fused .onnx; for triton and deepstream also an engine of TensorRT with its sidecar",
+    )
+    parser.add_argument("--target", choices=list(TARGETS), required=True, help="the runtime or server")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="folder to write (default: NAME.TARGET in the current folder)"
+    )
+    parser.add_argument(
+        "--half", action="store_true",
+        help="ncnn, openvino: store weights as float16; deepstream: let TensorRT calculate in float16",
     )  # fmt: skip
     parser.add_argument(
-        "--half", action="store_true", help="store weights as float16, and calculate so where the CPU does"
+        "--images", type=Path, metavar="DIR", help="ncnn, openvino: also compare on the images of this folder"
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="also compare on the images of this folder")
+    parser.add_argument(
+        "--batch", type=int, metavar="N",
+        help="triton, deepstream: largest batch (default: 8, or what the file takes)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,13 +46,18 @@ def run(args: argparse.Namespace) -> int:
     if args.images is not None:
         image = load_fused(args.file, limits=args.limits).image
         images = load_tensor(args.images, image.height, image.width, image.stretch, args.limits)
-    written = deploy(args.file, output, target=args.target, half=args.half, images=images, limits=args.limits)
-    found = written.agreement
-    steps.line("compare", f"head within {written.drift:.1g} of its largest value")
-    steps.line(
-        "compare",
-        f"{found.images} images · {found.before} detections in the file, {found.after} in {args.target}, {found.same} the same",
+    written = deploy(
+        args.file, output, target=args.target, half=args.half, images=images, batch=args.batch, limits=args.limits
     )
+    found = written.agreement
+    for line in written.checks:
+        steps.line("check" if found is None else "compare", line)
     steps.line("wrote", str(written.folder))
-    steps.finish(output=str(written.folder), drift=written.drift, agreement=found.to_dict())
+    steps.finish(
+        output=str(written.folder),
+        files=[str(file) for file in written.files],
+        checks=list(written.checks),
+        drift=written.drift,
+        agreement=None if found is None else found.to_dict(),
+    )
     return 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from fusenms.artifacts.fused import FusedModel
 from fusenms.cli.printing import Steps
-from fusenms.errors import HeadNotRecognizedError
+from fusenms.deployment.base import labels_file
+from fusenms.errors import HeadNotRecognizedError, SourceError
 from fusenms.inspection import Inspection, inspect
 from fusenms.layout import Activation, Layout
+from fusenms.safety.files import check_writable, write_atomically
 
 NAME = "inspect"
 HELP = "show the kind of a file, its head (or why none is recognized), and its metadata"
@@ -28,9 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print only the layout of the head, as JSON that `fusenms FILE --layout` reads",
     )
 
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="also write the class names into a file, one on each line, in order"
+    )
+
 
 def run(args: argparse.Namespace) -> int:
+    if args.labels is not None:
+        check_writable(args.labels, Path(args.file))
     steps, found = Steps(args.json), inspect(args.file, limits=args.limits)
+    if args.labels is not None:
+        _write_labels(args.labels, args.file, found.class_names)
     if args.layout:
         if found.layout is None:
             raise HeadNotRecognizedError(found.reason)
@@ -41,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
         if tensors:
             steps.line(kind, ", ".join(map(str, tensors)))
             steps.values[f"{kind}s"] = [str(tensor) for tensor in tensors]
+    if dynamic := _dynamic(found):
+        steps.line("dynamic", " · ".join(f"{tensor}: {', '.join(sizes)}" for tensor, sizes in dynamic.items()))
+        steps.values["dynamic"] = dynamic
     steps.line("kind", _fused_text(found.fused) if found.fused else KINDS[found.kind])
     if found.fused is not None and (frames := found.fused.image.frames) is not None:
         image = found.fused.image
@@ -59,10 +73,9 @@ def run(args: argparse.Namespace) -> int:
         steps.line("settings", " · ".join(f"{key} {value}" for key, value in config.items()))
         steps.line("verified", found.verification)
         steps.values |= {"backend": found.fused.backend, "config": config, "verification": found.verification}
-    elif found.class_names:
-        names = found.class_names
+    if names := found.class_names:
         steps.line("classes", f"{len(names)}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}")
-    steps.values["classes"] = list(found.class_names)
+    steps.values["classes"] = list(names)
     if found.frozen_batch is not None and found.layout is not None:
         steps.line("batch", f"frozen at {found.frozen_batch}")
         steps.lines("opened", found.opened)
@@ -70,8 +83,27 @@ def run(args: argparse.Namespace) -> int:
         steps.line("metadata", f"{key} = {value if len(value) <= 160 else value[:157] + '…'}")
     if found.kind != "checkpoint":
         steps.values["metadata"] = found.metadata
+    if args.labels is not None:
+        steps.line("labels", str(args.labels))
     steps.finish(file=str(args.file))
     return 0
+
+
+def _write_labels(path: Path, file: str, names: tuple[str, ...]) -> None:
+    """Write class names into a file.
+
+    Raises:
+        SourceError: there are none, or the file cannot be written.
+    """
+    if not names:
+        raise SourceError(f"{file}: has no class names, so {path} was not written")
+    write_atomically(path, labels_file(file, names))
+
+
+def _dynamic(found: Inspection) -> dict[str, list[str]]:
+    """Names of the open sizes of each input."""
+    sizes = {one.name: [size for size in one.shape if isinstance(size, str)] for one in found.inputs}
+    return {name: names for name, names in sizes.items() if names}
 
 
 def _head(found: Inspection, steps: Steps) -> None:

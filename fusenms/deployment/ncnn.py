@@ -10,26 +10,21 @@ import os
 import platform
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 
 from fusenms.artifacts.fused import FusedModel, load_fused, refuse_frames
-from fusenms.errors import (
-    BackendUnavailableError,
-    ConfigError,
-    UnsupportedByBackendError,
-)
+from fusenms.deployment.base import Deployment, Wanted, compared, images_for
+from fusenms.errors import BackendUnavailableError, ConfigError, UnsupportedByBackendError
 from fusenms.fusion.backends import get_backend
 from fusenms.graph.editing import exposed, extracted
 from fusenms.graph.session import Session
-from fusenms.limits import Limits
-from fusenms.runtime.example_images import example_images
 from fusenms.runtime.ncnn import HALF, NETWORK, TAIL, WEIGHTS, NcnnRunner, ncnn_metadata
-from fusenms.safety.files import make_folder, write_together
-from fusenms.verification.agreement import Agreement, agreement_of
+from fusenms.safety.files import write_folder
+from fusenms.verification.agreement import agreement_of
 
 MOST_DRIFT = {False: 1e-4, True: 0.05}
 """Limit on the difference of the head's tensors, relative to their largest value: of float32, and of float16. Measured on YOLOv8n: 6e-6."""
@@ -39,26 +34,9 @@ MAGIC = "7767517"
 """First line of a network of ncnn."""
 
 
-@dataclass(frozen=True)
-class Deployment:
-    """What was written, and how far it agrees with the fused file.
-
-    Attributes:
-        folder: what `fusenms.Detector` opens.
-        agreement: detections of the fused file and of the deployed one on the images.
-        drift: largest difference of the head's tensors, relative to their largest value.
-    """
-
-    folder: Path
-    agreement: Agreement
-    drift: float
-
-
-def deploy_ncnn(
-    path: str | os.PathLike[str], output: Path, *, half: bool, images: np.ndarray | None, limits: Limits
-) -> Deployment:
-    """Convert, compare and write. Arguments and errors are those of `fusenms.deploy`."""
-    fused = load_fused(path, limits=limits)
+def deploy_ncnn(path: Path, output: Path, wanted: Wanted) -> Deployment:
+    """Convert, compare and write. Errors are those of `fusenms.deploy`."""
+    fused, half = load_fused(path, limits=wanted.limits), wanted.half
     refuse_frames(path, fused.image, "ncnn")
     if fused.image.dynamic_size:
         raise UnsupportedByBackendError(
@@ -72,7 +50,7 @@ def deploy_ncnn(
         raise UnsupportedByBackendError(
             f"{path}: its batch is fixed at {fused.image.batch}, and ncnn runs images one by one; fuse the weights without batch"
         )
-    looked = _images(fused, images)
+    looked = images_for(fused, wanted.images)
     network, tail = _divided(path, fused)
     with tempfile.TemporaryDirectory(prefix="fusenms-") as folder:
         place = Path(folder)
@@ -88,18 +66,8 @@ def deploy_ncnn(
             f"{path}: ncnn computes something else: the tensors of its head differ by {drift:.2g} of their largest value; expected at most "
             f"{MOST_DRIFT[half]:g}. Nothing was written ({found.summary})"
         )
-    make_folder(output)
-    write_together({output / NETWORK: param, output / WEIGHTS: weights, output / TAIL: tail.SerializeToString()})
-    return Deployment(output, found, drift)
-
-
-def _images(fused: FusedModel, images: np.ndarray | None) -> np.ndarray:
-    size = fused.image.height, fused.image.width
-    if images is not None and images.shape[1:] != (3, *size):
-        raise ConfigError(f"images have shape {list(images.shape)}; expected [n, 3, {size[0]}, {size[1]}]")
-    own = example_images(*size)
-    some = [one for one in (own, images) if one is not None]
-    return np.concatenate(some) if some else np.random.default_rng(0).random((1, 3, *size), np.float32)
+    files = write_folder(output, {NETWORK: param, WEIGHTS: weights, TAIL: tail.SerializeToString()}, path)
+    return Deployment(output, tuple(files), compared("ncnn", found, drift), found, drift)
 
 
 def _divided(path: str | os.PathLike[str], fused: FusedModel) -> tuple[onnx.ModelProto, onnx.ModelProto]:

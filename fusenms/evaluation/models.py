@@ -21,6 +21,7 @@ from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.pipeline import fuse
 from fusenms.runtime import Detector
 from fusenms.runtime.ncnn import TAIL, load_ncnn
+from fusenms.runtime.openvino import IR_METADATA, load_ir
 from fusenms.sources import load
 
 SETTINGS: ConfigFields = {"score_threshold": 0.001, "iou_threshold": 0.7, "max_detections": 300, "multi_label": True}
@@ -125,6 +126,8 @@ def _watching(recognized: list[Recognized], on_event: OnEvent | None) -> Callabl
 def _fused(path: Path, limits: Limits) -> FusedModel | None:
     """The fused model of a file or of a deployed folder; None if it is neither."""
     if path.is_dir():
+        if (path / IR_METADATA).exists():
+            return load_ir(path, limits)
         return load_ncnn(path, limits) if (path / TAIL).exists() else None
     if path.suffix.lower() != ".onnx" or not path.exists():
         return None

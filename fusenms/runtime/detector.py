@@ -19,10 +19,10 @@ from fusenms.runtime.ahead import work_ahead
 from fusenms.runtime.call import Call, CallFields, checked_call
 from fusenms.runtime.detections import Detections
 from fusenms.runtime.images import is_single, nv12_frame, open_image, red_first, to_nv12
-from fusenms.runtime.ncnn import TAIL, sha256
-from fusenms.runtime.opening import Runner, Wanted, open_model
+from fusenms.runtime.opening import FOLDERS, Runner, Wanted, folder_runtime, open_model
 from fusenms.runtime.placement import Placement, letterbox, rectangle, stretched, to_tensor
 from fusenms.runtime.results import Placed, Results
+from fusenms.safety.files import sha256
 from fusenms.safety.text import printable
 
 if TYPE_CHECKING:
@@ -450,11 +450,11 @@ def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
 
 def _checked(path: str | os.PathLike[str]) -> str:
     """The file itself, or that of a folder which holds the sums of the others."""
-    return os.path.join(path, TAIL) if os.path.isdir(path) else os.fspath(path)
+    return os.path.join(path, FOLDERS[folder_runtime(path)]) if os.path.isdir(path) else os.fspath(path)
 
 
 def _sha256(path: str, limits: Limits) -> str:
-    return sha256(Path(_checked(path)), limits)
+    return sha256(Path(_checked(path)), limits.max_file_bytes)
 
 
 def _reopen(path: str, sha256: str, settings: dict[str, Any]) -> Detector:

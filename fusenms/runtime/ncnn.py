@@ -23,7 +23,7 @@ from fusenms.limits import Limits
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.files import read_metadata, read_onnx
 from fusenms.onnx_reading.metadata import read_json
-from fusenms.safety.files import open_regular
+from fusenms.safety.files import sha256
 
 NETWORK, WEIGHTS, TAIL = "network.ncnn.param", "network.ncnn.bin", "tail.onnx"
 SUFFIX = ".ncnn"
@@ -51,22 +51,9 @@ def load_ncnn(folder: str | os.PathLike[str], limits: Limits) -> FusedModel:
                 f"{folder}: its metadata is damaged ({first_line(error)}); deploy the model again"
             ) from error
     for name in (NETWORK, WEIGHTS):
-        if sha256(place / name, limits) != sums.get(name):
+        if sha256(place / name, limits.max_file_bytes) != sums.get(name):
             raise SourceError(f"{folder}: {name} is not the one that {TAIL} was written with; deploy the model again")
     return fused
-
-
-def sha256(path: Path, limits: Limits) -> str:
-    """SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        SourceError: it cannot be read, or is too large.
-    """
-    digest = hashlib.sha256()
-    with open_regular(path, limits.max_file_bytes) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def ncnn_metadata(param: bytes, weights: bytes) -> dict[str, str]:

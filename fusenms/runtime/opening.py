@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from fusenms.artifacts.fused import FusedModel, from_metadata, load_fused
-from fusenms.engines.base import load_engine
+from fusenms.engines.base import Engine, load_engine
 from fusenms.engines.running import ENGINES, LIBRARIES, EngineRunner, contract_outputs
 from fusenms.errors import InputError, SourceError, UnsupportedByBackendError, first_line
 from fusenms.fusion.backends import get_backend
@@ -22,8 +22,8 @@ from fusenms.graph.custom_ops import custom_ops as use_custom_ops
 from fusenms.graph.session import OnnxRuntimeRunner, Provider
 from fusenms.limits import Limits
 from fusenms.onnx_reading import untrusted
-from fusenms.runtime.ncnn import NcnnRunner, load_ncnn
-from fusenms.runtime.openvino import OpenVinoRunner
+from fusenms.runtime.ncnn import TAIL, NcnnRunner, load_ncnn
+from fusenms.runtime.openvino import IR_METADATA, OpenVinoRunner, load_ir
 
 AUTO, ONNXRUNTIME, OPENVINO, NCNN = "auto", "onnxruntime", "openvino", "ncnn"
 ENGINE_RUNTIMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -35,6 +35,8 @@ DEVICES = {
     **dict.fromkeys(ENGINE_RUNTIMES, "cuda|cpu"),  # an engine has no other place; cpu is the default
 }
 """The devices of each runtime, as patterns."""
+FOLDERS = {OPENVINO: IR_METADATA, NCNN: TAIL}
+"""The file of a folder that `fusenms.deploy` wrote, by its runtime, which has the metadata and the SHA-256 of the others."""
 
 
 class Runner(Protocol):
@@ -78,7 +80,7 @@ class Opened:
 
 
 def open_model(model: str | os.PathLike[str] | FusedModel, wanted: Wanted, limits: Limits) -> Opened:
-    """Open a fused file, a folder for ncnn, an engine, or a model in memory.
+    """Open a fused file, a folder for ncnn or OpenVINO, an engine, or a model in memory.
 
     Raises:
         InputError: the runtime does not run such a file, or an argument belongs to another runtime.
@@ -89,6 +91,17 @@ def open_model(model: str | os.PathLike[str] | FusedModel, wanted: Wanted, limit
     runtime = _runtime_for(model, wanted)
     if isinstance(model, FusedModel):
         return _open_onnx(model, "the model", runtime, wanted, limits)
+    if runtime == OPENVINO and os.path.isdir(model):
+        fused = load_ir(model, limits)
+        runner = OpenVinoRunner(
+            Path(model),
+            wanted.device,
+            wanted.threads,
+            fused=fused,
+            source=str(model),
+            max_seconds=limits.max_run_seconds,
+        )
+        return Opened(fused=fused, runtime=runtime, runner=runner)
     if runtime == NCNN:
         fused = load_ncnn(model, limits)
         return Opened(fused=fused, runtime=runtime, runner=NcnnRunner(model, fused, wanted.threads))
@@ -97,12 +110,17 @@ def open_model(model: str | os.PathLike[str] | FusedModel, wanted: Wanted, limit
     return _open_onnx(load_fused(model, limits=limits), str(model), runtime, wanted, limits)
 
 
+def folder_runtime(folder: str | os.PathLike[str]) -> str:
+    """The runtime that a folder was made for; ncnn if it has the files of none."""
+    return next((name for name, file in FOLDERS.items() if os.path.isfile(os.path.join(folder, file))), NCNN)
+
+
 def _runtime_for(model: Any, wanted: Wanted) -> str:
     """The runtime for a file; that which is wanted, if it runs such files."""
     if wanted.runtime not in RUNTIMES:
         raise InputError(f"runtime is {wanted.runtime!r}; expected one of {', '.join(RUNTIMES)}")
     if isinstance(model, (str, os.PathLike)) and os.path.isdir(model):
-        fitting: tuple[str, ...] = (NCNN,)
+        fitting: tuple[str, ...] = (folder_runtime(model),)
     elif isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() in ENGINES:
         builder = load_engine(Path(model)).info["builder"]["name"]
         fitting = tuple(name for name, library in ENGINE_RUNTIMES.items() if library == builder)
@@ -166,7 +184,21 @@ def _providers(wanted: Wanted) -> Sequence[Provider]:
     return (("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider")
 
 
-def _open_engine(path: Path, runtime: str, limits: Limits) -> Opened:
+@dataclass(frozen=True, kw_only=True)
+class EngineFile:
+    """An engine and what its sidecar says: the model it was built from, at the size it is made for, and the batches that it runs."""
+
+    engine: Engine
+    fused: FusedModel
+    batches: tuple[int, int]
+
+
+def read_engine(path: Path, limits: Limits) -> EngineFile:
+    """Read an engine with its sidecar. Its model has an empty graph.
+
+    Raises:
+        SourceError: one of them is missing, damaged, or not of the other.
+    """
     engine = load_engine(path)
     with untrusted(path, "reading its metadata"):
         try:
@@ -182,9 +214,13 @@ def _open_engine(path: Path, runtime: str, limits: Limits) -> Opened:
         fused.image, height=height, width=width, dynamic_size=False
     )  # of the profile, the size it is made for
     config = replace(fused.config, runtime_thresholds=False)  # an engine has them as constants
-    fused = replace(fused, image=image, config=config)
-    runner = _OneByOne(EngineRunner(engine, LIBRARIES[ENGINE_RUNTIMES[runtime]]()), fused)
-    return Opened(fused=fused, runtime=runtime, runner=runner, batches=(least, most))
+    return EngineFile(engine=engine, fused=replace(fused, image=image, config=config), batches=(least, most))
+
+
+def _open_engine(path: Path, runtime: str, limits: Limits) -> Opened:
+    file = read_engine(path, limits)
+    runner = _OneByOne(EngineRunner(file.engine, LIBRARIES[ENGINE_RUNTIMES[runtime]]()), file.fused)
+    return Opened(fused=file.fused, runtime=runtime, runner=runner, batches=file.batches)
 
 
 class _OneByOne:

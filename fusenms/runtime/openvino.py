@@ -1,18 +1,62 @@
-"""Runs a fused model in OpenVINO, from the same `.onnx` file."""
+"""Runs a fused model in OpenVINO, from the same `.onnx` file, or from the folder that `fusenms.deploy` made of it.
+
+Such a folder holds `IR` and `IR_WEIGHTS`, OpenVINO's own form, and `IR_METADATA`: the metadata of the fused file and the SHA-256 of both.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import queue
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from fusenms.artifacts.fused import FusedModel, from_metadata
 from fusenms.errors import BackendUnavailableError, InputError, RunError, SourceError, first_line
 from fusenms.graph.model import optional_inputs
-from fusenms.limits import DEFAULT_LIMITS
+from fusenms.limits import DEFAULT_LIMITS, Limits
+from fusenms.onnx_reading import untrusted
+from fusenms.onnx_reading.metadata import read_json
+from fusenms.safety.files import read_regular, sha256
+
+IR, IR_WEIGHTS, IR_METADATA = "model.xml", "model.bin", "metadata.json"
+_SHA256 = "sha256"
+
+
+def ir_metadata(fused: FusedModel, files: Mapping[str, bytes]) -> bytes:
+    """The content of `IR_METADATA`."""
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return (json.dumps({_SHA256: sums, "metadata": fused.metadata}, indent=2) + "\n").encode()
+
+
+def load_ir(folder: str | os.PathLike[str], limits: Limits) -> FusedModel:
+    """Read a folder that `fusenms.deploy` wrote for OpenVINO. The graph of the model is empty.
+
+    Raises:
+        SourceError: a file is missing, damaged, of another export, or exceeds a limit.
+    """
+    place = Path(folder)
+    text = read_regular(place / IR_METADATA, limits.max_metadata_bytes)
+    with untrusted(folder, "reading its metadata"):
+        try:
+            found = read_json(text.decode(), limits)
+            fused, sums = from_metadata(onnx.ModelProto(), dict(found["metadata"]), limits), dict(found[_SHA256])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SourceError) as error:
+            raise SourceError(
+                f"{folder}: its metadata is damaged ({first_line(error)}); deploy the model again"
+            ) from error
+    for name in (IR, IR_WEIGHTS):
+        if sha256(place / name, limits.max_file_bytes) != sums.get(name):
+            raise SourceError(
+                f"{folder}: {name} is not the one that {IR_METADATA} was written with; deploy the model again"
+            )
+    return fused
 
 
 class OpenVinoRunner:
@@ -20,16 +64,18 @@ class OpenVinoRunner:
 
     def __init__(
         self,
-        model: onnx.ModelProto,
+        model: onnx.ModelProto | Path,
         device: str = "cpu",
         threads: int | None = None,
         *,
+        fused: FusedModel | None = None,
         source: str = "the model",
         max_seconds: float = DEFAULT_LIMITS.max_run_seconds,
     ) -> None:
         """Open the model. It computes in float32.
 
         Args:
+            model: the model; or a folder that was made of it, and ``fused`` what `load_ir` gave.
             device: a device of OpenVINO: ``cpu``, ``gpu``, ``gpu.1``, ``npu``, ``auto``.
             threads: number of threads of one run; default: chosen by OpenVINO.
             source: name of the file, for messages.
@@ -53,15 +99,25 @@ class OpenVinoRunner:
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        model, self._defaults = _without_defaults(model)
         try:
-            self._compiled = core.compile_model(core.read_model(model.SerializeToString()), name, settings)
+            if isinstance(model, Path):
+                assert fused is not None
+                image, given = fused.image, fused.layout.runtime_inputs(fused.config)
+                self.outputs = [output for output, _ in fused.layout.outputs(fused.config)]
+                self._image = image.tensor if image.frames is None else image.frames.tensor
+                self._defaults = {each.name: each.default for each in given}
+                read = core.read_model(model / IR, model / IR_WEIGHTS)
+            else:
+                model, self._defaults = without_defaults(model)
+                self.outputs = [entry.name for entry in model.graph.output]
+                self._image = model.graph.input[0].name
+                read = core.read_model(model.SerializeToString())
+            self._compiled = core.compile_model(read, name, settings)
         except Exception as error:  # OpenVINO raises RuntimeError, protobuf a ValueError beyond 2 GB
             raise SourceError(
                 f"{source}: OpenVINO refuses the model ({_last_line(error)}); it is damaged, or too new for this version"
             ) from error
-        self.outputs = [entry.name for entry in model.graph.output]
-        self._image, self._source, self._milliseconds = model.graph.input[0].name, source, int(1000 * max_seconds)
+        self._source, self._milliseconds = source, int(1000 * max_seconds)
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,7 +164,7 @@ class OpenVinoRunner:
             self._idle.get_nowait()
 
 
-def _without_defaults(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+def without_defaults(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The model with its optional inputs as plain ones, and their defaults. OpenVINO takes an input with a default for a constant."""
     names = {entry.name for entry in optional_inputs(model)}
     defaults = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer if item.name in names}

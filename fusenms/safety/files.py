@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -74,6 +75,19 @@ def read_regular(path: Path, max_bytes: int, *, error: type[FusenmsError] = Sour
             f"{printable(path)}: changed while it was read, from {size} to {len(data)} bytes or more; read it again"
         )
     return data
+
+
+def sha256(path: Path, max_bytes: int) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        SourceError: it cannot be read, or is too large.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path, max_bytes) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_folder(path: Path) -> bool:
@@ -161,12 +175,12 @@ def write_atomically(path: Path, data: bytes) -> Path:
 
 
 def write_together(files: Mapping[Path, bytes]) -> list[Path]:
-    """Write several files of one folder together: all of them or none. Return their paths.
+    """Write several files together: all of them or none. Return their paths.
 
-    1. Remove the temporary files that killed runs left in the folder.
+    1. Remove the temporary files that killed runs left in the folders.
     2. Write each file under a temporary name, locked, and synchronize it with the disk.
     3. Rename the files to their final names, in order. If a rename fails, the earlier ones are undone.
-    4. Synchronize the folder with the disk.
+    4. Synchronize the folders with the disk.
 
     A run that is killed before step 3 leaves only temporary files, which the next run removes. If several runs write the same file at
     the same time, the file of the last run remains, complete. A run that is killed between two renames leaves the first files new and
@@ -178,12 +192,14 @@ def write_together(files: Mapping[Path, bytes]) -> list[Path]:
     for path in files:
         check_writable(path)
     writers: list[_Temporary] = []
+    folders: set[Path] = set()
     path = next(iter(files))
     try:
         try:
             for path, data in files.items():
                 target = Path(os.path.realpath(path))
-                if not writers:
+                if target.parent not in folders:
+                    folders.add(target.parent)
                     remove_leftovers(target.parent)
                 writers.append(_Temporary(target))
                 writers[-1].write(data)
@@ -193,13 +209,39 @@ def write_together(files: Mapping[Path, bytes]) -> list[Path]:
             for writer in reversed(writers):
                 writer.take_back()
             raise
-        _synchronize_folder(writers[0].target.parent)
+        for folder in folders:
+            _synchronize_folder(folder)
     except (OSError, ValueError) as error:
         raise SourceError(f"{printable(path)}: cannot be written ({_reason(error)})") from error
     finally:
         for writer in writers:
             writer.close()
     return list(files)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], source: Path) -> list[Path]:
+    """Write files into a folder together, by their paths in it. Return their paths.
+
+    Folders that do not exist are made. Files of the same names are replaced, all of them or none; others stay.
+
+    Raises:
+        SourceError: a folder cannot be made, a file cannot be written, or one is ``source``. Folders that were made are removed again.
+    """
+    places = {folder.joinpath(*name.split("/")): data for name, data in files.items()}
+    made: list[Path] = []
+    try:
+        for parent in dict.fromkeys(path.parent for path in places):
+            missing = [each for each in (parent, *parent.parents) if not is_folder(each)]
+            make_folder(parent)
+            made += reversed(missing)
+        for place in places:
+            check_writable(place, source)
+        return write_together(places)
+    except BaseException:
+        for each in reversed(made):
+            with suppress(OSError):
+                each.rmdir()
+        raise
 
 
 class _Temporary:
