@@ -112,7 +112,7 @@ def joined(raw: onnx.ModelProto, tail: onnx.ModelProto) -> onnx.ModelProto:
     copy.CopyFrom(tail)
     copy.ir_version = raw.ir_version
     prefixed = compose.add_prefix(copy, "tail_")
-    return compose.merge_models(raw, prefixed, io_map=[(raw.graph.output[0].name, f"tail_{HEAD}")])
+    return compose.merge_models(raw, prefixed, io_map=[(raw.graph.output[0].name, f"tail_{tail.graph.input[0].name}")])
 
 
 def opencv_batched(head: np.ndarray) -> list[Any]:

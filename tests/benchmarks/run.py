@@ -48,7 +48,19 @@ RAW, FUSED, CUT = "raw model", "fusenms (ort)", "cut before the decode (floor)"
 INT8, SLIM = "fusenms (ort, int8)", "fusenms (ort), written by onnxslim"
 ULTRALYTICS = "Ultralytics nms=True"
 CROWD, FULL = 1500, 3840
+DECODE = "with the decode"
 OPENVINO, ALONE = "whole model in OpenVINO", "alone"
+
+
+class Decode(nn.Module):
+    """The decode alone."""
+
+    def __init__(self, whole: Decoded) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, boxes: Tensor, logits: Tensor) -> Tensor:
+        return self.whole.decoded(boxes, logits)
 
 
 class Decoded(nn.Module):
@@ -72,7 +84,10 @@ class Decoded(nn.Module):
         self.expect.weight.data = torch.arange(self.bins, dtype=torch.float32).view(1, self.bins, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        boxes, logits = self.network(images)
+        return self.decoded(*self.network(images))
+
+    def decoded(self, boxes: Tensor, logits: Tensor) -> Tensor:
+        """Head tensors ``[B, 4 * bins, N]`` and ``[B, C, N]`` to ``[B, 4 + C, N]``."""
         spread = boxes.unflatten(1, (4, self.bins)).transpose(1, 2).softmax(1)
         distance = self.expect(spread).squeeze(1)
         low, high = self.centers - distance[:, :2], self.centers + distance[:, 2:]
@@ -85,6 +100,17 @@ def raw_model(checkpoint: Checkpoint, size: int, path: Path) -> onnx.ModelProto:
     torch.onnx.export(
         module, (torch.zeros(1, 3, size, size),), path, dynamo=False, opset_version=17,
         input_names=["images"], output_names=["output0"], dynamic_axes=axes,
+    )  # fmt: skip
+    return onnx.load(path)
+
+
+def decode_model(checkpoint: Checkpoint, size: int, taps: dict[str, np.ndarray], path: Path) -> onnx.ModelProto:
+    """The usual decode as a graph of its own, from the head's tensors to ``[B, 4 + C, N]``."""
+    names = list(taps)
+    values = tuple(torch.from_numpy(value) for value in taps.values())
+    torch.onnx.export(
+        Decode(Decoded(checkpoint, size).eval()), values, path, dynamo=False, opset_version=17,
+        input_names=names, output_names=["output0"], dynamic_axes={name: {0: "batch"} for name in [*names, "output0"]},
     )  # fmt: skip
     return onnx.load(path)
 
@@ -140,9 +166,17 @@ def tail(name: str, part: str, model: Callable[[int], onnx.ModelProto], head: np
 
 def fused_tail(part: str, fused: FusedModel, taps: dict[str, np.ndarray]) -> Graph:
     model = cut_before(fused.model, {key: value.shape[1:] for key, value in taps.items()})
-    return Graph(
-        FUSED, part, lambda _: model, lambda images: {k: np.repeat(v, len(images), 0) for k, v in taps.items()}
-    )
+    return from_taps(FUSED, part, lambda _: model, taps)
+
+
+def from_taps(name: str, part: str, model: Callable[[int], onnx.ModelProto], taps: dict[str, np.ndarray]) -> Graph:
+    """A graph that starts at the head's tensors of one image, which are repeated; it may also ask for the images' shape."""
+
+    def inputs(images: np.ndarray) -> dict[str, np.ndarray]:
+        names = [entry.name for entry in model(len(images)).graph.input]
+        return {key: np.repeat(taps[key], len(images), 0) if key in taps else images for key in names}
+
+    return Graph(name, part, model, inputs)
 
 
 def on_host(name: str, part: str, work: Callable[[np.ndarray], Any], head: np.ndarray) -> Contestant:
@@ -199,6 +233,8 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
         entries += [graphs[0].contestant(args.threads, after, name) for name, after in hosts.items()]
         timings = measure(entries, images, batches=args.batch, runs=args.runs)
 
+        order = {name: taps[name] for name in (fused.layout.boxes.tensor, fused.layout.classes.tensor)}
+        decoding = decode_model(checkpoint, args.size, order, work / "decode.onnx")
         tails, graph_tails = list[Contestant](), list[Graph]()
         for part, head in cases.items():
             flat = decode(head, fused)
@@ -211,6 +247,13 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
                 own.append(tail(ULTRALYTICS, part, models.__getitem__, flat))
             tails += [graph.contestant(args.threads) for graph in own]
             tails += [on_host(name, part, after, flat) for name, after in hosts.items()]
+            if part != TAIL:  # also with the decode that ours has inside
+                behind = [fused_tail(f"{part}, {DECODE}", fused, head)]
+                behind += [
+                    from_taps(g.name, f"{part}, {DECODE}", lambda b, g=g: peers.joined(decoding, g.model(b)), head)
+                    for g in own[1:]
+                ]
+                tails += [graph.contestant(args.threads) for graph in behind]
             graph_tails += own
         timings += measure(tails, images, batches=args.batch, runs=args.runs)
         if find_spec("openvino") is not None:
