@@ -107,12 +107,13 @@ def recipes() -> list[str]:
 
 
 def joined(raw: onnx.ModelProto, tail: onnx.ModelProto) -> onnx.ModelProto:
-    """The raw model with a recipe behind it."""
+    """The raw model with a tail behind it."""
+    head = next(entry.name for entry in tail.graph.input if entry.name != "images")
     copy = onnx.ModelProto()
     copy.CopyFrom(tail)
     copy.ir_version = raw.ir_version
     prefixed = compose.add_prefix(copy, "tail_")
-    return compose.merge_models(raw, prefixed, io_map=[(raw.graph.output[0].name, f"tail_{tail.graph.input[0].name}")])
+    return compose.merge_models(raw, prefixed, io_map=[(raw.graph.output[0].name, f"tail_{head}")])
 
 
 def opencv_batched(head: np.ndarray) -> list[Any]:
