@@ -105,11 +105,11 @@ class DetectorActor:
         self._detect = open_detector(ray.get(model[0]), job)
 
     def __call__(self, table: Any) -> Iterator[Any]:
-        """Rows of the items in a table."""
+        """Rows of the items in a table, whose column ``items`` has a list of them for each task."""
         import pyarrow as pa
 
         rows: list[dict[str, Any]] = []
-        for row in self._rows(table.to_pylist()):
+        for row in self._rows([item for task in table["items"].to_pylist() for item in task]):
             rows.append(row | self._from)
             if len(rows) >= self._job.batch_size:
                 yield pa.Table.from_pylist(rows, worker_schema())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +16,12 @@ from fusenms.safety.text import printable
 LOCAL = "local"
 STORE_BYTES = 256 * 2**20
 """Of the object store of a local Ray, beside the model: rows are small."""
-_LOCAL_ENVIRONMENT = {
+_LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens on 127.0.0.1 alone
+    "RAY_AUTH_MODE": "token",
 }
-"""Read by Ray when it is imported and started. What the user has set stays."""
+"""Environment of a local Ray, which it reads when it is imported and started."""
 
 
 def import_ray() -> Any:
@@ -71,25 +73,35 @@ def connected(address: str, model_bytes: int) -> Iterator[Any]:
         raise InputError(
             f"the address is {printable(repr(address))}; expected local, auto or HOST:PORT of a cluster that this machine is a node of"
         )
-    if address == LOCAL:
-        for name, value in _LOCAL_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if "RAY_AUTH_MODE" not in os.environ:
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    ray = import_ray()
-    if ray.is_initialized():
-        yield ray
+    if "ray" in sys.modules and import_ray().is_initialized():
+        yield import_ray()
         return
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if address == LOCAL:
-        settings |= {"include_dashboard": False, "object_store_memory": STORE_BYTES + 2 * model_bytes}
+    with _environment(_LOCAL if address == LOCAL else {}):
+        ray = import_ray()
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address == LOCAL:
+            settings |= {"include_dashboard": False, "object_store_memory": STORE_BYTES + 2 * model_bytes}
+        try:
+            ray.init(address=address, **settings)
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            raise BackendUnavailableError(
+                f"found no Ray cluster at {printable(address)} ({first_line(error)}); expected local, auto or HOST:PORT"
+            ) from error
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for a while. What the user has set stays."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    if "RAY_AUTH_MODE" in added:
+        added["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ |= added
     try:
-        ray.init(address=address, **settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise BackendUnavailableError(
-            f"found no Ray cluster at {printable(address)} ({first_line(error)}); expected local, auto or HOST:PORT"
-        ) from error
-    try:
-        yield ray
+        yield
     finally:
-        ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)

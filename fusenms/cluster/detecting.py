@@ -118,7 +118,12 @@ def detect_dataset(
         >>> pyarrow.parquet.read_table("found.parquet").column_names[:3]
         ['image', 'row', 'frame']
     """
-    for name, value in (("every", every), ("batch_size", batch_size), ("cpus", cpus), ("actors", actors or 1)):
+    for name, value in (
+        ("every", every),
+        ("batch_size", batch_size),
+        ("cpus", cpus),
+        ("actors", 1 if actors is None else actors),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r}; expected a whole number of at least 1")
     begin = time.perf_counter()

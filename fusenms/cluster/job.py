@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from fusenms.cluster.actor import DetectorActor, Job
 from fusenms.cluster.dataset import IMAGE, Item
 from fusenms.cluster.writer import Writer
 from fusenms.errors import FusenmsError, RunError, first_line
+from fusenms.safety.text import printable
 
 BLOCK_BYTES = 2**18
 """Rows that an actor collects before it sends them, so that those of a long video come while it runs."""
@@ -37,13 +41,16 @@ def run_job(ray: Any, job: Job, model: bytes, left: Left, most: int, writer: Wri
     """
     strategy = ray.data.ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2)
     reference = ray.put(np.frombuffer(model, np.uint8))
-    dataset = ray.data.from_arrow(list(_tasks(left, most, job.batch_size))).map_batches(
+    tasks = list(_tasks(left, most, job.batch_size))
+    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         DetectorActor, fn_constructor_args=(job, [reference]), compute=strategy, num_cpus=job.cpus, batch_size=None, batch_format="pyarrow"
     )  # fmt: skip
     _configure(dataset.context)
+    tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
     try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            writer.take(table)
+        with closing(tables):  # which gives the actors back, also after an error or Ctrl-C
+            for table in tables:
+                writer.take(table)
     except FusenmsError:
         raise
     except Exception as error:  # Ray raises the errors of actors in several types
@@ -52,31 +59,14 @@ def run_job(ray: Any, job: Job, model: bytes, left: Left, most: int, writer: Wri
         writer.flush()
 
 
-def _tasks(left: Left, actors: int, batch_size: int) -> Iterator[Any]:
-    """Tables of items, one for each task: a video or a row group alone and first, images together, in whole batches."""
+def _tasks(left: Left, actors: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """Items of each task: a video or a row group alone and first, images together, in whole batches."""
     alone = [entry for entry in left if entry[0].kind != IMAGE]
     images = [entry for entry in left if entry[0].kind == IMAGE]
     share = -(-len(images) // (actors * TASKS_OF_AN_ACTOR))
     size = max(1, -(-min(share, MOST_IMAGES) // batch_size)) * batch_size
-    for entry in alone:
-        yield _table([entry])
-    for start in range(0, len(images), size):
-        yield _table(images[start : start + size])
-
-
-def _table(some: Left) -> Any:
-    import pyarrow as pa
-
-    kinds = {
-        "path": pa.string(),
-        "kind": pa.string(),
-        "group": pa.int64(),
-        "first": pa.int64(),
-        "rows": pa.int64(),
-        "done": pa.list_(pa.int64()),
-    }
-    columns = {name: [getattr(item, name) for item, _ in some] for name in list(kinds)[:-1]}
-    return pa.table(columns | {"done": [done for _, done in some]}, pa.schema(kinds))
+    for some in [[entry] for entry in alone] + [images[i : i + size] for i in range(0, len(images), size)]:
+        yield {"items": [asdict(item) | {"done": done} for item, done in some]}
 
 
 def _configure(context: Any) -> None:
@@ -89,9 +79,16 @@ def _configure(context: Any) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The error of fusenms that an actor raised, or else the innermost one."""
+    """The error of fusenms that an actor raised, or else what Ray says.
+
+    An actor that fails when it starts leaves only the text of its error. Ray Data raises some errors from others that say nothing.
+    """
     chain: list[BaseException] = [error]
     while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
         chain.append(inner)
-    ours = [each for each in chain if isinstance(each, FusenmsError)]
-    return str(ours[-1]) if ours else f"{type(chain[-1]).__name__}: {first_line(chain[-1])}"
+    for each in reversed(chain):
+        if isinstance(each, FusenmsError):
+            return str(each)
+    if found := re.findall(r"fusenms\.errors\.\w+: (.+)", "\n".join(map(str, chain))):
+        return printable(found[-1])
+    return f"{type(error).__name__}: {first_line(error)}"
