@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,11 +21,13 @@ from conftest import ROOT, SHAPES
 import fusenms
 from fusenms.cli import main
 from fusenms.cluster import dataset, detecting, job, output, writer
+from fusenms.cluster.actor import open_detector
 from fusenms.cluster.dataset import items_of
 from fusenms.cluster.output import Output
 from fusenms.cluster.rows import schema, values_of
 from fusenms.errors import BackendUnavailableError, ConfigError, InputError, RunError, SourceError
 from fusenms.limits import DEFAULT_LIMITS
+from fusenms.runtime.masks import Masks
 from fusenms.runtime.video import Video, VideoFile
 
 pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'fusenms[ray]'")
@@ -116,8 +119,36 @@ def by_key(rows: list[dict]) -> dict[tuple, dict]:
 
 
 def expected(found: fusenms.Detections, **where: object) -> dict:
-    """The row of an image, through the schema."""
-    return pa.Table.from_pylist([{**where, **values_of(found)}], schema()).to_pylist()[0]
+    """The row of an image with upright boxes, written apart from the code."""
+    place = found.masks.place
+    nothing = dict.fromkeys(("oriented_box", "corners", "keypoints", "polygons", "index"))
+    detections = [
+        {"label": label, "name": found.class_names[label], "score": score, "box": [float(side) for side in box]}
+        | nothing
+        for box, score, label in zip(found.boxes, found.scores.tolist(), found.labels.tolist(), strict=True)
+    ]
+    row = {"height": place.height, "width": place.width, "detections": detections, "converged": True}
+    return dict.fromkeys(schema().names) | row | where
+
+
+def test_rows_have_what_a_model_has():
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, 5:20, 10:30] = masks[1, 30:38, 2:9] = True
+    values = np.random.default_rng(0).random((2, 17)).astype(np.float32)
+    found = fusenms.Detections(
+        boxes=values[:, :4], scores=values[:, 4], labels=np.array([1, 0], np.int32), class_names=("a", "b"), oriented=True,
+        oriented_boxes=values[:, 5:10], keypoints=values[:, 10:16].reshape(2, 2, 3), masks=Masks.of_arrays(masks),
+        indices=np.array([7, 3], np.int32),
+    )  # fmt: skip
+    (row,) = pa.Table.from_pylist([values_of(found)], schema()).to_pylist()
+    assert (row["height"], row["width"], row["converged"]) == (40, 60, True)
+    for name, array in {
+        "box": found.boxes, "oriented_box": found.oriented_boxes, "keypoints": found.keypoints, "score": found.scores,
+        "label": found.labels, "index": found.indices, "corners": found.corners.astype(np.float32),
+    }.items():  # fmt: skip
+        assert np.array_equal(np.array([each[name] for each in row["detections"]], array.dtype), array), name
+    assert [each["name"] for each in row["detections"]] == ["b", "a"]
+    assert [each["polygons"] for each in row["detections"]] == [each["polygons"] for each in found.to_dicts()]
 
 
 @pytest.mark.slow
@@ -156,7 +187,7 @@ def test_rows_are_those_of_a_detector(fused, folder, nodes):
     assert len(rows_of("out.parquet")) == len(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_lost_node_loses_and_doubles_nothing(fused, folder, nodes, monkeypatch):
     names, take, seen = copies(folder / "many", 400), writer.Writer.take, []
     second = nodes.second.node_id
@@ -178,7 +209,7 @@ def test_lost_node_loses_and_doubles_nothing(fused, folder, nodes, monkeypatch):
     assert {len(row["detections"]) for row in rows[:50]} == {len(row["detections"]) for row in rows}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_stopped_run_goes_on(fused, folder, nodes, monkeypatch):
     """Parts of a few rows. After Ctrl-C, all that had come is there, and the next run does the rest, and what is new."""
     names = copies(folder / "many", 60)
@@ -238,7 +269,7 @@ def test_command_reports(fused, nodes, capsys):
     assert "0 images · 0 detections · 0 failed · 2 done before" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_model_that_fails_on_a_node_is_said(fused, folder, nodes, monkeypatch):
     monkeypatch.setattr(detecting, "Job", lambda **values: replace(job.Job(**values), version="0.0"))
     monkeypatch.setattr(detecting, "_checked_model", lambda model, _: Path(model).read_bytes())
@@ -269,7 +300,7 @@ with connected("local", 0) as ray:
         for line in pathlib.Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
             words = line.split()
             if words[3] == "0A" and f"socket:[{words[9]}]" in sockets: places.add(words[1].split(":")[0])
-    print(sorted(places), os.environ["RAY_USAGE_STATS_ENABLED"], os.environ["RAY_AUTH_MODE"])
+    print(sorted(places), os.environ["RAY_USAGE_STATS_ENABLED"])
 """
 
 
@@ -280,10 +311,25 @@ def test_local_ray_listens_on_loopback_alone(folder):
     command = [sys.executable, "-c", LISTENING]
     done = subprocess.run(command, env=clean | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
     loopback = ["0000000000000000FFFF00000100007F", "0100007F"]
-    assert done.stdout.strip() == f"{loopback} 0 token"
+    assert done.stdout.strip() == f"{loopback} 0"
 
 
 # Without a cluster.
+
+
+def test_actors_open_only_the_model_and_version_of_the_job(fused):
+    data = Path(fused).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    usual = {"settings": {}, "column": "image", "every": 1, "batch_size": 1, "cpus": 1, "custom_ops": ()}
+    made = job.Job(sha256=digest, limits=DEFAULT_LIMITS, **usual)
+    with open_detector(np.frombuffer(data, np.uint8), made) as detect:
+        assert len(detect("photos/a.jpg")[0]) > 3
+    for model, wanted, message in (
+        (data[:-1] + b"x", made, "is not the one that the job was started with"),
+        (data, replace(made, version="0.0"), "on a node, and 0.0 where the job was started"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            open_detector(model, wanted)
 
 
 def test_data_set_is_folders_patterns_lists_and_files(folder):
@@ -309,7 +355,8 @@ def test_data_set_is_folders_patterns_lists_and_files(folder):
     assert found("gone.jpg") == [("gone.jpg", "image", 0, 1)]
 
 
-def test_addresses_are_kept_as_addresses(folder):
+def test_addresses_are_kept_as_addresses(folder, monkeypatch):
+    opened = dataset.open_filesystem
     Path("photos/list.txt").write_text("a.jpg\n")
     base = f"file://{folder}/photos"
     for argument, names in {
@@ -317,7 +364,15 @@ def test_addresses_are_kept_as_addresses(folder):
         f"{base}/?.jpg": ["a.jpg"], f"{base}/list.txt": ["a.jpg"], f"{base}/a.jpg": ["a.jpg"],
     }.items():  # fmt: skip
         assert [item.path for item in items_of([argument], "image", DEFAULT_LIMITS)] == [f"{base}/{n}" for n in names]
-    assert dataset.beside("s3://b/x/list.txt?region=r", "../y.jpg").startswith("s3://b/x/")
+    assert dataset.beside("s3://b/x/list.txt?region=r", "../y.jpg") == "s3://b/y.jpg?region=r"
+    options = "?type=file"  # kept for actors, and no part of a name
+    monkeypatch.setattr(dataset, "open_filesystem", lambda path: opened(path.removesuffix(options)))
+    for argument in (f"{base}{options}", f"{base}/?.???{options}", f"{base}/list.txt{options}"):
+        paths = [item.path for item in items_of([argument], "image", DEFAULT_LIMITS)]
+        assert paths[0] == f"{base}/a.jpg{options}" and {path.removesuffix(options) for path in paths} <= {
+            f"{base}/a.jpg",
+            f"{base}/b.png",
+        }
 
 
 @pytest.mark.parametrize(
@@ -409,6 +464,19 @@ def test_other_settings_and_models_are_refused_before_ray_starts(fused, folder, 
     for model, message in ((folder, "expected the path of a fused .onnx"), (3, "found int")):
         with pytest.raises(InputError, match=message):
             fusenms.detect_dataset(model, "photos", "out.parquet")
+
+
+@pytest.mark.slow
+def test_actors_get_the_libraries_and_settings_in_use(fused, nodes, monkeypatch):
+    given = []
+    monkeypatch.setattr(detecting, "current_libraries", lambda: ("/lib/fold.so",))
+    monkeypatch.setattr(detecting, "run_job", lambda _, made, *more: given.append(made))
+    fusenms.detect_dataset(
+        fused, "photos", "out.parquet", cpus=2, batch_size=3, labels=[0], limits=fusenms.Limits(max_pixels=9)
+    )
+    (made,) = given
+    assert (made.custom_ops, made.cpus, made.batch_size) == (("/lib/fold.so",), 2, 3)
+    assert (made.settings, made.limits.max_pixels) == ({"labels": [0]}, 9)
 
 
 @pytest.mark.parametrize(

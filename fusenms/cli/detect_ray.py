@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, output: str | None) -> int:
         bar = stack.enter_context(ProgressBar("detect"))
         done = detect_dataset(
             args.model, args.images, output, address=args.ray, column=args.column or "image", every=args.every,
-            batch_size=args.batch, actors=args.actors, cpus=1 if args.cpus is None else args.cpus, custom_ops=args.custom_ops,
+            batch_size=args.batch, actors=args.actors, cpus=1 if args.cpus is None else args.cpus,
             limits=args.limits, progress=lambda count, total: bar.update("inputs", count, total),
         )  # fmt: skip
     skipped = f" · {done.skipped} done before" if done.skipped else ""

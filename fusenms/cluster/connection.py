@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ STORE_BYTES = 256 * 2**20
 _LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens on 127.0.0.1 alone
-    "RAY_AUTH_MODE": "token",
 }
 """Environment of a local Ray, which it reads when it is imported and started."""
 
@@ -59,7 +57,7 @@ def import_pyarrow() -> Any:
 def connected(address: str, model_bytes: int) -> Iterator[Any]:
     """Ray, connected to a cluster; the connection is closed afterwards. One that this process has already is taken, and stays open.
 
-    A local Ray listens on 127.0.0.1 alone, sends no usage statistics, and takes no work without a token that only its processes know.
+    A local Ray listens on 127.0.0.1 alone and sends no usage statistics. Newer versions ask for a token by themselves.
 
     Args:
         address: ``local``, ``auto`` or ``HOST:PORT``.
@@ -97,8 +95,6 @@ def connected(address: str, model_bytes: int) -> Iterator[Any]:
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """Environment variables for a while. What the user has set stays."""
     added = {name: value for name, value in values.items() if name not in os.environ}
-    if "RAY_AUTH_MODE" in added:
-        added["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ |= added
     try:
         yield

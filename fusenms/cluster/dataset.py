@@ -44,6 +44,16 @@ def is_remote(path: str) -> bool:
     return re.match(r"[A-Za-z][\w+.-]+://", path) is not None
 
 
+def _split(path: str) -> tuple[str, str]:
+    """A path without the options of an address, as ``?region=eu-west-1``, and these. A question mark alone belongs to a pattern."""
+    found = re.search(r"\?\w+=[^?]*$", path) if is_remote(path) else None
+    return (path[: found.start()], found[0]) if found else (path, "")
+
+
+def _name(path: str) -> str:
+    return _split(path)[0].lower()
+
+
 def open_filesystem(path: str) -> tuple[Any, str]:
     """The file system of a path, and the path within it.
 
@@ -88,11 +98,11 @@ def _paths(argument: str, limits: Limits) -> Iterator[str]:
             raise InputError(f"{shown}: no file fits this pattern; expected images, videos or Parquet files")
         yield from matching
     elif info is not None and info.type.name == "Directory":
-        inside = [path for path in files.inside(recursive=False) if path.lower().endswith(FILES)]
+        inside = [path for path in files.inside(recursive=False) if _name(path).endswith(FILES)]
         if not inside:
             raise InputError(f"{shown}: has no images, videos or Parquet files; expected {', '.join(FILES)}")
         yield from inside
-    elif argument.lower().endswith(LISTS):
+    elif _name(argument).endswith(LISTS):
         yield from files.listed(limits)
     else:
         yield argument if is_remote(argument) else os.path.abspath(argument)
@@ -103,10 +113,7 @@ class _Files:
 
     def __init__(self, argument: str) -> None:
         self.argument = argument
-        self._base, mark, options = argument.partition("?") if is_remote(argument) else (argument, "", "")
-        self._options = mark + options
-        if glob.has_magic(self._base) or (mark and not re.search(r"[?&]?\w+=", self._options)):
-            self._base, self._options = argument, ""  # a question mark of a pattern
+        self._base, self._options = _split(argument)
         self._fixed = re.split(r"[^/]*[*?\[]", self._base)[0] if glob.has_magic(self._base) else self._base
         self._files, self._inner = open_filesystem((self._fixed or ".") + self._options)
 
@@ -143,7 +150,7 @@ class _Files:
         from fsspec.utils import glob_translate
 
         fits = re.compile(glob_translate(self._base)).fullmatch
-        return [path for path in self.inside("/" in self._base[len(self._fixed) :]) if fits(path.partition("?")[0])]
+        return [path for path in self.inside("/" in self._base[len(self._fixed) :]) if fits(_split(path)[0])]
 
     def listed(self, limits: Limits) -> list[str]:
         shown = printable(self.argument)
@@ -178,13 +185,13 @@ def beside(file: str, path: str) -> str:
         return path
     if not is_remote(file):
         return os.path.abspath(os.path.join(os.path.dirname(file), path))
-    base, mark, options = file.partition("?")
+    base, options = _split(file)
     scheme, _, place = base.partition("://")
-    return f"{scheme}://{PurePosixPath(place).parent / path}{mark}{options}"
+    return f"{scheme}://{os.path.normpath(PurePosixPath(place).parent / path)}{options}"
 
 
 def _items(path: str, column: str) -> Iterator[Item]:
-    name = path.partition("?")[0].lower() if is_remote(path) else path.lower()
+    name = _name(path)
     if name.endswith(video.SUFFIXES):
         yield Item(path, VIDEO)
     elif name.endswith(".parquet"):

@@ -17,6 +17,7 @@ from fusenms.cluster.job import run_job
 from fusenms.cluster.output import Output, check_apart
 from fusenms.cluster.writer import Writer
 from fusenms.errors import InputError
+from fusenms.graph.custom_ops import current_libraries
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime import Detector
 from fusenms.runtime.call import CallFields
@@ -72,7 +73,6 @@ def detect_dataset(
     batch_size: int = 8,
     actors: int | None = None,
     cpus: int = 1,
-    custom_ops: Sequence[str | os.PathLike[str]] = (),
     limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
     **settings: Unpack[CallFields],
@@ -80,7 +80,8 @@ def detect_dataset(
     """Detect objects in a data set with the CPUs of a Ray cluster, and write the detections as Parquet.
 
     A run that was stopped, by Ctrl-C or with its machine, goes on when it is called again: what the output has is not done again, and no
-    row is written twice. A node that is lost gives its work to the others.
+    row is written twice. A node that is lost gives its work to the others. Libraries of `fusenms.custom_ops` are opened on every node,
+    under the same path.
 
     Args:
         model: path of a fused `.onnx`. The cluster needs no copy of it.
@@ -93,7 +94,6 @@ def detect_dataset(
         batch_size: most images in one run of the model.
         actors: most processes that detect; default: one for each ``cpus`` CPUs of the cluster.
         cpus: CPUs, and threads, of each of these.
-        custom_ops: paths of custom-op libraries, the same on every node.
         limits: bounds on files, images and runs.
         progress: called with the number of inputs that are done, and of all.
         **settings: score_threshold, iou_threshold, labels and max_detections, as for a call of `Detector`.
@@ -131,7 +131,7 @@ def detect_dataset(
     arguments, folder = [os.fspath(each) for each in named], os.fspath(output)
     job = Job(
         sha256="", settings=settings, column=column, every=every, batch_size=batch_size, cpus=cpus, limits=limits,
-        custom_ops=tuple(map(os.path.abspath, custom_ops)),
+        custom_ops=current_libraries(),
     )  # fmt: skip
     import_pyarrow()
     data = _checked_model(model, job)
@@ -164,9 +164,7 @@ def _checked_model(model: Any, job: Job) -> bytes:
     if not isinstance(model, (str, os.PathLike)) or Path(model).suffix.lower() != ".onnx":
         shown = printable(model) if isinstance(model, (str, os.PathLike)) else printable(type(model).__name__)
         raise InputError(f"found {shown}; expected the path of a fused .onnx, which is one file")
-    with Detector(
-        model, batch_size=job.batch_size, threads=job.cpus, custom_ops=job.custom_ops, limits=job.limits
-    ) as detect:
+    with Detector(model, batch_size=job.batch_size, threads=job.cpus, limits=job.limits) as detect:
         detect.stream([], **job.settings)  # checks the settings, and runs nothing
     return read_regular(Path(model), job.limits.max_file_bytes)
 

@@ -19,7 +19,7 @@ from fusenms.safety.text import printable
 
 BLOCK_BYTES = 2**18
 """Rows that an actor collects before it sends them, so that those of a long video come while it runs."""
-MOST_IMAGES, TASKS_OF_AN_ACTOR = 256, 6
+MOST_IMAGES, TASKS_OF_AN_ACTOR = 256, 16
 """Images of one task: few enough that each actor gets several tasks, so that none waits long for the last one."""
 
 Left = list[tuple[Item, list[int]]]
