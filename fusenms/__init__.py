@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusenms.artifacts.fused import FusedModel, load_fused
     from fusenms.artifacts.raw import RawModel
     from fusenms.artifacts.report import Report
+    from fusenms.cluster import DatasetRun, detect_dataset
     from fusenms.comparison import Comparison, compare
     from fusenms.config import PostprocessConfig
     from fusenms.conversion import Conversion, configure, convert
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Comparison": "fusenms.comparison",
     "Conversion": "fusenms.conversion",
+    "DatasetRun": "fusenms.cluster",
     "Detections": "fusenms.runtime",
     "Detector": "fusenms.runtime",
     "Engine": "fusenms.engines",
@@ -53,6 +55,7 @@ _HOMES = {
     "convert": "fusenms.conversion",
     "deploy": "fusenms.deployment",
     "custom_ops": "fusenms.graph.custom_ops",
+    "detect_dataset": "fusenms.cluster",
     "doctor": "fusenms.diagnosis",
     "edit": "fusenms.editing",
     "evaluate": "fusenms.evaluation",
@@ -71,6 +74,7 @@ _HOMES = {
 __all__ = [
     "Comparison",
     "Conversion",
+    "DatasetRun",
     "Detections",
     "Detector",
     "Engine",
@@ -91,6 +95,7 @@ __all__ = [
     "convert",
     "custom_ops",
     "deploy",
+    "detect_dataset",
     "doctor",
     "edit",
     "evaluate",

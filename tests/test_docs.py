@@ -5,6 +5,7 @@ Each block of code is a test of its own. It runs in a folder that has the files 
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -166,6 +167,8 @@ def test_commands_run(page, text, stand_ins, tmp_path, monkeypatch, capsys):
         assert words[:3] == ["python", "-m", "fusenms"], command
         if words[3] == "engine" and find_spec("tensorrt_rtx") is None:
             continue  # where TensorRT-RTX does not install
+        if "--ray" in words and find_spec("ray") is None:
+            pytest.skip("needs Ray: pip install 'fusenms[ray]'")
         assert main(words[3:]) == 0, command
         printed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
         stages = [line.split()[0] for line in shown if line[0] not in "┃│"]
@@ -186,6 +189,8 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
 def test_python_runs(page, text, stand_ins, tmp_path, monkeypatch):
+    if "detect_dataset" in text and find_spec("ray") is None:
+        pytest.skip("needs Ray: pip install 'fusenms[ray]'")
     stand_ins.put(text, tmp_path)
     monkeypatch.chdir(tmp_path)
     module = ModuleType("block")  # a home for the classes that a block defines
@@ -208,6 +213,14 @@ def test_readme_has_the_numbers_of_the_pages():
     ratio = re.search(r"\*\*fusenms \(ort\)\*\* \| [\d.]+ \((0\.\d\d)\)", PAGES["docs/benchmarks.md"])[1]
     assert f"[{ratio}](docs/benchmarks.md)" in README
     assert "325 of 325" in PAGES["docs/performance.md"]
+
+
+def test_scaling_page_has_the_numbers_that_its_script_wrote():
+    rows = json.loads((DOCS / "scaling.json").read_text())["plans"]
+    for row in rows:
+        start = f"| {row['rate']:,} | {row['busy_cores']:,.1f} | {row['replicas']:,} | {row['load']:.0%} |"
+        assert start in PAGES["docs/concepts/scaling.md"]
+    assert [row["rate"] for row in rows] == [10, 1_000, 100_000]
 
 
 def test_only_readme_and_the_page_on_gpus_say_what_has_not_run():

@@ -15,6 +15,7 @@ from fusenms.layout import Layout
 
 VALUES = {
     "Comparison",
+    "DatasetRun",
     "Detections",
     "Engine",
     "Evaluation",
@@ -36,6 +37,8 @@ def test_example_runs(name, tmp_path, monkeypatch):
     assert ">>>" in text, f"{name} has no example"
     if "build_engine" in text and find_spec("tensorrt_rtx") is None:
         pytest.skip("needs TensorRT-RTX: pip install 'fusenms[rtx]'")
+    if "detect_dataset" in text and find_spec("ray") is None:
+        pytest.skip("needs Ray: pip install 'fusenms[ray]'")
     shutil.copy(SHAPES / "shapes.pt", tmp_path / "yolov8n.pt")
     shutil.copy(SHAPES / "shapes0.jpg", tmp_path / "bus.jpg")
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from fusenms.cli import detect_ray
 from fusenms.cli.inputs import Input, inputs_of
 from fusenms.cli.printing import ProgressBar, Steps
 from fusenms.errors import ConfigError, InputError, SourceError
@@ -43,10 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
-        default=Path("detections"),
         metavar="DIR",
-        help="folder for annotated images and videos (default: %(default)s)",
+        help="folder for annotated images and videos (default: detections); with --ray, for Parquet files",
     )
     parser.add_argument("--no-draw", action="store_true", help="do not write annotated images and videos")
     parser.add_argument(
@@ -66,16 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write all detections as COCO's results at the end; category_id is the class number",
     )
+    detect_ray.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     for name in ("every", "batch"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}; expected a whole number of at least 1")
+    detect_ray.check(args)
+    if args.ray is not None:
+        return detect_ray.run(args, args.output)
     if args.json and args.jsonl == "-":
         raise ConfigError("found --json and --jsonl -, which both write to standard output; leave one of them out")
     inputs = inputs_of(args.images)
-    folder = None if args.no_draw else args.output
+    folder = None if args.no_draw else Path(args.output or "detections")
     check_places(inputs, folder, [Path(each) for each in (args.jsonl, args.coco) if each not in (None, "-")])
     steps = Steps(args.json)
     with contextlib.ExitStack() as stack:

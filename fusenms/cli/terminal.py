@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
 PLAIN = {"·": "-", "×": "x", "Δ": "delta", "…": "...", "°": " deg", "–": "-", "—": "-", "→": "->", "≤": "<=", "≥": ">="}
@@ -51,6 +51,12 @@ class Stream:
     def isatty(self) -> bool:
         return self._stream is not None and not self._stream.closed and self._stream.isatty()
 
+    def is_descriptor(self, number: int) -> bool:
+        """Whether the stream writes to this descriptor of the process."""
+        with suppress(OSError, ValueError, AttributeError):
+            return self._stream is not None and self._stream.fileno() == number
+        return False
+
     def _try(self, call: Any, *args: str) -> None:
         try:
             call(*args)
@@ -81,6 +87,24 @@ def standard_streams() -> Iterator[Stream]:
         output.flush()
         errors.flush()
         sys.stdout, sys.stderr = old
+
+
+@contextmanager
+def only_own_messages() -> Iterator[None]:
+    """Drop what other packages print meanwhile, and native code on standard error; what fusenms prints on standard error stays."""
+    own = os.dup(2)
+    try:
+        with (
+            open(own, "w", encoding=sys.stderr.encoding, closefd=False) as errors,
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(errors if isinstance(sys.stderr, Stream) and sys.stderr.is_descriptor(2) else sys.stderr),
+        ):
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def fill_descriptors() -> None:
