@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "licences.md"
-EXTRAS = ("cpu", "export", "hf", "images", "bench", "eval", "rtx", "plugin", "openvino", "ncnn", "docs", "dev")
+EXTRAS = ("cpu", "export", "hf", "images", "bench", "eval", "rtx", "plugin", "openvino", "ncnn", "serve", "docs", "dev")
 """Those that install without a GPU. `gpu` and `trt` are in `ELSEWHERE`."""
 
 STRONG = re.compile(

@@ -237,6 +237,7 @@ OTHER_FLAGS = {
     "--tensorrt", "--record", "--calls",  # of the programs in tests/
     "--onnx", "--plugin", "--static",  # of trtexec
     "--ignore-scripts", "--prefix",  # of npm
+    "--data-binary",  # of curl
 }  # fmt: skip
 
 
