@@ -32,7 +32,7 @@ STRONG = re.compile(
 )
 WEAK = re.compile(r"\bMPL|Mozilla Public|\bEPL-|\bCDDL", re.I)
 FREE = re.compile(
-    r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|BSL-1\.0|CC0|Unlicense|HPND|CNRI|MPL|Mozilla Public)",
+    r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|BSL-1\.0|CC0|Unlicense|HPND|CNRI|ZPL|MPL|Mozilla Public)",
     re.I,
 )
 PROPRIETARY = re.compile(r"NVIDIA|Proprietary", re.I)
