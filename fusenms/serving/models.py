@@ -139,6 +139,7 @@ class Model:
         self._path, self._pool, self._metrics = path.absolute(), pool, metrics
         self._max_queue = settings.max_queue
         self._lock, self._images = threading.Lock(), 0
+        self._parsing = asyncio.Semaphore(1)
         self._open: Callable[[], Opened] = partial(Opened, self.name, self._path, settings, limits, metrics, libraries)
         self._tried = self._seen = file_stamp(self._path)
         self._opened = self._open()
@@ -185,13 +186,15 @@ class Model:
             opened.use(1)
         try:
             yield opened
+            return
         except RunError as error:
             _LOG.error("%s", error)
-            raise RunError(f"{printable(self.name)}: the model fails; the log of the server says why") from error
+            told: FusenmsError = RunError(f"{printable(self.name)}: the model fails; the log of the server says why")
         except FusenmsError as error:
-            raise type(error)(str(error).replace(printable(self._path), printable(self.name))) from error
+            told = type(error)(str(error).replace(printable(self._path), printable(self.name)))
         finally:
             opened.use(-1)
+        raise told  # a new one: the other's traceback holds the body
 
     @property
     def detector(self) -> Detector:
@@ -218,6 +221,8 @@ class Model:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()  # nobody else asks for it
             raise
 
     def _written(self, found: Detections) -> bytes:
@@ -241,7 +246,10 @@ class Model:
         """
         with self._admitted(1), self._used() as opened:
             detector = opened.detector
-            request = await self._in_pool(parse_request, body, header_length, detector.inputs)
+            async with (
+                self._parsing
+            ):  # of much JSON at a time: it stops all threads, and takes many times its size of memory
+                request = await self._in_pool(parse_request, body, header_length, detector.inputs)
             check_outputs(request, detector.outputs)
             detector.check_tensors(request.tensors)
             with self._admitted(len(request.tensors[detector.inputs[0].name]) - 1):

@@ -28,6 +28,10 @@ DATATYPES: Final = {
 }  # fmt: skip
 """NumPy's types by the names of the protocol."""
 _NAMES = {name: datatype for datatype, name in DATATYPES.items()}
+MOST_SIGNS = {b"{": 1000, b'"': 10_000, b"[": 2_000_000}
+"""Objects, strings and lists of a request: each costs much more memory than it has bytes, and only data have many lists."""
+MOST_NUMBERS = 2**21
+"""Of an output in JSON."""
 MOST_TENSORS = 64
 """Inputs or outputs that a request may name."""
 
@@ -59,11 +63,24 @@ def parse_request(body: bytes, header_length: str | None, inputs: Sequence[Tenso
     Raises:
         InputError: it is no such request.
     """
+    try:
+        return _parsed(body, header_length, inputs)
+    except InputError as error:
+        message = str(error)
+    raise InputError(message)  # a new one: the other's traceback holds what was read, which may be much
+
+
+def _parsed(body: bytes, header_length: str | None, inputs: Sequence[Tensor]) -> InferRequest:
     text, data = _parts(body, header_length)
+    for sign, most in MOST_SIGNS.items():
+        if text.count(sign) > most:
+            raise InputError(
+                f"found JSON with more than {most} times {sign.decode()}; expected a few objects, and numbers"
+            )
     try:
         message = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"found a body that is not JSON ({first_line(error)}); expected a request of v2") from error
+        raise InputError(f"found a body that is not JSON ({first_line(error)}); expected a request of v2") from None
     entries = _field(message, "inputs", list, "the request")
     if not 1 <= len(entries) <= MOST_TENSORS:
         raise InputError(f"found {len(entries)} inputs; expected 1 to {MOST_TENSORS}")
@@ -115,7 +132,7 @@ def make_response(model: str, request: InferRequest, outputs: Mapping[str, np.nd
         the body, and the length of its JSON if tensors in binary follow.
 
     Raises:
-        InputError: a number that JSON does not have (NaN, infinite) was asked for in JSON.
+        InputError: an output was asked for in JSON that has numbers which JSON lacks (NaN, infinite), or too many.
     """
     entries, data = [], []
     for name, binary in (request.outputs or dict.fromkeys(outputs, request.binary)).items():
@@ -129,6 +146,10 @@ def make_response(model: str, request: InferRequest, outputs: Mapping[str, np.nd
             raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
             entry["parameters"] = {"binary_data_size": len(raw)}
             data.append(raw)
+        elif array.size > MOST_NUMBERS:
+            raise InputError(
+                f"{name} has {array.size} numbers; expected at most {MOST_NUMBERS} in JSON: ask for binary_data"
+            )
         else:
             entry["data"] = array.ravel().tolist()
         entries.append(entry)

@@ -60,7 +60,7 @@ class Routes:
         close: Callable[[], None],
     ) -> None:
         self._models, self._metrics, self._is_ready = models, metrics, is_ready
-        self._bodies, self._close = Bodies(settings), close
+        self._settings, self._bodies, self._close = settings, Bodies(settings), close
 
     def app(self) -> Starlette:
         """The ASGI app. Its lifespan closes the models."""
@@ -181,8 +181,12 @@ class Routes:
 
     async def _infer(self, request: Request) -> Response:
         model = self._accepting(request, TENSORS)
+        header, most = request.headers.get(HEADER), self._settings.max_json
         async with self._bodies.read(request) as body:
-            answer, length = await unless_gone(request, model.infer(body, request.headers.get(HEADER)))
+            size = int(header) if header and header.isdecimal() and len(header) < 20 else len(body)
+            if min(size, len(body)) > most:
+                raise HTTPException(413, f"found {size} bytes of JSON; expected at most {most}: send tensors in binary")
+            answer, length = await unless_gone(request, model.infer(body, header))
         if length is None:
             return Response(answer, media_type="application/json")
         return Response(answer, media_type="application/octet-stream", headers={HEADER: str(length)})

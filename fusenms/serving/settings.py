@@ -26,6 +26,7 @@ class ServeSettings:
             batch without it.
         max_queue: maximum number of images of one model that wait or run; more are answered with status 503 at once.
         max_body: maximum size of a request's body, in bytes.
+        max_json: maximum size of the JSON of a tensor request, in bytes; tensors may follow in binary.
         max_bodies: maximum size of all bodies that are in memory at a time, in bytes.
         max_connections: maximum number of open connections; more are answered with status 503 at once.
         read_timeout: time that a client has for the head of a request, for its body, and for taking the answer, each, in seconds.
@@ -49,6 +50,7 @@ class ServeSettings:
     batch_delay: float = 0.0
     max_queue: int = 64
     max_body: int = 32 * MIB
+    max_json: int = 16 * MIB
     max_bodies: int = 512 * MIB
     max_connections: int = 1000
     read_timeout: float = 20.0

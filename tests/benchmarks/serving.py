@@ -97,7 +97,7 @@ async def client(
         took = time.perf_counter() - start
         if status == 503:
             load.refused.append(took)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(1)  # as the answer says (Retry-After)
             reader, writer = await asyncio.open_connection(host, port)
         elif status == 200 and (
             answers is None or same(json.loads(answer)["detections"], answers[number % len(bodies)])
