@@ -33,7 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, default=8000, help="port to listen on; 0: a free one (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="serve on Ray Serve: local starts Ray on this machine; auto or HOST:PORT is a cluster that this machine is a node of",
+    )
+    parser.add_argument(
+        "--replicas",
+        type=replicas_argument,
+        metavar="MIN:MAX",
+        help="on Ray, number of replicas of each model; Ray adds and removes them with the load (default: 1:1)",
+    )
     add_fields(parser, ServeSettings)
+
+
+def replicas_argument(text: str) -> tuple[int, int]:
+    """Parse ``2`` or ``1:4``."""
+    numbers = text.split(":")
+    if len(numbers) > 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected MIN:MAX (1:4), or one number for both")
+    return int(numbers[0]), int(numbers[-1])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,12 +63,40 @@ def run(args: argparse.Namespace) -> int:
     from fusenms.serving import server
 
     steps = Steps(args.json)
+    if args.ray is not None:
+        return _run_on_ray(args, settings, steps)
+    if args.replicas is not None:
+        raise ConfigError("found --replicas without --ray; add --ray local or an address, or leave it out")
     bound = server.listen(args.host, args.port)
     with bound, _log_on_standard_error():
         app = asgi_app(args.files, settings, limits=args.limits)
         server.run(app, bound, settings, lambda: _say(steps, server.url_of(bound), app.state.models))
         steps.line("stopped", "all requests that were taken are answered")
     return 0
+
+
+def _run_on_ray(args: argparse.Namespace, settings: ServeSettings, steps: Steps) -> int:
+    from fusenms.serving import ray_serve, server
+
+    replicas = ray_serve.Replicas(*(args.replicas or (1, 1)))
+    host, port = args.host, args.port
+    if args.ray == ray_serve.LOCAL:
+        with server.listen(host, port) as bound:  # the port is free, or is chosen
+            port = bound.getsockname()[1]
+    with ray_serve.running(args.ray, args.files, host, port, settings, args.limits, replicas) as names:
+        stop = server.Stop()  # after Ray has put handlers of its own
+        url = server.address(host, port)
+        for name in names:
+            steps.line("model", f"{name} · {replicas.least} to {replicas.most} replicas on Ray at {args.ray}")
+        _say_where(steps, url, names[0])
+        steps.finish(url=url, models={name: {} for name in names})
+        stop.wait()
+    steps.line("stopped", "all requests that were taken are answered")
+    return 0
+
+
+def _say_where(steps: Steps, url: str, name: str) -> None:
+    steps.line("serve", f"{url} · POST {url}/detect/{name} · {url}/metrics")
 
 
 def _say(steps: Steps, url: str, models: Models) -> None:
@@ -61,7 +108,7 @@ def _say(steps: Steps, url: str, models: Models) -> None:
             "model", f"{name} · {detector.runtime} · {detector.inputs[0]} · up to {detector.batch_size} images in a run"
         )
         values[name] = {"runtime": detector.runtime, "batch_size": detector.batch_size}
-    steps.line("serve", f"{url} · POST {url}/detect/{next(iter(models))} · {url}/metrics")
+    _say_where(steps, url, next(iter(models)))
     steps.finish(url=url, models=values)
     sys.stdout.flush()
 

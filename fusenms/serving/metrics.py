@@ -30,6 +30,7 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.open = Gauge("fusenms_open_requests", "Requests that are being answered.", ("route",), registry=registry)
         self.images = Counter("fusenms_images", "Images that the model ran on.", by_model, registry=registry)
         self.batch = Histogram("fusenms_batch_images", "Images in a run.", by_model, buckets=IMAGES, registry=registry)
         self.run = Histogram("fusenms_run_seconds", "Time of a run.", by_model, buckets=SECONDS, registry=registry)

@@ -6,10 +6,8 @@ looks after its file, which every node needs under the same path. Connections ar
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -90,9 +88,7 @@ class _Remote:
     problem, full = "", False
 
     def __init__(self, name: str) -> None:
-        from ray import serve
-
-        self.name, self._handle = name, serve.get_deployment_handle(name, app_name=APP)
+        self.name, self._handle = name, _serve().get_deployment_handle(name, app_name=APP)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         from ray.serve.exceptions import BackPressureError
@@ -141,10 +137,8 @@ def running(
     """
     names = {name: path.absolute() for name, path in checked_names(files).items()}
     with _connected(address) as ray:
-        from ray import serve
-        from ray.serve.config import HTTPOptions
-
-        serve.start(http_options=HTTPOptions(host=host, port=port))
+        serve = _serve()
+        serve.start(http_options={"host": host, "port": port})
         try:
             serve.run(_application(names, settings, limits, replicas), name=APP, route_prefix="/", blocking=False)
         except (RuntimeError, ray.exceptions.RayError) as error:
@@ -155,15 +149,12 @@ def running(
         try:
             yield list(names)
         finally:
-            serve.delete(APP)
-            if address == LOCAL:
-                serve.shutdown()
+            serve.delete(APP)  # once requests that were taken are answered
 
 
 def _application(names: Mapping[str, Path], settings: ServeSettings, limits: Limits, replicas: Replicas) -> Any:
     """The deployments: one for each model, and the app."""
-    from ray import serve
-
+    serve = _serve()
     own = replace(settings, threads=settings.threads or 1)
     resources = {"num_cpus": own.threads, "num_gpus": 1 if settings.device.startswith(("cuda", "gpu")) else 0}
     models = [
@@ -198,6 +189,13 @@ def _application(names: Mapping[str, Path], settings: ServeSettings, limits: Lim
     return app.bind(*models)
 
 
+def _serve() -> Any:
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    return serve
+
+
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     if not address or address.startswith("ray://"):
@@ -209,7 +207,7 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         try:
             import ray
-            from ray import serve  # noqa: F401
+            import ray.serve
         except ImportError as error:
             raise BackendUnavailableError(
                 f"serving on a cluster needs Ray ({first_line(error)}); install it with: pip install 'fusenms[ray]'"
@@ -224,19 +222,7 @@ def _connected(address: str) -> Iterator[Any]:
         try:
             yield ray
         finally:
-            ray.shutdown()
+            ray.shutdown()  # type: ignore[no-untyped-call]
     finally:
         for name in added:
             os.environ.pop(name, None)
-
-
-def wait_for_signal() -> None:
-    """Wait for SIGTERM or SIGINT."""
-
-    async def wait() -> None:
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        await stop.wait()
-
-    asyncio.run(wait())

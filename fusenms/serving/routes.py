@@ -107,7 +107,8 @@ class Routes:
 
         async def answer(request: Request) -> Response:
             start = time.perf_counter()
-            response, status = await self._answered(request, do)
+            with self._metrics.open.labels(route).track_inprogress():
+                response, status = await self._answered(request, do)
             name = request.path_params.get("name", "")
             name = name if name in self._models else ""
             self._metrics.requests.labels(name, route, str(status)).inc()

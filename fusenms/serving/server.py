@@ -52,7 +52,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 def url_of(bound: socket.socket) -> str:
     """The address of a socket, for people."""
-    host, port = bound.getsockname()[:2]
+    return address(*bound.getsockname()[:2])
+
+
+def address(host: str, port: int) -> str:
+    """The address of a host and port, for people."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
@@ -86,6 +90,19 @@ def server_of(app: Starlette, settings: ServeSettings, on_ready: Callable[[], No
     server = _Server(config, on_ready)
     app.state.metrics.watch_connections(lambda: len(server.server_state.connections))
     return server
+
+
+class Stop:
+    """Waits for SIGTERM or SIGINT. Signals that come between are not lost."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._event.set())
+
+    def wait(self) -> None:
+        while not self._event.wait(0.2):  # with a time limit, so that the handler runs on every system
+            pass
 
 
 class _Server(uvicorn.Server):
