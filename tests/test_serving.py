@@ -99,6 +99,8 @@ def test_detect_takes_the_settings_of_a_call(served, detect, query, settings):
         ("score_threshold=0.5&score_threshold=0.6", "found score_threshold twice"),
         ("labels=whale", "found the class 'whale'"),
         ("labels=99999999999999999999999", "found the class"),
+        ("labels=" + "9" * 5000, "found the class"),
+        ("max_detections=" + "9" * 5000, "expected a number"),
         ("max_detections=0", "expected a whole number from 1"),
         ("max_detections=1e3", "expected a number"),
         ("conf=0.5", "found 'conf' in the query; expected score_threshold, iou_threshold, labels, max_detections"),

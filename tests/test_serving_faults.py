@@ -117,6 +117,22 @@ def test_client_that_still_sends_gets_the_answer(served):
     assert status == 413 and "20000000 bytes" in answer["error"]
 
 
+def test_much_json_is_refused_but_tensors_in_binary_are_not(file):
+    images = np.zeros((1, 3, SIZE, SIZE), np.float32)
+    entry = {
+        "name": "images",
+        "datatype": "FP32",
+        "shape": list(images.shape),
+        "parameters": {"binary_data_size": images.nbytes},
+    }
+    head = json.dumps({"inputs": [entry]}).encode()
+    with in_thread(file, max_json=1000) as served:
+        status, answer = served.post("/v2/models/shapes/infer", tensors(images))
+        assert status == 413 and "expected at most 1000: send tensors in binary" in answer["error"]
+        length = {"Inference-Header-Content-Length": str(len(head))}
+        assert served.post("/v2/models/shapes/infer", head + images.tobytes(), **length)[0] == 200
+
+
 def test_compressed_body_is_refused(served):
     status, answer = served.post("/detect/shapes", IMAGE, **{"Content-Encoding": "gzip"})
     assert status == 415 and "found a body with Content-Encoding 'gzip'" in answer["error"]

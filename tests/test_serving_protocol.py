@@ -165,6 +165,12 @@ def test_numbers_that_json_lacks_are_refused_in_json_only():
     np.testing.assert_array_equal(np.frombuffer(body[length:], np.float32), outputs["a"][0])
 
 
+def test_output_with_too_many_numbers_for_json_is_refused():
+    asked = parse_request(message(), None, (X,))
+    with pytest.raises(InputError, match=r"a has 2097153 numbers; .*: ask for binary_data"):
+        make_response("m", asked, {"a": np.zeros(2**21 + 1, np.float32)})
+
+
 def test_config_has_no_batch_in_its_dims_if_that_is_open():
     fixed = Tensor(name="x", dtype=np.dtype(np.float32), shape=(4, 2))
     assert model_config("m", "p", 8, INPUTS, (X,))["input"] == [

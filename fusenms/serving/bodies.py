@@ -44,7 +44,7 @@ class Bodies:
         if encoding != "identity":
             raise HTTPException(415, f"found a body with Content-Encoding {encoding[:40]!r}; expected none")
         length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > most:
+        if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > most:
             raise HTTPException(413, f"found a body of {length[:40]} bytes; expected at most {most}")
         parts, size = [], 0
         try:

@@ -243,7 +243,9 @@ def call_settings(request: Request) -> dict[str, Any]:
         if name not in _SETTINGS:
             raise InputError(f"found {name[:100]!r} in the query; expected {', '.join(_SETTINGS)}")
         if name == "labels":
-            found.setdefault(name, []).append(int(text) if text.isascii() and text.isdigit() else text)
+            found.setdefault(name, []).append(
+                int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
+            )
             continue
         if name in found:
             raise InputError(f"found {name} twice in the query; expected it once")

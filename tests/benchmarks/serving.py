@@ -4,7 +4,8 @@
 
 The server runs in a process of its own. Each client waits for its answer, compares it with a stored one, and sends the next image. Bare
 calls of `Detector`, on the same files in batches, and served ones take turns, so that what else the machine does weighs on both. The ratio
-is that of images a second. At last, more clients than the server has places: what is answered with 503, and how soon. With --delays, a
+is that of images a second. On a machine with other work it swings with that work, so processor time for an image is told too: of the server,
+and of bare calls. At last, more clients than the server has places: what is answered with 503, and how soon. With --delays, a
 server for each time that a batch waits (batch_delay, in ms), at the concurrencies: the curve of latency and throughput.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -151,6 +153,12 @@ def memory(process: int) -> float:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096 / 1e6
 
 
+def processor_seconds(process: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -180,21 +188,26 @@ def main() -> None:
 def measure(detect, args, address, process, name, bodies, answers, count) -> None:
     """Bare and served calls in turn."""
     load, ratios, before = Load(), [], memory(process)
+    images, own, theirs = 0, 0.0, processor_seconds(process)
     batch = min(count, detect.batch_size)
     bare(detect, args.images, batch, 1.0)
     asyncio.run(clients(*address, name, bodies, answers, count, 1.0, Load()))
-    settled = memory(process)
+    settled, theirs = memory(process), processor_seconds(process)
     for _ in range(ROUNDS):
+        start = time.process_time()
         done, seconds = bare(detect, args.images, batch, args.seconds / ROUNDS)
+        images, own = images + done, own + time.process_time() - start
         now = Load()
         asyncio.run(clients(*address, name, bodies, answers, count, args.seconds / ROUNDS, now))
         ratios.append(now.rate() / (done / seconds))
         load.seconds += now.seconds
         load.statuses += now.statuses
         load.elapsed += now.elapsed
+    theirs = processor_seconds(process) - theirs
     print(
         line(f"{count} clients", load)
         + f" · {statistics.median(ratios):.2f} of bare calls in batches of {batch} ({min(ratios):.2f} to {max(ratios):.2f})"
+        + f" · processor time {theirs / len(load.seconds) * 1000:.0f} ms an image, bare {own / images * 1000:.0f} ms"
         + f" · memory {before:.0f}, {settled:.0f}, {memory(process):.0f} MB",
         flush=True,
     )
