@@ -3,9 +3,9 @@
     python tests/benchmarks/serving.py FUSED.onnx IMAGE.jpg [IMAGE.jpg ...] [--seconds 60] [--concurrency 1 8 32]
 
 The server runs in a process of its own. Each client waits for its answer, compares it with a stored one, and sends the next image. Bare
-calls of `Detector`, on the same files in batches, and served ones take turns, so that what else the machine does weighs on both. The ratio
-is that of images a second. On a machine with other work it swings with that work, so processor time for an image is told too: of the server,
-and of bare calls. At last, more clients than the server has places: what is answered with 503, and how soon. With --delays, a
+calls of `Detector`, on the same files in batches, and served ones take turns, so that what else the machine does weighs on both. The
+ratio is that of images a second. On a machine with other work it swings with that work, so processor time for an image is told too: of
+the server, and of bare calls. At last, more clients than the server has places: what is answered with 503, and how soon. With --delays, a
 server for each time that a batch waits (batch_delay, in ms), at the concurrencies: the curve of latency and throughput.
 """
 
