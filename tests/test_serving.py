@@ -112,6 +112,7 @@ def test_settings_that_the_file_does_not_take_are_refused(served, query, message
     assert re.search(message, answer["error"]), answer
 
 
+@pytest.mark.slow
 def test_each_of_many_requests_gets_its_own_answer(served, detect):
     """Images, settings that differ, tensors, and errors, all at once, in few batches."""
     jobs = [(IMAGE, None), (OTHER, None), (IMAGE, 0.8), (OTHER, 0.05), (None, None), (b"none", None)] * 8
@@ -223,6 +224,7 @@ def test_frames_are_inferred_and_detected(served, files):
         assert status == 200 and answer["detections"] == detect(IMAGE)[0].to_dicts()
 
 
+@pytest.mark.slow
 def test_metrics_count_what_was_done(files):
     with in_thread(files[0]) as served:
         for body in (IMAGE.read_bytes(), b"none"):
@@ -254,6 +256,7 @@ def test_clients_cannot_add_labels_to_metrics(served):
     assert before <= first == len(served.call("GET", "/metrics")[2].splitlines())
 
 
+@pytest.mark.slow
 def test_names_are_those_of_the_files_up_to_the_first_dot(files, tmp_path):
     with in_thread(*files) as served:
         assert served.get("/v2/models/frames")[0] == 200 and served.get("/v2/models/frames.v2")[0] == 404
@@ -318,6 +321,7 @@ def test_settings_are_checked(settings, message):
         fusenms.ServeSettings(**settings)
 
 
+@pytest.mark.slow
 def test_command_says_what_is_wrong(files, capsys):
     with in_thread(files[0]) as other:
         assert main(["serve", str(files[0]), "--port", str(other.port)]) == 1

@@ -98,6 +98,7 @@ def test_body_over_the_limit_is_refused_before_it_is_sent(served):
         assert connection.recv(9999).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [b"", b"Expect: 100-continue\r\n"])
 def test_body_in_chunks_over_the_limit_is_refused_while_it_is_sent(served, first):
     chunk = b"2710\r\n" + bytes(10_000) + b"\r\n"
@@ -222,6 +223,7 @@ def test_client_that_goes_away_costs_nothing(file):
         until(lambda: served.metric(f'{route}"499"}}') == 2, "both are counted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sent",
     [
@@ -258,6 +260,7 @@ def test_slow_client_is_closed(file, sent):
         assert served.post("/detect/shapes", IMAGE)[0] == 200
 
 
+@pytest.mark.slow
 def test_idle_connection_is_closed_and_a_slow_second_head_too(file):
     with in_thread(file, read_timeout=0.3, keep_alive=0.3) as served:
         for more in (b"", b"GET /v2 HTT"):
@@ -266,17 +269,20 @@ def test_idle_connection_is_closed_and_a_slow_second_head_too(file):
                 assert read_all(connection).endswith(b'{"live":true}')
 
 
+@pytest.mark.slow
 def test_answer_that_is_not_taken_ends(file):
     """An answer that is larger than what the system keeps for a client that reads nothing."""
-    with in_thread(file, read_timeout=0.3, keep_alive=0.3, batch_size=64, max_queue=64) as served:
-        body = tensors(np.zeros((64, 3, SIZE, SIZE), np.float32))
-        head = f"POST /v2/models/shapes/infer HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((served.host, served.port))
-            connection.sendall(head + body)
-            until(lambda: served.metric("fusenms_open_connections") == 2, "it is connected, and so is this client")
-            until(lambda: served.metric("fusenms_open_connections") == 1, "it is closed")
+
+    async def large(*_):
+        return bytes(30_000_000)
+
+    with in_thread(file, read_timeout=0.3, keep_alive=0.3) as served, socket.socket() as connection:
+        served.model().detect = large
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((served.host, served.port))
+        connection.sendall(request("/detect/shapes", IMAGE))
+        until(lambda: served.metric("fusenms_open_connections") == 2, "it is connected, and so is this client")
+        until(lambda: served.metric("fusenms_open_connections") == 1, "it is closed")
 
 
 def test_too_many_connections_are_answered(file):
