@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fusenms.limits import Limits
     from fusenms.pipeline import fuse
     from fusenms.runtime import Detections, Detector
+    from fusenms.serving import ServeSettings, asgi_app
     from fusenms.sources import LoadOptions, load
     from fusenms.sources.operators import register_operator
     from fusenms.verification.checks import verify
@@ -48,7 +49,9 @@ _HOMES = {
     "PostprocessConfig": "fusenms.config",
     "RawModel": "fusenms.artifacts.raw",
     "Report": "fusenms.artifacts.report",
+    "ServeSettings": "fusenms.serving",
     "Tiles": "fusenms.artifacts.frames",
+    "asgi_app": "fusenms.serving",
     "build_engine": "fusenms.engines",
     "compare": "fusenms.comparison",
     "configure": "fusenms.conversion",
@@ -88,7 +91,9 @@ __all__ = [
     "PostprocessConfig",
     "RawModel",
     "Report",
+    "ServeSettings",
     "Tiles",
+    "asgi_app",
     "build_engine",
     "compare",
     "configure",

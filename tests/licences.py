@@ -24,7 +24,22 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "licences.md"
-EXTRAS = ("cpu", "export", "hf", "images", "bench", "eval", "rtx", "plugin", "openvino", "ncnn", "ray", "docs", "dev")
+EXTRAS = (
+    "cpu",
+    "export",
+    "hf",
+    "images",
+    "bench",
+    "eval",
+    "rtx",
+    "plugin",
+    "openvino",
+    "ncnn",
+    "serve",
+    "ray",
+    "docs",
+    "dev",
+)
 """Those that install without a GPU. `gpu` and `trt` are in `ELSEWHERE`."""
 
 STRONG = re.compile(
@@ -32,7 +47,7 @@ STRONG = re.compile(
 )
 WEAK = re.compile(r"\bMPL|Mozilla Public|\bEPL-|\bCDDL", re.I)
 FREE = re.compile(
-    r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|BSL-1\.0|CC0|Unlicense|HPND|CNRI|MPL|Mozilla Public)",
+    r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Zlib|BSL-1\.0|CC0|Unlicense|HPND|CNRI|ZPL|MPL|Mozilla Public)",
     re.I,
 )
 PROPRIETARY = re.compile(r"NVIDIA|Proprietary", re.I)

@@ -18,7 +18,7 @@ ORDER = [
     "_version", "artifacts.report", "errors", "limits", "graph", "safety", "onnx_reading", "catalog", "contract", "config", "boxes",
     "layout", "reference", "artifacts", "sources", "heads", "transforms", "fusion", "verification", "benchmark", "engines", "runtime",
     "deployment", "quantization", "events", "pipeline", "inspection", "editing", "conversion", "diagnosis", "comparison", "evaluation",
-    "cluster", "cli",
+    "cluster", "serving", "cli",
 ]  # fmt: skip
 """Folders and modules of the package: each imports from those before it and from itself. The report is a value without imports."""
 HEAVY = {"torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "cv2", "rich", "tensorrt", "tensorrt_rtx", "PIL"}

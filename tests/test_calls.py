@@ -415,7 +415,7 @@ def test_engine_is_opened_by_its_sidecar(tmp_path):
     except BackendUnavailableError as error:
         assert any(word in str(error) for word in ("GPU", "CUDA"))  # noqa: PT017, a GPU may be there
     else:
-        assert detector._batch_size == 4
+        assert detector.batch_size == 4
         assert detector(np.zeros((64, 64, 3), np.uint8))
 
 

@@ -251,6 +251,7 @@ OTHER_FLAGS = {
     "--onnx", "--plugin", "--static",  # of trtexec
     "--ignore-scripts", "--prefix",  # of npm
     "--rm", "--bind",  # of docker and of Python's http.server
+    "--data-binary",  # of curl
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from fusenms.cli import (
     fuse,
     inspect,
     restamp,
+    serve,
     verify,
 )
 from fusenms.cli.flags import with_flags
@@ -50,6 +51,7 @@ COMMANDS = {
         engine,
         deploy,
         detect,
+        serve,
         eval,
         families,
         bench,

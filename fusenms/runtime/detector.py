@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from fusenms import contract
 from fusenms.artifacts.frames import CHANNELS, NV12, Frames
 from fusenms.artifacts.fused import FusedModel
-from fusenms.errors import InputError, SourceError
+from fusenms.errors import InputError, RunError, SourceError
 from fusenms.limits import DEFAULT_LIMITS, Limits
 from fusenms.runtime.ahead import work_ahead
 from fusenms.runtime.call import Call, CallFields, checked_call
@@ -22,6 +23,7 @@ from fusenms.runtime.images import is_single, nv12_frame, open_image, red_first,
 from fusenms.runtime.opening import FOLDERS, Runner, Wanted, folder_runtime, open_model
 from fusenms.runtime.placement import Placement, letterbox, rectangle, stretched, to_tensor
 from fusenms.runtime.results import Placed, Results
+from fusenms.runtime.tensors import check_tensors, inputs_of, outputs_of
 from fusenms.safety.files import sha256
 from fusenms.safety.text import printable
 
@@ -31,6 +33,19 @@ if TYPE_CHECKING:
     from fusenms.graph.session import Provider
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image as the model takes it, and the settings of its call: what `Detector.prepare` gives and `Detector.run` takes.
+
+    Attributes:
+        fits: equal for images that can run in one batch.
+    """
+
+    placed: Placed
+    call: Call
+    fits: Hashable
 
 
 class Detector:
@@ -49,6 +64,8 @@ class Detector:
         class_names: names of the classes.
         runtime: name of the runtime that the model is open in.
         limits: bounds on the file, on the images, and on the time of each run.
+        batch_size: maximum number of images in one run, as the file allows it.
+        inputs, outputs: the tensors of the file, as `run_tensors` takes and returns them; that of the images is the first input.
 
     Example:
         >>> import fusenms
@@ -128,7 +145,7 @@ class Detector:
             "custom_ops": tuple(map(os.path.abspath, custom_ops)),
         }  # fmt: skip
         self._path, self._stamp = (
-            ("", None) if isinstance(model, FusedModel) else (os.path.abspath(model), _stamp(model))
+            ("", None) if isinstance(model, FusedModel) else (os.path.abspath(model), file_stamp(model))
         )
         wanted = Wanted(
             runtime=runtime, device=device, providers=providers, session_options=session_options, threads=threads, custom_ops=custom_ops
@@ -139,11 +156,12 @@ class Detector:
         self._source = self._path or fused.source
         self._image, self._config = fused.image, fused.config
         self._results = Results.of(fused, self._source)
+        self.inputs, self.outputs = inputs_of(fused), outputs_of(fused)
         self._layout = fused.layout
         self._size, self._fixed = _size(size, fused)
         least, most = opened.batches or (1, batch_size)
         self._least = fused.image.batch or least
-        self._batch_size = (fused.image.batch or min(batch_size, most)) if fused.image.independent else 1
+        self.batch_size = (fused.image.batch or min(batch_size, most)) if fused.image.independent else 1
         self._frames, self._channels = fused.image.frames, channels
         if channels == NV12 and (self._frames is None or self._frames.channels != NV12):
             raise InputError(
@@ -187,7 +205,7 @@ class Detector:
             raise InputError(
                 "the detector has session_options, which cannot be pickled; open the file again in the other process"
             )
-        if self._stamp is None or _stamp(self._path) != self._stamp:
+        if self._stamp is None or file_stamp(self._path) != self._stamp:
             raise SourceError(
                 f"{printable(self._path)}: is missing or has changed since it was opened, so its detector cannot be pickled; open it again"
             )
@@ -228,7 +246,7 @@ class Detector:
             placed = self._place(source)
             batch = waiting.setdefault(placed[0].shape, [])
             batch.append((number, placed))
-            if len(batch) == self._batch_size:
+            if len(batch) == self.batch_size:
                 found |= self._run(waiting.pop(placed[0].shape), call)
         for batch in waiting.values():
             found |= self._run(batch, call)
@@ -271,14 +289,14 @@ class Detector:
         for name, value in (
             ("prefetch", prefetch),
             ("readers", readers),
-            ("batch_size", batch_size or self._batch_size),
+            ("batch_size", batch_size or self.batch_size),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; expected a whole number of at least 1")
         if is_single(images) or not isinstance(images, Iterable):
             raise InputError(f"found one {printable(type(images).__name__)}; expected an iterable of images")
         self._open_runner()
-        size = min(batch_size or self._batch_size, self._batch_size)
+        size = min(batch_size or self.batch_size, self.batch_size)
         return self._streamed(images, size, prefetch, readers, self._call(settings))
 
     def _streamed(
@@ -314,13 +332,102 @@ class Detector:
         for number, placed in enumerate(some):
             yield placed if isinstance(placed, InputError) else found[number]
 
+    def prepare(self, image: Any, **settings: Unpack[CallFields]) -> Prepared:
+        """Read an image, scale it to the model's input, and check the settings of its call: what a call does before the model runs.
+
+        So a service reads images in some threads and runs batches in another one. Arguments and errors are those of a call.
+
+        Example:
+            >>> import fusenms
+            >>> path = fusenms.fuse("yolov8n.pt", size=64).save("small.ort.onnx")
+            >>> with fusenms.Detector(path) as detect:
+            ...     some = [detect.prepare("bus.jpg"), detect.prepare("bus.jpg", score_threshold=0.6)]
+            ...     found = detect.run(some) if some[0].fits == some[1].fits else []
+            >>> len(found)
+            2
+        """
+        call = self._call(settings)
+        placed = self._place(image)
+        fed = tuple((name, value.tobytes()) for name, value in sorted(call.inputs.items()))
+        return Prepared(placed, call, (placed[0].shape, fed))
+
+    def run(self, prepared: Sequence[Prepared]) -> list[Detections]:
+        """Run the model once on images that `prepare` gave.
+
+        Args:
+            prepared: 1 to `batch_size` images with equal ``fits``.
+
+        Returns:
+            one `Detections` for each, in order.
+
+        Raises:
+            InputError: there are too many or they do not fit together, there is not enough memory, or the detector is closed.
+            RunError: the model fails, takes too long, or returns outputs that violate its contract.
+        """
+        if not 1 <= len(prepared) <= self.batch_size or len({each.fits for each in prepared}) > 1:
+            raise InputError(
+                f"found {len(prepared)} prepared images; expected 1 to {self.batch_size} (batch_size), all with equal fits"
+            )
+        return self._guarded([each.placed for each in prepared], [each.call for each in prepared])
+
+    def run_tensors(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the model once on tensors as the file takes them, and return its outputs as they are.
+
+        Args:
+            tensors: by name, as `inputs` has them: of 1 to `batch_size` images.
+
+        Returns:
+            the tensors of `outputs`, by name.
+
+        Raises:
+            InputError: a tensor is missing, unknown, or of another type or shape; there is not enough memory, or the detector is closed.
+            RunError: the model fails, takes too long, or returns outputs of another batch.
+
+        Example:
+            >>> import fusenms, numpy as np
+            >>> path = fusenms.fuse("yolov8n.pt", size=64).save("small.ort.onnx")
+            >>> with fusenms.Detector(path) as detect:
+            ...     print(detect.inputs[0])
+            ...     detect.run_tensors({"images": np.zeros((2, 3, 64, 64), np.float32)})["boxes"].shape
+            images float32[-1, 3, 64, 64]
+            (2, 300, 4)
+        """
+        runner = self._open_runner()
+        self.check_tensors(tensors)
+        name = self.inputs[0].name
+        images = tensors[name]
+        count = len(images)
+        if count < self._least:
+            images = np.concatenate((images, np.repeat(images[-1:], self._least - count, 0)))
+        more = {key: np.ascontiguousarray(value) for key, value in tensors.items() if key != name}
+        try:
+            outputs = runner.infer(np.ascontiguousarray(images), more)
+        except MemoryError as error:
+            raise InputError(f"not enough memory for {count} images at once; expected a smaller batch") from error
+        if wrong := [key for key, value in outputs.items() if value.ndim < 1 or len(value) != len(images)]:
+            raise RunError(
+                f"{self._source}: gives {wrong[0]} {list(outputs[wrong[0]].shape)}; expected a batch of {len(images)}"
+            )
+        return {key: value[:count] for key, value in outputs.items()}
+
+    def check_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Check tensors as `run_tensors` does.
+
+        Raises:
+            InputError: a tensor is missing, unknown, or of another type or shape.
+        """
+        check_tensors(tensors, self.inputs, self._image.stride, self.limits)
+        count = len(tensors[self.inputs[0].name])
+        if count > self.batch_size:
+            raise InputError(f"found a batch of {count}; expected at most {self.batch_size} (batch_size)")
+
     def warm_up(self, batch_size: int | None = None) -> None:
         """Run once on a gray image, so that the first image does not wait for what the runtime does on its first run.
 
         Args:
             batch_size: number of images; default: that of the detector.
         """
-        count = min(batch_size or self._batch_size, self._batch_size)
+        count = min(batch_size or self.batch_size, self.batch_size)
         shape = (*self._size, 3)
         if self._frames is not None and self._channels == NV12:
             shape = self._frames.shape(*self._size)
@@ -377,20 +484,24 @@ class Detector:
 
     def _run(self, batch: list[tuple[int, Placed]], call: Call) -> dict[int, Detections]:
         """Results of numbered images of one size, by number."""
+        found = self._guarded([placed for _, placed in batch], [call] * len(batch))
+        return dict(zip((number for number, _ in batch), found, strict=True))
+
+    def _guarded(self, batch: list[Placed], calls: list[Call]) -> list[Detections]:
         runner = self._open_runner()
         try:
-            found = self._infer(runner, [placed for _, placed in batch], call)
+            return self._infer(runner, batch, calls)
         except MemoryError as error:
             raise InputError(
                 f"not enough memory for {len(batch)} images at once; expected a smaller batch_size"
             ) from error
-        return dict(zip((number for number, _ in batch), found, strict=True))
 
-    def _infer(self, runner: Runner, batch: list[Placed], call: Call) -> list[Detections]:
+    def _infer(self, runner: Runner, batch: list[Placed], calls: list[Call]) -> list[Detections]:
+        """Results of images of one size, whose calls feed the graph the same."""
         canvases = [canvas for canvas, _ in batch]
         filled = canvases + canvases[-1:] * (self._least - len(canvases))
         tensor = to_tensor(filled) if self._frames is None else np.stack(filled)
-        outputs = runner.infer(tensor, call.inputs)
+        outputs = runner.infer(tensor, calls[0].inputs)
         self._results.check(outputs, len(filled))
         outputs = {name: value[: len(canvases)] for name, value in outputs.items()}
         counts = outputs[self._results.names[0]]
@@ -404,7 +515,7 @@ class Detector:
             self._results.found(
                 {name: value[i] for name, value in outputs.items()}, int(counts[i, 0]), placed, bool(converged[i]), call
             )
-            for i, placed in enumerate(batch)
+            for i, (placed, call) in enumerate(zip(batch, calls, strict=True))
         ]
 
 
@@ -439,7 +550,7 @@ def _size(size: Any, fused: FusedModel) -> tuple[tuple[int, int], bool]:
     return sides, isinstance(size, tuple) or not image.dynamic_size or image.stretch
 
 
-def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+def file_stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
     """Identity, size and time of a file, which show whether it was replaced or changed. None if there is no file."""
     try:
         status = os.stat(_checked(path))
