@@ -72,4 +72,8 @@ def test_errors_outside_the_command_line_name_parameters():
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text())
         if flag in known
     }
-    assert named == {"artifacts/report.py: --json", "engines/plugin.py: --std"}  # a docstring; a flag of nvcc
+    assert named == {
+        "artifacts/report.py: --json",  # a docstring
+        "engines/plugin.py: --std",  # a flag of nvcc
+        *(f"deployment/docker.py: {flag}" for flag in ("--host", "--port")),  # the command of the image
+    }
