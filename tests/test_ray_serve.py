@@ -13,7 +13,7 @@ from served import SECONDS, in_process, read_all, request
 
 import fusenms
 from fusenms.cli import main
-from fusenms.errors import BackendUnavailableError, ConfigError
+from fusenms.errors import BackendUnavailableError, ConfigError, InputError
 
 pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'fusenms[ray]'")
 
@@ -82,7 +82,7 @@ def test_ray_serves_as_one_machine_does(file, tmp_path):
 def test_bad_arguments_are_refused(file, capsys, monkeypatch):
     for address in ("", "ray://host:10001"):
         with (
-            pytest.raises(ConfigError, match="expected local, auto or HOST:PORT"),
+            pytest.raises(InputError, match="expected local, auto or HOST:PORT"),
             running(address, [file], "127.0.0.1", 0, fusenms.ServeSettings(), fusenms.Limits(), Replicas()),
         ):
             pass

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fusenms.cli.flags import add_fields, fields_of
 from fusenms.cli.printing import Steps
+from fusenms.cluster.connection import LOCAL
 from fusenms.errors import ConfigError
 from fusenms.safety.text import printable_lines
 from fusenms.serving import ServeSettings, asgi_app, require
@@ -80,7 +81,7 @@ def _run_on_ray(args: argparse.Namespace, settings: ServeSettings, steps: Steps)
 
     replicas = ray_serve.Replicas(*(args.replicas or (1, 1)))
     host, port = args.host, args.port
-    if args.ray == ray_serve.LOCAL:
+    if args.ray == LOCAL:
         with server.listen(host, port) as bound:  # the port is free, or is chosen
             port = bound.getsockname()[1]
     with ray_serve.running(args.ray, args.files, host, port, settings, args.limits, replicas) as names:

@@ -33,7 +33,7 @@ def import_ray() -> Any:
         import ray.data
     except ImportError as error:
         raise BackendUnavailableError(
-            f"a job on a cluster needs Ray ({first_line(error)}); install it with: pip install 'fusenms[ray]'"
+            f"work on a cluster needs Ray ({first_line(error)}); install it with: pip install 'fusenms[ray]'"
         ) from error
     return ray
 
@@ -54,14 +54,14 @@ def import_pyarrow() -> Any:
 
 
 @contextmanager
-def connected(address: str, model_bytes: int) -> Iterator[Any]:
+def connected(address: str, model_bytes: int | None = None) -> Iterator[Any]:
     """Ray, connected to a cluster; the connection is closed afterwards. One that this process has already is taken, and stays open.
 
     A local Ray listens on 127.0.0.1 alone and sends no usage statistics. Newer versions ask for a token by themselves.
 
     Args:
         address: ``local``, ``auto`` or ``HOST:PORT``.
-        model_bytes: size of the model, for the object store of a local Ray.
+        model_bytes: size of the model, for the object store of a local Ray; None: of the size that Ray chooses.
 
     Raises:
         BackendUnavailableError: Ray is not installed, or there is no cluster at the address.
@@ -78,7 +78,9 @@ def connected(address: str, model_bytes: int) -> Iterator[Any]:
         ray = import_ray()
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address == LOCAL:
-            settings |= {"include_dashboard": False, "object_store_memory": STORE_BYTES + 2 * model_bytes}
+            settings["include_dashboard"] = False
+            if model_bytes is not None:
+                settings["object_store_memory"] = STORE_BYTES + 2 * model_bytes
         try:
             ray.init(address=address, **settings)
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:

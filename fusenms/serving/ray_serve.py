@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fusenms.cluster.connection import connected
 from fusenms.errors import BackendUnavailableError, ConfigError, FusenmsError, InputError, RunError, first_line
 from fusenms.limits import Limits
 from fusenms.safety.text import printable
@@ -22,8 +23,7 @@ from fusenms.serving.models import Models, OverloadedError, checked_names
 from fusenms.serving.routes import Routes
 from fusenms.serving.settings import ServeSettings
 
-LOCAL, APP = "local", "fusenms"
-_LOCAL = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+APP = "fusenms"
 """Environment of a local Ray: it sends nothing, and listens on 127.0.0.1 alone."""
 ERRORS: dict[str, Callable[[str], Exception]] = {
     "overloaded": lambda _: OverloadedError(),
@@ -133,10 +133,11 @@ def running(
 
     Raises:
         BackendUnavailableError: Ray is not installed, there is no cluster at the address, or the models do not start.
-        ConfigError: files have one name, or the address is none.
+        ConfigError: files have one name.
+        InputError: the address is none.
     """
     names = {name: path.absolute() for name, path in checked_names(files).items()}
-    with _connected(address) as ray:
+    with connected(address) as ray:
         serve = _serve()
         serve.start(http_options={"host": host, "port": port})
         try:
@@ -190,39 +191,11 @@ def _application(names: Mapping[str, Path], settings: ServeSettings, limits: Lim
 
 
 def _serve() -> Any:
-    from ray import serve
-
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"serving on a cluster needs Ray Serve ({first_line(error)}); install it with: pip install 'fusenms[ray]'"
+        ) from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return serve
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    if not address or address.startswith("ray://"):
-        raise ConfigError(
-            f"the address is {printable(repr(address))}; expected local, auto or HOST:PORT of a cluster that this machine is a node of"
-        )
-    added = {name: value for name, value in _LOCAL.items() if address == LOCAL and name not in os.environ}
-    os.environ.update(added)
-    try:
-        try:
-            import ray
-            import ray.serve
-        except ImportError as error:
-            raise BackendUnavailableError(
-                f"serving on a cluster needs Ray ({first_line(error)}); install it with: pip install 'fusenms[ray]'"
-            ) from error
-        own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-            raise BackendUnavailableError(
-                f"found no Ray cluster at {printable(address)} ({first_line(error)}); expected local, auto or HOST:PORT"
-            ) from error
-        try:
-            yield ray
-        finally:
-            ray.shutdown()  # type: ignore[no-untyped-call]
-    finally:
-        for name in added:
-            os.environ.pop(name, None)

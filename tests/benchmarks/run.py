@@ -246,7 +246,8 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
                 models = {b: ultralytics_tail(model, flat.shape) for b, model in exported.items()}
                 own.append(tail(ULTRALYTICS, part, models.__getitem__, flat))
             tails += [graph.contestant(args.threads) for graph in own]
-            tails += [on_host(name, part, after, flat) for name, after in hosts.items()]
+            if not part.startswith(f"{TAIL}, {FULL}"):  # some take seconds for each image
+                tails += [on_host(name, part, after, flat) for name, after in hosts.items()]
             if part != TAIL:  # also with the decode that ours has inside
                 behind = [fused_tail(f"{part}, {DECODE}", fused, head)]
                 behind += [
@@ -264,7 +265,8 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
                 for graph in shown
             ]
             timings += measure(beside, images, batches=[b for b in args.batch if b <= 8], runs=args.runs)
-        timings += by_itself([*graphs, *graph_tails], images, args, work)
+        shown = [graph for graph in (*graphs, *graph_tails) if graph.name in (RAW, FUSED, INT8, ULTRALYTICS)]
+        timings += by_itself(shown, images, args, work)
         memory = {str(b): peak_memory(ours, TAIL, b) or 0.0 for b in args.batch}
     return timings, notes, memory
 
