@@ -200,6 +200,20 @@ def test_images_without_objects_show_nothing_and_say_so(tmp_path):
     assert made.rows.before == 0 and "nothing is shown" in made.rows.verdict
 
 
+def test_file_that_decodes_images_is_refused_with_the_way_out(tmp_path):
+    path = nas(tmp_path / "old.onnx", efficient)
+    model = onnx.load(path)
+    name = model.graph.input[0].name
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("file", onnx.TensorProto.UINT8, ["bytes"]))
+    model.graph.node.insert(
+        0, helper.make_node("DecodeImage", ["file"], [name], name="decode", domain="com.microsoft.extensions")
+    )
+    model.opset_import.append(helper.make_opsetid("com.microsoft.extensions", 1))
+    onnx.save(model, path)
+    with pytest.raises(SuppressionError, match=rf"DecodeImage.*from the tensor '{name}' to its head"):
+        convert(path)
+
+
 def test_two_stages_are_refused(tmp_path):
     t = tail_of(YoloNas(), tmp_path / "old.onnx")
     model = flat(t, *t.heads)

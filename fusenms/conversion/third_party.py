@@ -151,6 +151,7 @@ def take_apart(path: Path, options: LoadOptions, wanted: Wanted) -> ThirdParty:
             raise SuppressionError(
                 f"{path}: has no suppression; expected one to cut out. Fuse the raw head with: python -m fusenms {path}"
             )
+        _refuse_decoding(path, model)
         whole = _loaded(path, model, options)
         around = Around(whole, found)
         cuts = around.cuts()
@@ -164,6 +165,22 @@ def take_apart(path: Path, options: LoadOptions, wanted: Wanted) -> ThirdParty:
     listed = "".join(f"\n  {reason}" for reason in reasons) or " no tensor of candidates is before it"
     raise SuppressionError(
         f"{path}: its suppression ({found.operator}) cannot be cut out; expected a known head before it, which gives its rows:{listed}"
+    )
+
+
+def _refuse_decoding(path: Path, model: onnx.ModelProto) -> None:
+    """Refuse a file that takes the bytes of image files, as onnxruntime-extensions writes it.
+
+    Raises:
+        SuppressionError: it is one.
+    """
+    decoder = next((node for node in model.graph.node if node.op_type == "DecodeImage"), None)
+    if decoder is None:
+        return
+    first = next((node.input[0] for node in model.graph.node if node.op_type == "Conv"), "")
+    raise SuppressionError(
+        f"{path}: decodes images itself (node {decoder.name!r} of type DecodeImage), and its rows are not outputs; expected a file that "
+        f"takes images. Cut the network out with fusenms.extract, from the tensor {first!r} to its head, and fuse that"
     )
 
 
