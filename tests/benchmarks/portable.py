@@ -94,7 +94,7 @@ def main() -> None:
         }
         cells: dict[str, list[str]] = {name: [] for name in models}
         for part, head in cases.items():
-            entries = [fused_tail(name, part, model, head, 2) for name, model in models.items()]
+            entries = [fused_tail(name, part, model, head).contestant(2) for name, model in models.items()]
             timings = measure(entries, images, batches=(1, 8), runs=args.runs)
             for t in timings:
                 cells[t.name].append(f"{t.milliseconds:.2f} ({t.ratio:.2f})")

@@ -164,9 +164,9 @@ def tail(name: str, part: str, model: Callable[[int], onnx.ModelProto], head: np
     return Graph(name, part, model, inputs)
 
 
-def fused_tail(part: str, fused: FusedModel, taps: dict[str, np.ndarray]) -> Graph:
+def fused_tail(name: str, part: str, fused: FusedModel, taps: dict[str, np.ndarray]) -> Graph:
     model = cut_before(fused.model, {key: value.shape[1:] for key, value in taps.items()})
-    return from_taps(FUSED, part, lambda _: model, taps)
+    return from_taps(name, part, lambda _: model, taps)
 
 
 def from_taps(name: str, part: str, model: Callable[[int], onnx.ModelProto], taps: dict[str, np.ndarray]) -> Graph:
@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
             flat = decode(head, fused)
             if part == TAIL:
                 tails.append(on_host("NumPy class maximum (for scale)", part, lambda h: h[:, 4:].max(1), flat))
-            own = [fused_tail(part, fused, head)]
+            own = [fused_tail(FUSED, part, fused, head)]
             own += [tail(name, part, lambda _, model=model: model, flat) for name, model in recipes.items()]
             if exported:
                 models = {b: ultralytics_tail(model, flat.shape) for b, model in exported.items()}
@@ -249,7 +249,7 @@ def run(args: argparse.Namespace) -> tuple[list[Timing], list[str], dict[str, fl
             if not part.startswith(f"{TAIL}, {FULL}"):  # some take seconds for each image
                 tails += [on_host(name, part, after, flat) for name, after in hosts.items()]
             if part != TAIL:  # also with the decode that ours has inside
-                behind = [fused_tail(f"{part}, {DECODE}", fused, head)]
+                behind = [fused_tail(FUSED, f"{part}, {DECODE}", fused, head)]
                 behind += [
                     from_taps(g.name, f"{part}, {DECODE}", lambda b, g=g: peers.joined(decoding, g.model(b)), head)
                     for g in own[1:]

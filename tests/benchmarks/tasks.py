@@ -12,7 +12,6 @@ import argparse
 import math
 import platform
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import onnx
 import onnxruntime
 import peers
 import torch
-from run import FUSED, RAW, ULTRALYTICS, Decoded, by_batch, crowd, fused_tail, read, ultralytics_models, whole
+from run import FUSED, RAW, ULTRALYTICS, Decoded, Graph, crowd, fused_tail, read, ultralytics_models, whole
 from torch import Tensor
 
 from fusenms import fuse, load
@@ -81,23 +80,23 @@ def run(path: Path, args: argparse.Namespace) -> tuple[list[Timing], dict[str, f
     checkpoint, raw, images = load_checkpoint(path), load(path, size=args.size), read(args.image, args.size)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        entries = [whole(RAW, raw_model(checkpoint, args.size, work / "raw.onnx"), None, args.threads)]
+        entries = [whole(RAW, raw_model(checkpoint, args.size, work / "raw.onnx")).contestant(args.threads)]
         tails: list[Contestant] = []
         memory = {}
         for name, settings in VARIANTS.items():
             if "masks" in settings and checkpoint.task != "segment":
                 continue
             fused = fuse(raw, max_detections=ROWS, **settings)
-            entries.append(whole(name, fused.model, None, args.threads))
+            entries.append(whole(name, fused.model).contestant(args.threads))
             taps = OnnxRuntimeRunner(with_outputs(fused.model, fused.layout.tensors)).infer(images)
             head = {tensor: taps[tensor] for tensor in fused.layout.tensors}
-            tails.append(fused_tail(name, TAIL, fused, head, args.threads))
-            tails.append(fused_tail(name, f"tail, {CROWD} candidates", fused, crowd(head, fused, CROWD), args.threads))
+            for part, values in ((TAIL, head), (f"tail, {CROWD} candidates", crowd(head, fused, CROWD))):
+                tails.append(fused_tail(name, part, fused, values).contestant(args.threads))
             memory[name] = peak_memory(fused.save(work / "fused.onnx"), TAIL, 1, images) or 0.0
         args.checkpoint = path
         if exported := ultralytics_models(args, work, notes):
-            make: Callable[[int], Any] = lambda b: whole(ULTRALYTICS, exported[b], None, args.threads).prepare  # noqa: E731
-            entries.append(by_batch(ULTRALYTICS, WHOLE, make))
+            graph = Graph(ULTRALYTICS, WHOLE, exported.__getitem__, lambda images: {"images": images})
+            entries.append(graph.contestant(args.threads))
         timings = measure(entries, images, batches=args.batch, runs=args.runs)
         timings += measure(tails, images, batches=args.batch, runs=args.runs)
     return timings, memory, [f"{path.name}, {note}" for note in notes]
@@ -134,8 +133,8 @@ def main() -> None:
     lines = [
         "# Benchmarks of masks, keypoints and oriented boxes", "",
         f"At {args.size}, score threshold {peers.SCORE}, IoU {peers.IOU}, {ROWS} rows; medians of {args.runs} interleaved runs in one "
-        f"process, {args.threads} threads. ONNX Runtime {onnxruntime.__version__}, PyTorch {torch.__version__}, {platform.system()} "
-        f"{platform.machine()}, CPU only. Absolute times are this machine's; read the ratios.", "",
+        f"process, {args.threads} threads, which do not spin. ONNX Runtime {onnxruntime.__version__}, PyTorch {torch.__version__}, "
+        f"{platform.system()} {platform.machine()}, CPU only. Absolute times are this machine's; read the ratios.", "",
         'Made by `make bench-tasks CHECKPOINTS="A-seg.pt B-pose.pt C-obb.pt"`.', "",
     ]  # fmt: skip
     missing: list[str] = []
