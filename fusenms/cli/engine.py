@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plugin-library", type=Path, metavar="FILE",
-        help="library with the plugin FusedNMS (make plugin), for TensorRT 10.0 to 10.8; later versions include it in the engine",
+        help="library with the plugin FusedNMS (make plugin), for TensorRT 8.5 to 10.8; later versions include it in the engine",
     )  # fmt: skip
     parser.add_argument(
         "--check", action="store_true",

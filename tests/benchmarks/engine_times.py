@@ -1,18 +1,20 @@
 """Time ONNX files on a GPU, in turn, as TensorRT engines or in ONNX Runtime: the raw model, say, and the fused one.
 
-    python tests/benchmarks/engine_times.py raw.onnx fused.onnx [--module tensorrt_rtx] [--batch 1 8]
+    python tests/benchmarks/engine_times.py raw.onnx fused.onnx [--module tensorrt_rtx] [--batch 1 8] [--graph]
 
 Needs TensorRT (8.5 or newer) or TensorRT-RTX, cuda-python and numpy, and nothing of fusenms: an old TensorRT has an old Python.
-Engines are built anew for each batch size, from the files as they are; what is timed is the engine alone, without copies to and
-from the host. Inputs are random numbers from 0 to 1, or arrays by name.
+Engines are built anew for each batch size, from the files as they are, with one timing cache, so that layers that they share run the same
+kernels; what is timed is the engine alone, without copies to and from the host. Inputs are random numbers from 0 to 1, or arrays by name.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,10 @@ def call(function: Any, *arguments: Any) -> Any:
 class Timed:
     """An engine of a file, ready to run."""
 
-    def __init__(
-        self, trt: Any, cuda: Any, path: Path, batch: int, given: Arrays, half: bool, no_libraries: bool
-    ) -> None:
+    cache = b""  # of timings, for the next engine
+
+    def __init__(self, trt: Any, cuda: Any, path: Path, batch: int, given: Arrays, args: argparse.Namespace) -> None:
+        start = time.perf_counter()
         logger = trt.Logger(trt.Logger.ERROR)
         if hasattr(trt, "init_libnvinfer_plugins"):
             trt.init_libnvinfer_plugins(logger, "")
@@ -68,14 +71,16 @@ class Timed:
                 raise SystemExit(f"{path}: input {entry.name} has open sides; fuse it at one size")
             profile.set_shape(entry.name, *[shapes[entry.name]] * 3)
         config.add_optimization_profile(profile)
-        if no_libraries and hasattr(trt, "TacticSource"):
-            sources = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
-            config.set_tactic_sources(sum(1 << int(source) for source in sources))
-        if half:
-            config.set_flag(trt.BuilderFlag.FP16)
+        cache = config.create_timing_cache(Timed.cache)
+        config.set_timing_cache(cache, False)
+        if args.no_libraries and hasattr(trt, "TacticSource"):
+            config.set_tactic_sources(0)  # nor with kernels that it compiles for each layer, which takes minutes
+        for flag in (name for name in ("fp16", "int8") if getattr(args, name)):
+            config.set_flag(getattr(trt.BuilderFlag, flag.upper()))
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise SystemExit(f"{path}: no engine is built of it")
+        Timed.cache = bytes(cache.serialize())
         self.cuda, self.runtime = cuda, trt.Runtime(logger)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
@@ -99,6 +104,7 @@ class Timed:
             else:
                 self.outputs[name] = (place, array)
             self.context.set_tensor_address(name, place)
+        print(f"{path.name}, batch {batch}: built in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
     def run(self) -> None:
         if not self.context.execute_async_v3(self.stream):
@@ -124,13 +130,31 @@ class Timed:
         return {name: array for name, (_, array) in self.outputs.items()}
 
 
+class Replayed(Timed):
+    """The same engine, as a CUDA graph."""
+
+    def __init__(self, engine: Timed) -> None:
+        self.__dict__.update(engine.__dict__)
+        cuda = self.cuda
+        super().run()  # kernels that are loaded when they are first run
+        call(cuda.cudaStreamSynchronize, self.stream)
+        call(cuda.cudaStreamBeginCapture, self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        super().run()
+        self.graph = call(cuda.cudaGraphInstantiate, call(cuda.cudaStreamEndCapture, self.stream), 0)
+
+    def run(self) -> None:
+        call(self.cuda.cudaGraphLaunch, self.graph, self.stream)
+
+
 class InOnnxRuntime:
     """A file in ONNX Runtime on CUDA, with inputs and outputs bound on the GPU."""
 
-    def __init__(self, path: Path, batch: int, given: Arrays, tf32: bool) -> None:
+    def __init__(self, path: Path, batch: int, given: Arrays, args: argparse.Namespace) -> None:
         import onnxruntime as ort
 
-        options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "EXHAUSTIVE"}
+        options = {
+            "use_tf32": "1", "cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": str(int(args.graph)),
+        }  # fmt: skip
         self.session = ort.InferenceSession(
             str(path), providers=[("CUDAExecutionProvider", options), "CPUExecutionProvider"]
         )
@@ -145,7 +169,13 @@ class InOnnxRuntime:
             array = _filled(path, entry.name, shape, given, rng).astype(kind)
             self.binding.bind_ortvalue_input(entry.name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
         for entry in self.session.get_outputs():
-            self.binding.bind_output(entry.name, "cuda", 0)
+            shape = tuple(batch if at == 0 else side for at, side in enumerate(entry.shape))
+            if args.graph:  # which writes to the places that it was captured with
+                kind = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}[entry.type]
+                there = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, "cuda", 0)
+                self.binding.bind_ortvalue_output(entry.name, there)
+            else:
+                self.binding.bind_output(entry.name, "cuda", 0)
         self.microseconds()
 
     def microseconds(self) -> float:
@@ -167,15 +197,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--module", default="tensorrt", help="tensorrt, tensorrt_rtx or onnxruntime")
-    parser.add_argument("--half", action="store_true", help="TensorRT may compute in float16 (before strong typing)")
+    parser.add_argument("--fp16", action="store_true", help="TensorRT may compute in float16 (before strong typing)")
+    parser.add_argument("--int8", action="store_true", help="TensorRT may compute in int8 (before strong typing)")
+    parser.add_argument("--graph", action="store_true", help="run as a CUDA graph too (ONNX Runtime: instead)")
+    parser.add_argument("--plugin-library", type=Path, nargs="*", default=[], help="opened before anything is built")
     parser.add_argument("--no-libraries", action="store_true", help="TensorRT 8 does without cuBLAS and cuDNN")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--inputs", type=Path, help=".npz with the inputs by name, repeated to fill the batch")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--save", type=Path, help="folder for what each engine gives: NAME.BATCH.npz")
     parser.add_argument("--json", action="store_true", help="all of the last batch size, in one line")
     args = parser.parse_args()
     given = dict(np.load(args.inputs)) if args.inputs else {}
     module = importlib.import_module(args.module)
+    for plugins in args.plugin_library:
+        ctypes.CDLL(str(plugins.resolve()), mode=ctypes.RTLD_GLOBAL)
     library = f"{args.module} {module.__version__}"
     if args.module != "onnxruntime":
         try:
@@ -187,9 +223,19 @@ def main() -> None:
         engines: dict[str, Any] = {}
         for path in args.files:
             if args.module == "onnxruntime":
-                engines[path.name] = InOnnxRuntime(path, batch, given, tf32=True)
+                engines[path.name] = InOnnxRuntime(path, batch, given, args)
             else:
-                engines[path.name] = Timed(module, cuda, path, batch, given, args.half, args.no_libraries)
+                engines[path.name] = Timed(module, cuda, path, batch, given, args)
+                if args.graph:
+                    engines[f"{path.name} (CUDA graph)"] = Replayed(engines[path.name])
+        Timed.cache = b""
+        if args.save:
+            args.save.mkdir(parents=True, exist_ok=True)
+            for name, engine in engines.items():
+                results = {key: value for key, value in engine.results().items() if value.nbytes <= 1 << 20}
+                np.savez_compressed(
+                    args.save / f"{name.replace(' ', '_').strip(')').replace('(', '')}.{batch}.npz", **results
+                )
         times: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(args.runs):
             for name, engine in engines.items():

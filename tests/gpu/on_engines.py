@@ -1,8 +1,9 @@
 """Runs fused models on a GPU where the verification runs ONNX Runtime on the CPU, so that the same proof is about an engine.
 
-    python tests/gpu/on_engines.py FUSED.onnx… [--on tensorrt|tensorrt_rtx|cuda]
+    python tests/gpu/on_engines.py FUSED.onnx… [--on tensorrt|tensorrt_rtx|cuda] [--whole]
 
-As a program it needs fusenms, ONNX Runtime and the library, not PyTorch or pytest: an old TensorRT has an old Python.
+As a program it needs fusenms, ONNX Runtime and the library, not PyTorch or pytest: an old TensorRT has an old Python. With ``--whole`` an
+engine is built as `fusenms engine` builds it, and compared with its file in ONNX Runtime on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fusenms.engines import nvidia
 from fusenms.engines.base import EngineSettings
 from fusenms.engines.nvidia import Library, build
 from fusenms.engines.rtx import load_rtx
-from fusenms.engines.running import DTYPES, EngineRunner
+from fusenms.engines.running import DTYPES, EngineRunner, compare_engine
 from fusenms.engines.tensorrt import load_tensorrt
 from fusenms.graph.session import OnnxRuntimeRunner
 
@@ -36,10 +37,12 @@ from other_runtimes import BATCHES, verify_on
 class OnEngine:
     """Runs a model as an engine of TensorRT or TensorRT-RTX, with the interface of `OnnxRuntimeRunner`."""
 
+    plugin_library: Path | None = None
+
     def __init__(self, model: onnx.ModelProto, library: Library) -> None:
         self.inputs = [entry.name for entry in model.graph.input]
         self.outputs = [entry.name for entry in model.graph.output]
-        settings = EngineSettings(batch=(BATCHES[0], BATCHES[1], BATCHES[-1]))
+        settings = EngineSettings(batch=(BATCHES[0], BATCHES[1], BATCHES[-1]), plugin_library=self.plugin_library)
         if library.title == "TensorRT-RTX":
             settings = replace(settings, compute_capabilities=("current",))
         with tempfile.TemporaryDirectory() as folder:
@@ -91,20 +94,33 @@ def replayed(runner: EngineRunner, images: np.ndarray) -> dict[str, np.ndarray]:
     return outputs
 
 
+def compared(path: Path, library: Library, images: np.ndarray | None) -> tuple[str, bool]:
+    """Build the engine of a file and compare the two at each batch size; what was found, and whether it is good."""
+    settings = EngineSettings(batch=(BATCHES[0], BATCHES[1], BATCHES[-1]), plugin_library=OnEngine.plugin_library)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Path(folder) / f"{path.stem}.engine"
+        build(library, str(path), settings).save(engine)
+        found = compare_engine(engine, path, images)
+    good = all(one.same >= 0.98 * one.before >= 2 * batch and one.worst_box < 2 for batch, one in found)
+    return "; ".join(f"batch {batch}: {one.summary}" for batch, one in found), good
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--on", choices=("tensorrt", "tensorrt_rtx", "cuda"), default="tensorrt")
     parser.add_argument("--images", type=Path, help=".npy of float32 [n, 3, height, width]")
     parser.add_argument("--no-libraries", action="store_true", help="TensorRT 8 does without cuBLAS and cuDNN")
+    parser.add_argument("--plugin-library", type=Path, help="opened before anything is built")
+    parser.add_argument("--whole", action="store_true", help="build the engine of the file, and compare the two")
     args = parser.parse_args()
+    OnEngine.plugin_library = args.plugin_library
     if args.no_libraries:
         configure = nvidia.configure
 
         def without_libraries(library: Library, config: Any, *more: Any) -> None:
             configure(library, config, *more)
-            sources = library.module.TacticSource
-            config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
+            config.set_tactic_sources(0)  # nor with kernels that it compiles for each layer, which takes minutes
 
         nvidia.configure = without_libraries
     opened = {
@@ -118,10 +134,13 @@ def main() -> None:
         try:
             fused = load_fused(path)
             images = None if args.images is None else np.load(args.images)
-            report = verify_on(
-                fused, opened, images if images is not None and images.shape[2] == fused.image.height else None
-            )
-            text, good = str(report), bool(report)
+            if images is not None and images.shape[2] != fused.image.height:
+                images = None
+            if args.whole:
+                text, good = compared(path, load_rtx() if args.on == "tensorrt_rtx" else load_tensorrt(), images)
+            else:
+                report = verify_on(fused, opened, images)
+                text, good = str(report), bool(report)
         except Exception as error:  # the other files are still of interest
             text, good = f"{type(error).__name__}: {error}", False
         failed += not good
