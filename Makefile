@@ -65,8 +65,11 @@ test-all: $(VENV)/.dev ## All of them: whole products, long searches, checkpoint
 test-lowest: $(LOWEST)/.dev ## Some tests with the lowest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m $(PYTEST) $(or $(ARGS),$(LOWEST_TESTS))
 
-newest: $(VENV)/.dev ## Bring every dependency to its newest version, but PyTorch, which stays TORCH
-	$(BIN)/python -m pip install -q --upgrade --upgrade-strategy eager $(TORCH) -e '.[cpu,images,hf,dev]'
+newest: $(VENV)/.dev ## Bring every dependency to its newest version, but PyTorch, which stays TORCH, and what only PyTorch needs
+	echo torch > $(VENV)/without.txt
+	$(BIN)/uv pip compile -q --no-config --excludes $(VENV)/without.txt --upgrade --python $(BIN)/python --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --no-emit-package fusenms $(EXTRAS:%=--extra %) --extra dev pyproject.toml -o $(VENV)/newest.txt
+	$(BIN)/python -m pip install -q --no-deps -r $(VENV)/newest.txt
 
 fuzz: $(VENV)/.fuzz ## Fuzz the readers of files: make fuzz [SECONDS=60] [TARGET=metadata] [ARGS=--record]; finds land in fuzz-finds/
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $(TARGET) --seconds $(SECONDS) $(ARGS)
