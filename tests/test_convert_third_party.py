@@ -65,6 +65,7 @@ RECIPES = {
     "EfficientNMS_TRT without a domain": lambda path: nas(path, efficient, domain=""),
     "EfficientNMS_TRT of centers": lambda path: centers(path, efficient, box_coding=1),
     "EfficientNMS_TRT class-agnostic": lambda path: nas(path, efficient, class_agnostic=1),
+    "EfficientNMS_TRT with numbers as lists": lambda path: nas(path, efficient, background_class=[-1]),
     "EfficientNMSX_TRT": lambda path: nas(path, efficient, operator="EfficientNMSX_TRT", more=("det_indices",)),
     "EfficientIdxNMS_TRT": lambda path: nas(path, efficient, operator="EfficientIdxNMS_TRT", more=("det_indices",)),
     "BatchedNMSDynamic_TRT": lambda path: nas(path, batched),
