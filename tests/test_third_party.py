@@ -87,6 +87,8 @@ def test_bare_box_terms_that_no_image_shows_are_asked_for(tmp_path, module):
         fuse(path)
     found = inspect(path)
     assert found.layout is None and f"say family='{module.family}'" in found.reason
+    raw = load(path)
+    assert_means(raw, recognize(raw, family=module.family), module())
 
 
 @pytest.mark.parametrize("module", AMBIGUOUS)

@@ -53,6 +53,18 @@ class ModelOnly(Stranger):
         return around(self, rows[..., :4].relu(), 0.5, False), rows[..., 4:].sigmoid()
 
 
+class ModelOnlyOfManyClasses(ModelOnly):
+    """The same, wide enough for 64 channels of bins and 10 classes too."""
+
+    classes = 70
+    channels = 4 + classes
+
+    def __init__(self) -> None:
+        super().__init__()
+        for conv in self.levels:
+            conv.bias.data[4 + CLASSES :] -= 5
+
+
 class RtmDet(Stranger):
     """Distances in pixels, from the low corner of the cell."""
 
@@ -397,8 +409,8 @@ class Deltas(nn.Module):
 
 
 LEVEL_STRANGERS: tuple[type[Stranger], ...] = (
-    YoloxLevels, YoloxLevelsInProbabilities, ModelOnly, RtmDet, Scrfd, BlazeFace, BestClass, BestClassApart, BestClassTimesObjectness,
-    OneClass, OneClassOnFourLevels, OneClassWithSums,
+    YoloxLevels, YoloxLevelsInProbabilities, ModelOnly, ModelOnlyOfManyClasses, RtmDet, Scrfd, BlazeFace, BestClass, BestClassApart,
+    BestClassTimesObjectness, OneClass, OneClassOnFourLevels, OneClassWithSums,
 )  # fmt: skip
 AMBIGUOUS: tuple[type[Stranger], ...] = (Fcos, FcosMmdet, FcosTorchvision)
 """Nothing in these files shows which one they are."""

@@ -219,9 +219,7 @@ class ChainContext:
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """The attributes of a plugin's node by name. A list of one number is the number, as TensorRT reads it and YOLOv7 writes it."""
     values = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
-    return {
-        name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in values.items()
-    }
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in values.items()}
 
 
 def _scalar(node: onnx.NodeProto, place: int, constants: Mapping[str, np.ndarray]) -> float | None:

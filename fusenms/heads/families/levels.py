@@ -116,7 +116,7 @@ def _match_joined(probe: Probe, certain: bool, name: str, group: list[Level]) ->
         return extra
     parts = [width_of(part, len(group[0].values)) for part in probe.samples[0].parts if part.ndim > 2]
     stop, values = width - extra, values_of(group)
-    fitting, reasons, unshown = [], [], False
+    fitting, reasons, unshown, joined_so = [], [], False, []
     for bins, classes_first in JOINED:
         first = stop - 4 * bins if classes_first else 4 * bins
         if not 0 < first < stop:
@@ -131,6 +131,11 @@ def _match_joined(probe: Probe, certain: bool, name: str, group: list[Level]) ->
             unshown = True
         else:
             fitting.append((bins, boxes, classes))
+            joined_so += [fitting[-1]] if parts == [first, stop - first] else []
+    if (
+        not certain and joined_so
+    ):  # the family is named, and how the channels were joined says more than their usual order
+        fitting = joined_so
     if not fitting or (certain and len(fitting) > 1):
         if fitting:
             return Mismatch(f"either end of {width} channels per level may be the distances; describe them by a layout")
