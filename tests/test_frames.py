@@ -560,6 +560,7 @@ def test_colors_of_nv12_are_those_of_opencv(size):
     assert apart.max() < 1.6 and (apart > 0.5).mean() < 0.25
 
 
+@pytest.mark.covering(default=1)
 @pytest.mark.parametrize("tiles", [None, fusenms.Tiles(2, 2, whole=True)])
 @pytest.mark.parametrize("frames", ["dynamic", (90, 130)])
 def test_nv12_is_verified(frames, tiles):

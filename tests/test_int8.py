@@ -83,7 +83,7 @@ def types_of(model: onnx.ModelProto, operator: str) -> set[int]:
     return {values[node.input[2]] for node in model.graph.node if node.op_type == operator}
 
 
-@pytest.mark.covering(default=1)
+@pytest.mark.covering(default=0)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int8_equals_reference_and_finds_nearly_the_same(backend, drawn, tmp_path, usual_ranges):
     found: list[Quantized] = []
@@ -226,6 +226,7 @@ def test_gates_are_cut_where_silu_is_nearly_zero(small):
     assert all(new == max(old, -4.0) for old, new in lows.values())
 
 
+@pytest.mark.thorough
 def test_ranking_names_the_convolution_that_is_made_dear(small, drawn):
     """A convolution whose weights in one channel span a factor of 1000 more than they need loses the most."""
     raw, head, network = small
@@ -247,6 +248,7 @@ def test_ranking_names_the_convolution_that_is_made_dear(small, drawn):
     assert costs[0].error > 2 * costs[1].error
 
 
+@pytest.mark.thorough
 def test_dearest_convolutions_stay_float(small, drawn):
     found = work(small, drawn, settings=Int8Settings(keep_float=3))
     assert found.kept == tuple(cost.layer for cost in found.costs[:3])
@@ -256,6 +258,7 @@ def test_dearest_convolutions_stay_float(small, drawn):
             assert node.input[1] not in made
 
 
+@pytest.mark.thorough
 def test_auto_takes_what_drifts_least(small, drawn, monkeypatch):
     tried = []
 
