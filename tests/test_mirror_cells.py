@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from fusenms import load, recognize
+from fusenms import fuse, load, recognize
 from fusenms.errors import LayoutContradictedError
 from fusenms.heads import raw_head
 from fusenms.heads.meaning import check_meaning
 from fusenms.heads.mirror_cells import FEWEST, compare_cells
+from fusenms.heads.motion import grid_of
+from fusenms.heads.probe import cell_centers
 from fusenms.layout import (
     Activation,
     AnchorDeltas,
@@ -85,9 +88,7 @@ def x(terms):
 
 
 def compare(decode, terms, mirrored, side=SIDE):
-    found = compare_cells([sighted(decode, terms, mirrored, side)], layout_of(decode), (SIDE, side), 0.25)
-    assert found is not None
-    return found
+    return compare_cells([sighted(decode, terms, mirrored, side)], layout_of(decode), grid_of(decode, SIDE, side), 0.25)
 
 
 RIGHT = [
@@ -135,13 +136,17 @@ def test_few_cells_are_not_judged():
     one, two = sighted(Distances(STRIDES, 1), far, lambda t: lr(t)[:, [1, 0, 3, 2]])
     for values in (one, two):
         values["scores"] = values["scores"] * (values["scores"] > np.sort(one["scores"].max(2)[0])[-FEWEST])
-    found = compare_cells([(one, two)], layout_of(Distances(STRIDES, 1)), (SIDE, SIDE), 0.25)
+    found = compare_cells(
+        [(one, two)], layout_of(Distances(STRIDES, 1)), grid_of(Distances(STRIDES, 1), SIDE, SIDE), 0.25
+    )
     assert 0 < found.cells < FEWEST and found.iou < 0.6 and not found.unlike
 
 
 def test_nothing_seen():
     one, two = sighted(Distances(STRIDES, 1), far, lr)
-    found = compare_cells([(one, two)], layout_of(Distances(STRIDES, 1)), (SIDE, SIDE), 1.0)
+    found = compare_cells(
+        [(one, two)], layout_of(Distances(STRIDES, 1)), grid_of(Distances(STRIDES, 1), SIDE, SIDE), 1.0
+    )
     assert found.cells == 0 and not found.unlike and not found.symmetric
 
 
@@ -160,13 +165,46 @@ def test_oriented_boxes():
     angles = np.random.default_rng(1).uniform(0.2, 1.2, (one["boxes"].shape[1], 1))
     one["angle"], two["angle"] = angles[None], flipped(decode, -angles)[None]
     two["boxes"] = flipped(decode, lr(one["boxes"][0]))[None]
-    assert compare_cells([(one, two)], layout, (SIDE, SIDE), 0.25).iou > 0.99
+    assert compare_cells([(one, two)], layout, grid_of(decode, SIDE, SIDE), 0.25).iou > 0.99
     two["angle"] = flipped(decode, angles)[None]
-    assert compare_cells([(one, two)], layout, (SIDE, SIDE), 0.25).iou < 0.9
+    assert compare_cells([(one, two)], layout, grid_of(decode, SIDE, SIDE), 0.25).iou < 0.9
 
 
-def test_boxes_without_cells_are_not_compared():
-    assert compare_cells([], layout_of(Decoded(BoxFormat.XYXY)), (SIDE, SIDE), 0.25) is None
+@pytest.mark.parametrize("cells", [GridOffsets(STRIDES), AnchorDeltas(STRIDES, ANCHORS, anchors_last=True)])
+@pytest.mark.parametrize("corner", [False, True])
+def test_decoded_boxes_are_compared_at_their_cells(cells, corner):
+    """Right are centers and sizes; low corners and sizes, read as such, are not mirrored."""
+    grid, places = grid_of(cells, SIDE, SIDE), np.concatenate([*map(centers_of(cells), STRIDES)])
+
+    def boxes(rng, count):
+        return np.hstack((places + rng.uniform(-3, 3, (count, 2)), rng.uniform(5, 30, (count, 2))))
+
+    def mirrored(rows):
+        return np.hstack((SIDE - rows[:, :1] - (rows[:, 2:3] if corner else 0), rows[:, 1:]))
+
+    seen = sighted(cells, boxes, mirrored)
+    found = compare_cells([seen], layout_of(Decoded(BoxFormat.CXCYWH)), grid, 0.25)
+    assert (found.iou > 0.999, found.unlike) == (not corner, corner)
+
+
+def test_nothing_follows_where_decoded_boxes_lie_alike_in_mirrored_cells():
+    cells = GridOffsets(STRIDES)
+    places = np.concatenate([*map(centers_of(cells), STRIDES)])
+
+    def boxes(rng, count):
+        return np.hstack((places + rng.uniform(0, 9, (count, 2)), rng.uniform(5, 30, (count, 2))))
+
+    def same(rows):
+        return np.hstack((SIDE - places[:, :1] + rows[:, :1] - places[:, :1], rows[:, 1:]))
+
+    seen = sighted(cells, boxes, same)
+    found = compare_cells([seen], layout_of(Decoded(BoxFormat.CXCYWH)), grid_of(cells, SIDE, SIDE), 0.25)
+    assert found.iou < 0.9 and found.change < 1e-9 and not found.unlike
+
+
+def centers_of(cells):
+    anchors = len(ANCHORS[0]) if isinstance(cells, AnchorDeltas) else 1
+    return lambda stride: np.repeat(cell_centers(SIDE, SIDE, stride), anchors, 0)
 
 
 def check(raw, head):
@@ -190,6 +228,22 @@ def test_trained_distances_in_another_order_are_refused(zoo, order):
         match=r"cells see the same in mirror images, but not with mirrored boxes \(IoU 0\.[0-5]",
     ):
         check(raw, raw_head(raw, turned))
+
+
+def test_low_corners_read_as_centers_are_refused(zoo, tmp_path):
+    """COCO's format, which moves with the image as centers do."""
+    model = onnx.load(zoo / "derived" / "yolov8n.onnx")
+    graph = model.graph
+    output = graph.output[0].name
+    for node in graph.node:
+        node.output[:] = ["whole" if name == output else name for name in node.output]
+    shift = np.eye(84, dtype=np.float32)
+    shift[:2, 2:4] = -0.5 * np.eye(2)  # half a size off the center
+    graph.initializer.append(numpy_helper.from_array(shift, "shift"))
+    graph.node.append(helper.make_node("MatMul", ["shift", "whole"], [output]))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(LayoutContradictedError, match=r"not with mirrored boxes \(IoU 0\.0"):
+        fuse(tmp_path / "m.onnx")
 
 
 def test_offsets_read_as_distances_are_refused(zoo):

@@ -83,7 +83,7 @@ def check_meaning(
     seen = Shown("not shown on images: there are none", False)
     if images:
         with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
-            seen = check_mirror(found, images, contradict=large)
+            seen = check_mirror(found, images, contradict=large, grid=motion.grid)
             if seen.shown and large:
                 anchors = compare_anchors(found.more[::2], head.layout, (raw.image.height, raw.image.width))
     if anchors is not None and anchors.contradicted:

@@ -19,7 +19,7 @@ from fusenms.boxes import pairwise_iou, pairwise_probiou
 from fusenms.config import PostprocessConfig
 from fusenms.errors import LayoutContradictedError
 from fusenms.heads.mirror_cells import compare_cells, mirror_boxes
-from fusenms.heads.motion import Slide, other_readings
+from fusenms.heads.motion import Grid, Slide, grid_of, other_readings
 from fusenms.heads.probe import probe_image
 from fusenms.layout import Decoded, Layout, candidates_per_level
 from fusenms.reference import Rows, candidates, postprocess
@@ -104,13 +104,16 @@ def mirrored(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [side for image in images for side in (image, np.ascontiguousarray(image[..., ::-1]))]
 
 
-def check_mirror(found: Slide, images: Sequence[np.ndarray], contradict: bool = True) -> Shown:
+def check_mirror(
+    found: Slide, images: Sequence[np.ndarray], contradict: bool = True, grid: Grid | None = None
+) -> Shown:
     """Compare a layout and its pixels with what the network finds in images and in their mirror images.
 
     Args:
         found: values of the head, as ``more`` those on each image of `mirrored`.
         images: ``[1, 3, height, width]`` float32 each, RGB, 0 to 1, of the model's size.
         contradict: also look for what contradicts the layout, not only for objects that are found again.
+        grid: the cells of candidates that are decoded already, if they have some.
 
     Raises:
         LayoutContradictedError: another box format, or other pixels, find clearly more objects again, or boxes have a constant offset.
@@ -119,7 +122,7 @@ def check_mirror(found: Slide, images: Sequence[np.ndarray], contradict: bool = 
     raw, head = found.raw, found.head
     look, pairs = _Look(found, head.layout, head.pixels), _two_by_two(found.more)
     own = look.judge(pairs)
-    if contradict and (reason := _contradiction(found, look, images, own, pairs)):
+    if contradict and (reason := _contradiction(found, look, images, own, pairs, grid)):
         raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
     if own.again and own.worth and not look.imagines(own):
         return Shown(f"shown on images: {own.again} objects found again in mirror images", True)
@@ -130,7 +133,12 @@ def check_mirror(found: Slide, images: Sequence[np.ndarray], contradict: bool = 
 
 
 def _contradiction(
-    found: Slide, look: _Look, images: Sequence[np.ndarray], own: Seen, pairs: list[tuple[Head, Head]]
+    found: Slide,
+    look: _Look,
+    images: Sequence[np.ndarray],
+    own: Seen,
+    pairs: list[tuple[Head, Head]],
+    grid: Grid | None,
 ) -> str | None:
     """How what is found contradicts the layout or its pixels, as a clause; None if it does not."""
     raw, head = found.raw, found.head
@@ -157,18 +165,20 @@ def _contradiction(
             f"with {head.pixels}, assumed for that family, it finds {own.again} of {own.found:g} objects again in mirror images, and with "
             f"pixels {' or '.join(better)} clearly more; give pixels={better[0]!r}, or those that it was trained with"
         )
-    return _unlike_cells(found, look, own, pairs)
+    if not isinstance(head.layout.decode, Decoded):
+        grid = grid_of(head.layout.decode, raw.image.height, raw.image.width)
+    return None if grid is None else _unlike_cells(found, look, own, pairs, grid)
 
 
-def _unlike_cells(found: Slide, look: _Look, own: Seen, pairs: list[tuple[Head, Head]]) -> str | None:
+def _unlike_cells(found: Slide, look: _Look, own: Seen, pairs: list[tuple[Head, Head]], grid: Grid) -> str | None:
     """How the boxes of cells that see the same in the mirror image contradict the layout, as a clause; None if they do not."""
-    size = found.raw.image.height, found.raw.image.width
-    cells = compare_cells(pairs, found.head.layout, size, CONFIG.score_threshold)
-    if cells is None or not cells.unlike or not (cells.symmetric or not look.imagines(own)):
+    cells = compare_cells(pairs, found.head.layout, grid, CONFIG.score_threshold)
+    if not cells.unlike or not (cells.symmetric or not look.imagines(own)):
         return None
     return (
         f"{cells.cells} cells see the same in mirror images, but not with mirrored boxes (IoU {cells.iou:.2f}), so that the box channels "
-        "mean something else (in another order, or decoded already) or the pixels are wrong; give another family, a layout, or the pixels"
+        "mean something else (in another order or format, or decoded already) or the pixels are wrong; give another family, a layout, or "
+        "the pixels"
     )
 
 

@@ -1,8 +1,8 @@
 """Whether what a cell sees is mirrored with the image: evidence for how boxes are decoded from cells.
 
 Where a cell sees an object, the cell at the mirrored place of the mirror image sees it too, and its box must be the mirrored box. That
-tells left from top, distances from offsets, and boxes that are decoded already from terms that are not. A factor of all sizes, and
-whatever else mirroring leaves as it is, is not seen.
+tells left from top, distances from offsets, boxes that are decoded already from terms that are not, and centers from corners. A factor of
+all sizes, and whatever else mirroring leaves as it is, is not seen.
 
 Networks that cannot tell left from right, as those with random weights and kernels of one pixel, give the same box terms in the mirror
 image, where those of a right reading change: nothing follows from them.
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusenms.boxes import pairwise_iou, pairwise_probiou
-from fusenms.heads.probe import channels_of
-from fusenms.layout import Decoded, Gridded, Layout, anchors_per_cell, cells_along, has_anchors_last
+from fusenms.heads.motion import Grid
+from fusenms.heads.probe import cell_centers, channels_of
+from fusenms.layout import Decoded, Layout, cells_along
 from fusenms.reference import candidates
 
 FEWEST = 8
@@ -61,19 +62,16 @@ class Sightings:
         return self.part >= NEARLY_ALL
 
 
-def compare_cells(
-    pairs: Iterable[tuple[Head, Head]], layout: Layout, size: tuple[int, int], score_threshold: float
-) -> Sightings | None:
-    """Compare the boxes of cells in images and in their mirror images; None for boxes that are not decoded from cells.
+def compare_cells(pairs: Iterable[tuple[Head, Head]], layout: Layout, grid: Grid, score_threshold: float) -> Sightings:
+    """Compare the boxes of cells in images and in their mirror images.
 
     Args:
         pairs: values of the head's tensors ``[1, …]`` on an image and on its mirror image.
-        size: (height, width) of the input.
+        grid: the cells of the candidates.
         score_threshold: scores above it are objects.
     """
-    if isinstance(layout.decode, Decoded):
-        return None
-    opposite = _opposite(layout.decode, size)
+    size = grid.height, grid.width
+    opposite = _opposite(grid)
     ious, changes, seen = list[np.ndarray](), list[np.ndarray](), 0
     for plain, mirror in pairs:
         one, two = (candidates(values, 0, layout, size) for values in (plain, mirror))
@@ -85,7 +83,10 @@ def compare_cells(
         back = mirror_boxes(two.boxes[opposite[both]], size[1])
         iou = (pairwise_probiou if back.shape[1] == 5 else pairwise_iou)(one.boxes[both], back)
         ious.append(np.nan_to_num(iou.diagonal()))
-        terms, again = (channels_of(values, layout.boxes).astype(np.float64) for values in (plain, mirror))
+        if isinstance(layout.decode, Decoded):
+            terms, again = (_beside_cells(found.boxes, grid) for found in (one, two))
+        else:
+            terms, again = (channels_of(values, layout.boxes).astype(np.float64) for values in (plain, mirror))
         spread = np.maximum(terms.std(0), 1e-12)
         changes.append(np.abs(terms[both] - again[opposite[both]]) / spread)
     iou, change = np.concatenate(ious), np.concatenate(changes)
@@ -105,14 +106,28 @@ def mirror_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
     return back
 
 
-def _opposite(decode: Gridded, size: tuple[int, int]) -> np.ndarray:
+def _opposite(grid: Grid) -> np.ndarray:
     """For each candidate, the one at the mirrored place; -1 where cells do not fill the width, so that there is none."""
     parts, start = [], 0
-    for stride, anchors in zip(decode.strides, anchors_per_cell(decode), strict=True):
-        rows, columns = (cells_along(side, stride) for side in size)
-        shape = (rows, columns, anchors) if has_anchors_last(decode) else (anchors, rows, columns)
+    for stride, anchors in zip(grid.strides, grid.anchors, strict=True):
+        rows, columns = (cells_along(side, stride) for side in (grid.height, grid.width))
+        shape = (rows, columns, anchors) if grid.anchors_last else (anchors, rows, columns)
         stop = start + rows * columns * anchors
-        places = np.flip(np.arange(start, stop).reshape(shape), 1 if has_anchors_last(decode) else 2).ravel()
-        parts.append(places if columns * stride == size[1] else np.full_like(places, -1))
+        places = np.flip(np.arange(start, stop).reshape(shape), 1 if grid.anchors_last else 2).ravel()
+        parts.append(places if columns * stride == grid.width else np.full_like(places, -1))
         start = stop
+    return np.concatenate(parts)
+
+
+def _beside_cells(boxes: np.ndarray, grid: Grid) -> np.ndarray:
+    """What a network may have decoded boxes ``[N, 4]`` xyxy or ``[N, 5]`` from: place in the cell and size in strides, and angle."""
+    parts, start = [], 0
+    for stride, anchors in zip(grid.strides, grid.anchors, strict=True):
+        cells = cell_centers(grid.height, grid.width, stride).reshape(-1, 2)
+        cells = np.repeat(cells, anchors, 0) if grid.anchors_last else np.tile(cells, (anchors, 1))
+        level = boxes[start : start + len(cells)]
+        start += len(cells)
+        if boxes.shape[1] == 4:
+            level = np.concatenate(((level[:, :2] + level[:, 2:]) / 2, level[:, 2:] - level[:, :2]), 1)
+        parts.append(np.concatenate(((level[:, :2] - cells) / stride, level[:, 2:4] / stride, level[:, 4:]), 1))
     return np.concatenate(parts)

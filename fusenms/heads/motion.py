@@ -83,11 +83,13 @@ class Motion:
         levels: the judged levels; empty if nothing could be judged.
         reason: why nothing could be judged.
         fitting: other readings of the box channels that fit, if the layout's own does not, or fits clearly worse.
+        grid: the cells of the candidates; None if there are none, or nothing could be judged.
     """
 
     levels: tuple[LevelMotion, ...] = ()
     reason: str = ""
     fitting: tuple[str, ...] = ()
+    grid: Grid | None = None
 
     @property
     def scores(self) -> float:
@@ -229,7 +231,7 @@ def _grids(probe: Probe, layout: Layout, count: int) -> Iterator[Grid]:
     """Grids that a head's candidates may have."""
     decode, image = layout.decode, probe.raw.image
     if not isinstance(decode, Decoded):
-        yield _grid_of(decode, image.height, image.width)
+        yield grid_of(decode, image.height, image.width)
         return
     for anchors in (1, 2, 3):
         for strides in USUAL_STRIDES:
@@ -238,7 +240,8 @@ def _grids(probe: Probe, layout: Layout, count: int) -> Iterator[Grid]:
                     yield Grid(strides, (anchors,) * len(strides), last, image.height, image.width)
 
 
-def _grid_of(decode: Gridded, height: int, width: int) -> Grid:
+def grid_of(decode: Gridded, height: int, width: int) -> Grid:
+    """The cells that boxes are decoded from."""
     return Grid(decode.strides, anchors_per_cell(decode), has_anchors_last(decode), height, width)
 
 
@@ -308,7 +311,7 @@ def _best(before: Head, after: Head, layout: Layout, size: tuple[int, int], grid
     else:
         # distances without bins may be corners or centers that are decoded already
         sized = isinstance(decode, PointOffsets) or (isinstance(decode, Distances) and decode.bins == 1)
-        found = [_motion(boxes, scores, _grid_of(decode, *size), step, sized)]
+        found = [_motion(boxes, scores, grid_of(decode, *size), step, sized)]
     return min(found, key=lambda motion: max((level.center for level in motion.levels), default=np.inf))
 
 
@@ -331,7 +334,7 @@ def _motion(boxes: Pair, found_scores: Pair, grid: Grid, step: int, judge_sizes:
         size = float(change) if judge_sizes else None
         levels.append(LevelMotion(stride=stride, center=float(center), size=size, scores=float(unlike)))
     judged = [level for level in levels if level.stride < max(grid.strides)] or levels
-    return Motion(levels=tuple(judged), reason="" if judged else "its levels have too few cells")
+    return Motion(levels=tuple(judged), reason="" if judged else "its levels have too few cells", grid=grid)
 
 
 def _center_and_size(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
