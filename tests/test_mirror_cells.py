@@ -246,6 +246,32 @@ def test_low_corners_read_as_centers_are_refused(zoo, tmp_path):
         fuse(tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        (("boxes", "classes", "there"), "with the last channel as the objectness, behind the classes, it finds"),
+        (
+            ("boxes", "there", "multiplied"),
+            "its class scores are never above its objectness, so that they are multiplied",
+        ),
+    ],
+)
+def test_another_place_or_use_of_the_objectness_is_refused(zoo, tmp_path, parts, why):
+    """YOLOv5's rows, with the objectness behind the classes, or with class scores that were multiplied by it."""
+    model = onnx.load(zoo / "derived" / "yolov5n.onnx")
+    graph = model.graph
+    output = graph.output[0].name
+    for node in graph.node:
+        node.output[:] = ["rows" if name == output else name for name in node.output]
+    graph.initializer.append(numpy_helper.from_array(np.array([4, 1, 80]), "sizes"))
+    graph.node.append(helper.make_node("Split", ["rows", "sizes"], ["boxes", "there", "classes"], axis=2))
+    graph.node.append(helper.make_node("Mul", ["classes", "there"], ["multiplied"]))
+    graph.node.append(helper.make_node("Concat", parts, [output], axis=2))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(LayoutContradictedError, match=why):
+        fuse(tmp_path / "m.onnx")
+
+
 def test_offsets_read_as_distances_are_refused(zoo):
     raw = load(zoo / "yolox_nano_raw_416.onnx")
     head = raw_head(raw, recognize(raw))

@@ -39,6 +39,9 @@ MOST_SLOPE = 0.6
 """Limit on the growth of distances with the stride: 0 if they are in strides, 1 if they are in pixels. Only boxes that would reach
 beyond the image count."""
 NEARLY_ALL = 0.95
+LOW_OBJECTNESS, FEWEST_WITHOUT_OBJECT, LEAST_SHARE = 0.01, 100, 0.01
+"""Candidates that see no object have less objectness; so many are needed, and their best class scores are at least this part of it where
+both were multiplied."""
 FAR = 4.0
 """Most normalized boxes lie within this many sides of the image."""
 
@@ -162,7 +165,7 @@ def _pixels(raw: RawModel, head: RawHead) -> str:
 
 def _contradiction(found: Slide) -> str | None:
     """Return what in the values contradicts the layout, as a clause; None if nothing does."""
-    return _wrong_scores(found) or _wrong_boxes(found)
+    return _wrong_scores(found) or _multiplied_already(found) or _wrong_boxes(found)
 
 
 def _wrong_scores(found: Slide) -> str | None:
@@ -182,6 +185,26 @@ def _wrong_scores(found: Slide) -> str | None:
     elif layout.background is not None and sum_to_one(np.hstack((values, _channels(found, layout.background)))):
         return "its scores sum to 1, so that they are the result of a softmax already (Activation.NONE?)"
     return None
+
+
+def _multiplied_already(found: Slide) -> str | None:
+    """Whether the file has multiplied the class scores by the objectness, as a clause.
+
+    Where a detector sees no object, its objectness is low and its class scores are whatever they are; multiplied, they are never above it.
+    """
+    layout = found.head.layout
+    if layout.objectness is None or layout.activation is Activation.SOFTMAX:
+        return None
+    logits = layout.activation is Activation.SIGMOID
+    scores, there = (
+        (1 / (1 + np.exp(-values)) if logits else values).astype(np.float64)
+        for values in (_channels(found, layout.classes).max(1), _channels(found, layout.objectness)[:, 0])
+    )
+    low = (there > 0) & (there < LOW_OBJECTNESS)
+    share = scores[low] / there[low]
+    if low.sum() < FEWEST_WITHOUT_OBJECT or (share > 1 + ROUNDING).any() or np.median(share) < LEAST_SHARE:
+        return None
+    return "its class scores are never above its objectness, so that they are multiplied by it already (a layout without objectness?)"
 
 
 def _wrong_boxes(found: Slide) -> str | None:

@@ -10,7 +10,7 @@ This needs a detector that knows something in the images. One that finds nothing
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -157,6 +157,14 @@ def _contradiction(
                     f"it finds objects again in mirror images only if its boxes are {name}; give another family, or a layout that "
                     "says so"
                 )
+    if (swapped := _objectness_last(head.layout)) is not None:
+        reading = _Look(found, swapped, head.pixels)
+        other = reading.judge(pairs)
+        if other.convincing and other.classes >= CLASSES and other.score > own.worth and not reading.imagines(other):
+            return (
+                f"with the last channel as the objectness, behind the classes, it finds {other.again} objects of {other.classes} classes "
+                "again in mirror images, with better scores than as it is read; give a layout that says so"
+            )
     doubtful = (
         raw.layout is None or not own.worth
     )  # a checkpoint's pixels are those of its training, if it finds anything
@@ -168,6 +176,17 @@ def _contradiction(
     if not isinstance(head.layout.decode, Decoded):
         grid = grid_of(head.layout.decode, raw.image.height, raw.image.width)
     return None if grid is None else _unlike_cells(found, look, own, pairs, grid)
+
+
+def _objectness_last(layout: Layout) -> Layout | None:
+    """The layout with the last class as the objectness, if the objectness lies before the classes."""
+    there, classes = layout.objectness, layout.classes
+    if there is None or there != replace(classes, start=classes.start - 1, stop=classes.start) or classes.channels < 2:
+        return None
+    last = classes.stop - 1
+    return replace(
+        layout, classes=replace(classes, start=there.start, stop=last), objectness=replace(classes, start=last)
+    )
 
 
 def _unlike_cells(found: Slide, look: _Look, own: Seen, pairs: list[tuple[Head, Head]], grid: Grid) -> str | None:
