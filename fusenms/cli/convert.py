@@ -117,6 +117,9 @@ def show(steps: Steps, made: Conversion) -> None:
     if made.rows is not None and made.semantics is not None:
         steps.line("rows", made.rows.summary)
         steps.line("rows", made.rows.verdict)
+        for line in made.semantics.others:
+            if line not in made.lost:
+                steps.line("read", line)
         steps.values |= {"semantics": made.semantics.to_dict(), "rows": asdict(made.rows)}
     for line in made.meaning:
         steps.line("head", line)

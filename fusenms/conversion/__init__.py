@@ -204,7 +204,9 @@ def _of_others(
         if isinstance(event, Progress) and progress is not None:
             progress(event.what, event.done, event.total)
 
-    shown = taken.rows.same > 0 or wanted.family is not None  # else the head is a guess, and is looked at as one
+    shown = (
+        taken.meant or taken.rows.same > 0 or wanted.family is not None
+    )  # else the head is a guess, and is looked at as one
     layout = taken.layout if shown else None
     made = fuse(taken.raw, backend=backend, layout=layout, config=config, images=taken.images, on_event=on_event)
     own = taken.semantics.config
@@ -213,7 +215,7 @@ def _of_others(
         raw=taken.raw,
         layout=taken.layout,
         changes=_changed_semantics(own, config),
-        meaning=meaning,
+        meaning=(*taken.notes, *meaning),
         lost=taken.semantics.lost if wanted.keep_semantics else (),
         **shared,
     )
