@@ -24,17 +24,18 @@ def branches(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("per_class", "batched"), [(False, False), (True, False), (False, True)])
-def test_selected_candidates_are_cut_and_fused_again(tmp_path, per_class, batched):
-    path = export(tmp_path / "old.onnx", per_class=per_class, batched=batched)
+@pytest.mark.parametrize(("kind", "batched"), [("level", False), ("class", False), ("level", True), ("image", False)])
+def test_selected_candidates_are_cut_and_fused_again(tmp_path, kind, batched):
+    path = export(tmp_path / "old.onnx", kind=kind, batched=batched)
     made = convert(path, "portable", images=IMAGES, keep_semantics=True)
     read, rows = made.semantics, made.rows
     assert (read.score_threshold, read.iou_threshold) == (pytest.approx(SCORE), pytest.approx(IOU))
-    assert read.max_detections == ROWS and read.multi_label and not read.class_agnostic
-    assert any(f"at most {MOST} candidates of each {'class' if per_class else 'level'}" in line for line in read.others)
+    assert read.max_detections == ROWS and read.multi_label == (kind != "image") and not read.class_agnostic
+    limited = any(f"at most {MOST} candidates of each {kind} enter" in line for line in read.others)
+    assert limited == (kind != "image")
     assert rows.explained and rows.before >= 8 and rows.after == rows.left == rows.before
     assert rows.worst_box < 1e-4 and made.report
-    assert made.layout.num_classes == CLASSES + per_class
+    assert made.layout.num_classes == CLASSES + (kind == "class")
     assert f"resizes images of {SIZE}x{SIZE} to {INNER}x{INNER} inside, and its boxes back" in made.meaning
     assert any("normalizes images inside: 0.48, 0.45, 0.4 subtracted" in line for line in made.meaning)
     after = load_fused(made.save(tmp_path / "new.onnx"))
@@ -42,7 +43,7 @@ def test_selected_candidates_are_cut_and_fused_again(tmp_path, per_class, batche
 
 
 def test_rows_of_the_new_file_are_those_of_the_old_one(tmp_path):
-    path = export(tmp_path / "old.onnx", per_class=True)
+    path = export(tmp_path / "old.onnx", kind="class")
     made = convert(path, images=IMAGES, keep_semantics=True).model.model
     old, new = (Session(model, source="file") for model in (onnx.load(path), made))
     for image in IMAGES:

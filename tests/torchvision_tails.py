@@ -59,12 +59,15 @@ def _apart(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class Network(nn.Module):
-    """Normalizes and resizes an image inside, as `GeneralizedRCNNTransform`, and has two levels of 3 boxes a cell."""
+    """Normalizes and resizes an image inside, as `GeneralizedRCNNTransform`, and has two levels of 3 boxes a cell.
 
-    def __init__(self, per_class: bool, most: int) -> None:
+    ``kind`` says what a selection is of: a ``level`` (FCOS), a ``class`` (SSD), or the ``image``.
+    """
+
+    def __init__(self, kind: str, most: int) -> None:
         super().__init__()
         torch.manual_seed(5)
-        self.per_class, self.most, width = per_class, most, CLASSES + per_class
+        self.kind, self.most, width = kind, most, CLASSES + (kind == "class")
         self.levels = nn.ModuleList(nn.Conv2d(3, 3 * (4 + width), s, s) for s in (8, 16))
         for conv in self.levels:
             nn.init.normal_(conv.weight, 0, 0.02)
@@ -94,7 +97,7 @@ class Network(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         deltas, logits = self.terms(image)
-        select = self.by_class if self.per_class else self.by_level
+        select = {"level": self.by_level, "class": self.by_class, "image": self.by_image}[self.kind]
         boxes, scores, labels = (torch.cat(parts) for parts in zip(*select(deltas, logits), strict=True))
         kept = self.apart(boxes, scores, labels)[:ROWS]
         scale = torch.tensor(SIZE / INNER)
@@ -124,14 +127,21 @@ class Network(nn.Module):
             rows.append((some[best], scores, torch.full_like(scores, fill_value=label, dtype=torch.int64)))
         return rows
 
+    def by_image(self, deltas: list[Tensor], logits: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The best class of each box, as others write it with torchvision's `batched_nms`."""
+        boxes = self.decoded(torch.cat(deltas), torch.cat(self.anchors))
+        scores, labels = torch.cat(logits).sigmoid().max(1)
+        above = scores > SCORE
+        return [(boxes[above], scores[above], labels[above])]
+
     def lower(self, rows: Tensor) -> Tensor:
         """The number of rows, or that of the best ones that are taken if it is lower, in the graph as torchvision's `_topk_min` has it."""
         return torch.min(torch.cat((torch.tensor([self.most]), torch._shape_as_tensor(rows)[:1]), 0)).to(torch.int64)
 
 
-def export(path: Path, *, per_class: bool = False, batched: bool = False, most: int = MOST) -> Path:
+def export(path: Path, *, kind: str = "level", batched: bool = False, most: int = MOST) -> Path:
     """Write the file; ``batched`` for images ``[1, 3, height, width]`` instead of one ``[3, height, width]``."""
-    network = Network(per_class, most).eval()
+    network = Network(kind, most).eval()
     if batched:
         network.forward_one, network.forward = network.forward, lambda images: network.forward_one(images[0])
     shape = (1, 3, SIZE, SIZE) if batched else (3, SIZE, SIZE)

@@ -2,7 +2,8 @@
 
 Such a file holds boxes and scores only of what a threshold and a top-k leave, level by level (FCOS, RetinaNet) or class by class (SSD):
 
-1. scores ``[n, C]`` of a level, flattened, or one column of the scores ``[N, 1 + C]``; those above the threshold; the k best;
+1. scores ``[n, C]`` of a level, flattened, or one column of the scores ``[N, 1 + C]``, or the best of each row; those above the threshold;
+   the k best;
 2. the regression and the anchors of these, decoded and clipped, or the boxes of these;
 3. all levels or classes joined, moved apart by their class, suppressed; the first rows, scaled to the size of the images.
 
@@ -61,11 +62,18 @@ class Part:
         name: the scores, flat.
         source: the tensor that they are all of, or a column of.
         column: number of that column; None for all of it.
+        best: whether they are the best of each row, and the class is its number.
     """
 
     name: str
     source: str
-    column: int | None
+    column: int | None = None
+    best: bool = False
+
+    @property
+    def of(self) -> str:
+        """What the scores are those of, in words."""
+        return "image" if self.best else "level" if self.column is None else "class"
 
 
 def without_selections(raw: RawModel, found: Found) -> Dense | None:
@@ -80,6 +88,8 @@ def without_selections(raw: RawModel, found: Found) -> Dense | None:
     """
     outputs = _outputs(raw.model)
     if outputs is None or found.operator != STANDARD or len(found.nodes) != 1:
+        return None
+    if attributes(found.nodes[0]).get("center_point_box", 0):
         return None
     chain = _Chain(raw, found.nodes[0], *outputs)
     dense = chain.boxes_of_all()
@@ -185,6 +195,8 @@ class _Chain:
         b, boxes = _Builder(model.graph), values[self.boxes]
         sources = list(dict.fromkeys(part.source for part in known))
         columns = [part.column for part in known if part.column is not None]
+        if len({part.of for part in known}) > 1 or (known[0].best and len(known) > 1):
+            return None
         if columns and (len(columns) < len(known) or len(sources) > 1 or len(set(columns)) < len(columns)):
             return None
         classes = {values[source].shape[-1] for source in sources}
@@ -257,7 +269,9 @@ class _Chain:
             if 0 <= column < source.shape[-1] and np.array_equal(source[..., column].reshape(-1), flat):
                 return Part(name, node.input[0], column)
         if node.op_type in ("Reshape", "Flatten") and np.array_equal(source.reshape(-1), flat):
-            return Part(name, node.input[0], None)
+            return Part(name, node.input[0])
+        if node.op_type == "ReduceMax" and source.ndim == 2 and np.array_equal(source.max(1), flat):
+            return Part(name, node.input[0], best=True)
         return None
 
     def _semantics(self, parts: list[Part], classes: int) -> Semantics | None:
@@ -267,11 +281,11 @@ class _Chain:
             return None
         threshold, inclusive = compared[0]
         apart = bool(ancestors(self.producers, [self.node.input[0]]) & set(self._first_rows(self.labels)))
-        others, unit = [], "class" if parts[0].column is not None else "level"
+        others = []
         if self.most:
             named = ", ".join(map(str, sorted(self.most)))
             others.append(
-                f"at most {named} candidates of each {unit} enter suppression: rows differ only where more pass the threshold"
+                f"at most {named} candidates of each {parts[0].of} enter suppression: rows differ only where more pass the threshold"
             )
         if apart:
             others.append("classes kept apart by an offset of their boxes, which rounds coordinates")
@@ -285,7 +299,7 @@ class _Chain:
             score_threshold=threshold,
             iou_threshold=iou,
             max_detections=self._rows(),
-            multi_label=classes > 1,
+            multi_label=classes > 1 and not parts[0].best,
             class_agnostic=classes > 1 and not apart,
             inclusive=inclusive,
             others=tuple(others),

@@ -168,12 +168,11 @@ def take_apart(path: Path, options: LoadOptions, wanted: Wanted) -> ThirdParty:
             )
         _refuse_decoding(path, model)
         whole = _loaded(path, flat, options)
-    ways: list[Callable[[], Attempts]] = [
-        lambda: _cuts(path, options, wanted, whole, found),
-        lambda: _all_candidates(path, options, wanted, whole, found, model),
-    ]
+    ways: list[Callable[[], Attempts]] = [lambda: _cuts(path, options, wanted, whole, found)]
+    if flat is not model:  # torchvision's batched_nms, whose boxes are x, y, x, y
+        ways.insert(0, lambda: _all_candidates(path, options, wanted, whole, found, model))
     reasons = []
-    for way in ways if flat is model else ways[::-1]:
+    for way in ways:
         for named, attempt in way():
             try:
                 return attempt()
