@@ -111,6 +111,30 @@ def test_what_cannot_be_kept_is_said(tmp_path):
     assert made.model.config.multi_label and made.model.config.max_detections == ROWS
 
 
+def test_output_names_that_mean_the_same_are_kept(tmp_path):
+    made = convert(nas(tmp_path / "old.onnx", efficient), images=IMAGES, keep_semantics=True)
+    outputs = [entry.name for entry in made.model.model.graph.output]
+    assert outputs == ["num_dets", "det_boxes", "det_scores", "det_classes"] == list(made.semantics.outputs)
+    assert convert(nas(tmp_path / "old.onnx", efficient), images=IMAGES).model.config.output_preset == "fusenms"
+    asked = {"keep_semantics": True, "output_preset": "tensorrt"}
+    assert convert(tmp_path / "old.onnx", images=IMAGES, **asked).model.config.output_preset == "tensorrt"
+
+
+def test_output_names_that_no_preset_has_are_lost(tmp_path):
+    path = nas(tmp_path / "old.onnx", efficient)
+    model = onnx.load(path)
+    model.graph.node[-1].output[1] = model.graph.output[1].name = "where"
+    onnx.save(model, path)
+    made = convert(path, images=IMAGES, keep_semantics=True)
+    assert "the output names num_dets, where, det_scores, det_classes: no output preset has them" in made.lost
+    assert made.model.config.output_preset == "fusenms"
+
+
+def test_output_names_of_other_meaning_are_not_kept(tmp_path):
+    made = convert(nas(tmp_path / "old.onnx", batched), images=IMAGES, keep_semantics=True)
+    assert made.semantics.outputs == () and made.model.config.output_preset == "fusenms"
+
+
 def test_raw_head_of_it_is_fused_as_any_other(tmp_path):
     path = nas(tmp_path / "old.onnx", efficient)
     raw = convert(path, "raw", images=IMAGES).save(tmp_path / "raw.onnx")

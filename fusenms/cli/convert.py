@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-semantics",
         action="store_true",
-        help="take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused; what fusenms has no "
-        "setting for is said",
+        help="take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused, and output names "
+        "that are those of a preset; what fusenms has no setting for is said",
     )
     parser.add_argument(
         "--family",

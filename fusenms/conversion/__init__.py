@@ -66,7 +66,8 @@ def convert(
     Args:
         path: an `.onnx` with suppression inside.
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``; ``raw`` for the network up to its head, which nothing is behind.
-        keep_semantics: take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused.
+        keep_semantics: take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused, and its output
+            names, if they are those of a preset and mean the same.
         family: name of the detector family of a file that others fused, if several fit.
         pixels: pixels that its network expects, if they are not those that are usual for its family: a name, or a `Pixels`.
         stretch: whether its images are stretched instead of letterboxed, if that is not as usual for its family.

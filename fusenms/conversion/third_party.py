@@ -24,6 +24,7 @@ from fusenms.conversion.one_image import with_batch
 from fusenms.conversion.selected import without_selections
 from fusenms.conversion.semantics import Semantics
 from fusenms.conversion.suppressions import (
+    BATCHED,
     ChainContext,
     Found,
     find_suppression,
@@ -36,7 +37,7 @@ from fusenms.graph.model import part_before, with_outputs
 from fusenms.graph.session import Session
 from fusenms.heads import Anchors, raw_head, recognize
 from fusenms.heads.probe import are_normalized
-from fusenms.layout import Layout
+from fusenms.layout import Decoded, Layout
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.files import read_onnx
 from fusenms.reference import Rows, candidates, postprocess
@@ -282,7 +283,7 @@ def _loaded(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawMode
 
 def _semantics(around: Around, cut: Cut, layout: Layout) -> Semantics:
     if around.found.is_plugin:
-        return plugin_semantics(around.found)
+        return replace(plugin_semantics(around.found), outputs=_same_outputs(around, layout))
     context = ChainContext(
         rows_of_suppression=around.rows_of_suppression(),
         classes=layout.num_classes,
@@ -292,6 +293,14 @@ def _semantics(around: Around, cut: Cut, layout: Layout) -> Semantics:
         selected_before=around.selected_before(cut.tensors),
     )
     return standard_semantics(around.found, around.values, context)
+
+
+def _same_outputs(around: Around, layout: Layout) -> tuple[str, ...]:
+    """Names of the outputs that mean the same as the four of a fused file: those of `EfficientNMS_TRT`, with boxes in pixels."""
+    names = tuple(around.found.nodes[0].output[:4])
+    given = {entry.name for entry in around.model.graph.output}
+    in_pixels = not (isinstance(layout.decode, Decoded) and layout.decode.normalized)
+    return names if around.found.operator not in BATCHED and in_pixels and given.issuperset(names) else ()
 
 
 def _compared(raw: RawModel, semantics: Semantics, new: FusedModel, fed: np.ndarray, shown: np.ndarray) -> RowsCompared:
