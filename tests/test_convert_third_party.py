@@ -269,12 +269,27 @@ def test_suppression_in_a_subgraph_is_refused(tmp_path):
         convert(tmp_path / "old.onnx")
 
 
+@pytest.mark.parametrize("operator", ["NMSRotated", "TRTBatchedRotatedNMS", "EfficientRotatedNMS_TRT"])
+def test_suppression_of_oriented_boxes_is_refused_with_the_way_out(tmp_path, operator):
+    path = tmp_path / "old.onnx"
+    t = tail_of(YoloNas(), path)
+    t.op(operator, *t.heads, outputs=["found"], domain="mmdeploy")
+    t.model.opset_import.append(helper.make_opsetid("mmdeploy", 1))
+    onnx.save(t.outputs(found=(1, None)), path)
+    with pytest.raises(
+        SuppressionError, match=rf"oriented boxes by {operator} .*IoU of polygons.*without its suppression"
+    ):
+        convert(path)
+    with pytest.raises(AlreadyFusedError, match=operator):
+        fuse(path)
+
+
 def test_unknown_suppression_is_refused(tmp_path):
     t = tail_of(YoloNas(), tmp_path / "old.onnx")
-    t.op("NMSRotated", *t.heads, outputs=["found"], domain="mmdeploy")
-    t.model.opset_import.append(helper.make_opsetid("mmdeploy", 1))
+    t.op("BatchedNMS3D", *t.heads, outputs=["found"], domain="other")
+    t.model.opset_import.append(helper.make_opsetid("other", 1))
     onnx.save(t.outputs(found=(1, None)), tmp_path / "old.onnx")
-    with pytest.raises(SuppressionError, match="suppresses by NMSRotated"):
+    with pytest.raises(SuppressionError, match="suppresses by BatchedNMS3D"):
         convert(tmp_path / "old.onnx")
 
 

@@ -29,6 +29,12 @@ EFFICIENT = "EfficientNMS_TRT"
 WITH_INDICES = ("EfficientNMSX_TRT", "EfficientIdxNMS_TRT")
 """The same plugin with the numbers of the boxes that it keeps as a fifth output."""
 BATCHED = ("BatchedNMS_TRT", "BatchedNMSDynamic_TRT", "TRTBatchedNMS")
+ORIENTED = {
+    "NMSRotated": "the IoU of polygons",
+    "TRTBatchedRotatedNMS": "the IoU of polygons",
+    "EfficientRotatedNMS_TRT": "the IoU of polygons or the probabilistic one, which depends on the version of the plugin",
+}
+"""Operators for oriented boxes (mmcv, mmdeploy, TensorRT-YOLO), and the overlap by which they suppress."""
 PLUGINS = (EFFICIENT, *WITH_INDICES, *BATCHED)
 TWO_STAGE = ("RoiAlign", "MaxRoiPool", "ROIAlign_TRT", "PyramidROIAlign_TRT", "MMCVRoiAlign", "MMCVMultiLevelRoiAlign")
 """Operators that look at the network's own boxes again."""
@@ -83,6 +89,12 @@ def find_suppression(source: str, model: onnx.ModelProto) -> Found | None:
             "is in ONNX Runtime, or convert a detector of one stage (YOLO, FCOS, RetinaNet, SSD)"
         )
     kinds = sorted({node.op_type for node in nodes})
+    if oriented := next((node for node in nodes if node.op_type in ORIENTED), None):
+        raise SuppressionError(
+            f"{source}: suppresses oriented boxes by {oriented.op_type} (node {oriented.name!r}), whose overlap is "
+            f"{ORIENTED[oriented.op_type]}; expected the probabilistic IoU, as fusenms takes it: other boxes would be kept, so that such a "
+            "file cannot be converted. Export the model without its suppression, and fuse that"
+        )
     if len(kinds) > 1 or kinds[0] not in (STANDARD, *PLUGINS):
         raise SuppressionError(
             f"{source}: suppresses by {', '.join(kinds)} (node {nodes[0].name!r}); expected one of {', '.join((STANDARD, *PLUGINS))}"

@@ -25,7 +25,7 @@ from fusenms.onnx_reading.structure import type_name
 from fusenms.sources.extra_inputs import fill_extra_inputs
 from fusenms.sources.options import LoadOptions
 
-NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "TRTBatchedNMS")
+NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "RotatedNMS", "TRTBatchedNMS")
 DEFAULT_SIZE = 640
 DEFAULT_STRIDE = 32
 MIN_OPSET = 11
