@@ -8,10 +8,10 @@ import pytest
 from onnx import helper, numpy_helper
 from torchvision_tails import CLASSES, INNER, IOU, MOST, ROWS, SCORE, SIZE, export
 
-from fusenms import convert, load_fused, verify
+from fusenms import convert, fuse, inspect, load_fused, verify
 from fusenms.conversion.branches import with_suppressions_inlined
 from fusenms.conversion.one_image import with_batch
-from fusenms.errors import SuppressionError
+from fusenms.errors import AlreadyFusedError, SuppressionError
 from fusenms.graph.session import Session
 
 IMAGES = np.kron(np.random.default_rng(3).random((4, 3, 8, 8)), np.ones((8, 8))).astype(np.float32)
@@ -102,6 +102,13 @@ def test_two_stages_inside_of_branches_are_refused_with_the_way_out(tmp_path):
     onnx.save(model, path)
     with pytest.raises(SuppressionError, match=r"RoiAlign node 'pool'.*two stages.*Run it as it is"):
         convert(path)
+
+
+def test_main_command_and_inspect_point_to_convert(tmp_path):
+    path = export(tmp_path / "old.onnx")
+    with pytest.raises(AlreadyFusedError, match="Cut it out with: python -m fusenms convert"):
+        fuse(path)
+    assert "python -m fusenms convert" in inspect(path).reason
 
 
 def test_one_image_becomes_a_batch_of_one():

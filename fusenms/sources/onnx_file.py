@@ -124,12 +124,22 @@ def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) 
             f"Run it with: python -m fusenms detect {path} IMAGE, check it with: python -m fusenms verify {path}, "
             f"or fuse it for another backend with: python -m fusenms convert {path}"
         )
-    for node in model.graph.node:
-        if any(word in node.op_type for word in NMS_OPS):
-            raise AlreadyFusedError(
-                f"{path}: already holds a non-maximum suppression ({node.op_type} node {node.name!r}); "
-                f"expected the raw head. Cut it out with: python -m fusenms convert {path}, or export the model again without NMS"
-            )
+    if (node := _suppressing(model.graph)) is not None:
+        raise AlreadyFusedError(
+            f"{path}: already holds a non-maximum suppression ({node.op_type} node {node.name!r}); "
+            f"expected the raw head. Cut it out with: python -m fusenms convert {path}, or export the model again without NMS"
+        )
+
+
+def _suppressing(graph: onnx.GraphProto) -> onnx.NodeProto | None:
+    """The first node that suppresses, in the graph or in one of its subgraphs, as torchvision's `batched_nms` is exported."""
+    todo = [graph]
+    for one in todo:
+        for node in one.node:
+            if any(word in node.op_type for word in NMS_OPS):
+                return node
+            todo += [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    return None
 
 
 def _without_outputs(path: Path, model: onnx.ModelProto, ignored: Sequence[str]) -> onnx.ModelProto:
