@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,7 @@ from onnx import helper, numpy_helper
 from torchvision_tails import CLASSES, INNER, IOU, MOST, ROWS, SCORE, SIZE, export
 
 from fusenms import convert, fuse, inspect, load_fused, verify
+from fusenms.conversion import third_party
 from fusenms.conversion.branches import with_suppressions_inlined
 from fusenms.conversion.one_image import with_batch
 from fusenms.errors import AlreadyFusedError, SuppressionError
@@ -102,6 +105,35 @@ def test_two_stages_inside_of_branches_are_refused_with_the_way_out(tmp_path):
     onnx.save(model, path)
     with pytest.raises(SuppressionError, match=r"RoiAlign node 'pool'.*two stages.*Run it as it is"):
         convert(path)
+
+
+def test_settings_that_are_read_wrong_are_seen(tmp_path, monkeypatch):
+    genuine, path = third_party.without_selections, export(tmp_path / "old.onnx")
+
+    def read_as(**settings):
+        def wrong(*given):
+            dense = genuine(*given)
+            return replace(dense, semantics=replace(dense.semantics, **settings))
+
+        monkeypatch.setattr(third_party, "without_selections", wrong)
+
+    read_as(iou_threshold=0.9)
+    rows = convert(path, "raw", images=IMAGES).rows
+    assert rows.same < rows.before and not rows.explained
+    read_as(max_detections=ROWS // 2)
+    with pytest.raises(SuppressionError, match="give other rows than the file"):
+        convert(path, "raw", images=IMAGES)
+
+
+def test_centers_and_sizes_are_not_taken_for_corners(tmp_path):
+    path = export(tmp_path / "old.onnx")
+    model = onnx.load(path)
+    _, suppressing = branches(model)
+    node = next(node for node in suppressing.node if node.op_type == "NonMaxSuppression")
+    node.attribute.append(helper.make_attribute("center_point_box", 1))
+    onnx.save(model, path)
+    with pytest.raises(SuppressionError, match="cannot be cut out"):
+        convert(path, images=IMAGES)
 
 
 def test_main_command_and_inspect_point_to_convert(tmp_path):

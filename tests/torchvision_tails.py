@@ -77,7 +77,7 @@ class Network(nn.Module):
             ticks = torch.arange(INNER // stride) * float(stride)
             y, x = torch.meshgrid(ticks, ticks, indexing="ij")
             points = torch.stack((x, y, x, y), -1).reshape(-1, 1, 4)
-            half = torch.tensor([0.6, 1.0, 1.6]).reshape(1, 3, 1) * stride
+            half = torch.tensor([1.0, 1.1, 2.5]).reshape(1, 3, 1) * stride
             anchors.append((points + half * torch.tensor([-1.0, -1.0, 1.0, 1.0])).reshape(-1, 4))
         self.anchors, self.width = anchors, width
         self.apart = torch.jit.script(_apart)
@@ -88,7 +88,11 @@ class Network(nn.Module):
         image = nn.functional.interpolate(image[None], (INNER, INNER), mode="bilinear", align_corners=False)
         maps = [conv(image) for conv in self.levels]
         rows = [m.view(1, 3, 4 + self.width, -1).permute(0, 3, 1, 2).reshape(-1, 4 + self.width) for m in maps]
-        return [row[:, :4] for row in rows], [2 * row[:, 4:] for row in rows]
+        logits = [row[:, 4:].reshape(-1, 3, self.width) for row in rows]
+        alike = [
+            (one + 3 * one.mean(1, keepdim=True)).reshape(-1, self.width) for one in logits
+        ]  # so that neighbors suppress each other
+        return [row[:, :4] for row in rows], alike
 
     def decoded(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         size, center = anchors[:, 2:] - anchors[:, :2], (anchors[:, :2] + anchors[:, 2:]) / 2
