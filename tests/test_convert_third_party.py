@@ -112,6 +112,30 @@ def test_what_cannot_be_kept_is_said(tmp_path):
     assert made.model.config.multi_label and made.model.config.max_detections == ROWS
 
 
+def test_output_names_that_mean_the_same_are_kept(tmp_path):
+    made = convert(nas(tmp_path / "old.onnx", efficient), images=IMAGES, keep_semantics=True)
+    outputs = [entry.name for entry in made.model.model.graph.output]
+    assert outputs == ["num_dets", "det_boxes", "det_scores", "det_classes"] == list(made.semantics.outputs)
+    assert convert(nas(tmp_path / "old.onnx", efficient), images=IMAGES).model.config.output_preset == "fusenms"
+    asked = {"keep_semantics": True, "output_preset": "tensorrt"}
+    assert convert(tmp_path / "old.onnx", images=IMAGES, **asked).model.config.output_preset == "tensorrt"
+
+
+def test_output_names_that_no_preset_has_are_lost(tmp_path):
+    path = nas(tmp_path / "old.onnx", efficient)
+    model = onnx.load(path)
+    model.graph.node[-1].output[1] = model.graph.output[1].name = "where"
+    onnx.save(model, path)
+    made = convert(path, images=IMAGES, keep_semantics=True)
+    assert "the output names num_dets, where, det_scores, det_classes: no output preset has them" in made.lost
+    assert made.model.config.output_preset == "fusenms"
+
+
+def test_output_names_of_other_meaning_are_not_kept(tmp_path):
+    made = convert(nas(tmp_path / "old.onnx", batched), images=IMAGES, keep_semantics=True)
+    assert made.semantics.outputs == () and made.model.config.output_preset == "fusenms"
+
+
 def test_raw_head_of_it_is_fused_as_any_other(tmp_path):
     path = nas(tmp_path / "old.onnx", efficient)
     raw = convert(path, "raw", images=IMAGES).save(tmp_path / "raw.onnx")
@@ -246,12 +270,27 @@ def test_suppression_in_a_subgraph_is_refused(tmp_path):
         convert(tmp_path / "old.onnx")
 
 
+@pytest.mark.parametrize("operator", ["NMSRotated", "TRTBatchedRotatedNMS", "EfficientRotatedNMS_TRT"])
+def test_suppression_of_oriented_boxes_is_refused_with_the_way_out(tmp_path, operator):
+    path = tmp_path / "old.onnx"
+    t = tail_of(YoloNas(), path)
+    t.op(operator, *t.heads, outputs=["found"], domain="mmdeploy")
+    t.model.opset_import.append(helper.make_opsetid("mmdeploy", 1))
+    onnx.save(t.outputs(found=(1, None)), path)
+    with pytest.raises(
+        SuppressionError, match=rf"oriented boxes by {operator} .*IoU of polygons.*without its suppression"
+    ):
+        convert(path)
+    with pytest.raises(AlreadyFusedError, match=operator):
+        fuse(path)
+
+
 def test_unknown_suppression_is_refused(tmp_path):
     t = tail_of(YoloNas(), tmp_path / "old.onnx")
-    t.op("NMSRotated", *t.heads, outputs=["found"], domain="mmdeploy")
-    t.model.opset_import.append(helper.make_opsetid("mmdeploy", 1))
+    t.op("BatchedNMS3D", *t.heads, outputs=["found"], domain="other")
+    t.model.opset_import.append(helper.make_opsetid("other", 1))
     onnx.save(t.outputs(found=(1, None)), tmp_path / "old.onnx")
-    with pytest.raises(SuppressionError, match="suppresses by NMSRotated"):
+    with pytest.raises(SuppressionError, match="suppresses by BatchedNMS3D"):
         convert(tmp_path / "old.onnx")
 
 

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-semantics",
         action="store_true",
-        help="take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused; what fusenms has no "
-        "setting for is said",
+        help="take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused, and output names "
+        "that are those of a preset; what fusenms has no setting for is said",
     )
     parser.add_argument(
         "--family",
@@ -117,6 +117,9 @@ def show(steps: Steps, made: Conversion) -> None:
     if made.rows is not None and made.semantics is not None:
         steps.line("rows", made.rows.summary)
         steps.line("rows", made.rows.verdict)
+        for line in made.semantics.others:
+            if line not in made.lost:
+                steps.line("read", line)
         steps.values |= {"semantics": made.semantics.to_dict(), "rows": asdict(made.rows)}
     for line in made.meaning:
         steps.line("head", line)

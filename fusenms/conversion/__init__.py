@@ -66,7 +66,8 @@ def convert(
     Args:
         path: an `.onnx` with suppression inside.
         backend: ``ort``, ``trt``, ``portable`` or ``plugin``; ``raw`` for the network up to its head, which nothing is behind.
-        keep_semantics: take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused.
+        keep_semantics: take thresholds, rows, multi-label and class-agnostic suppression from a file that others fused, and its output
+            names, if they are those of a preset and mean the same.
         family: name of the detector family of a file that others fused, if several fit.
         pixels: pixels that its network expects, if they are not those that are usual for its family: a name, or a `Pixels`.
         stretch: whether its images are stretched instead of letterboxed, if that is not as usual for its family.
@@ -204,7 +205,9 @@ def _of_others(
         if isinstance(event, Progress) and progress is not None:
             progress(event.what, event.done, event.total)
 
-    shown = taken.rows.same > 0 or wanted.family is not None  # else the head is a guess, and is looked at as one
+    shown = (
+        taken.meant or taken.rows.same > 0 or wanted.family is not None
+    )  # else the head is a guess, and is looked at as one
     layout = taken.layout if shown else None
     made = fuse(taken.raw, backend=backend, layout=layout, config=config, images=taken.images, on_event=on_event)
     own = taken.semantics.config
@@ -213,7 +216,7 @@ def _of_others(
         raw=taken.raw,
         layout=taken.layout,
         changes=_changed_semantics(own, config),
-        meaning=meaning,
+        meaning=(*taken.notes, *meaning),
         lost=taken.semantics.lost if wanted.keep_semantics else (),
         **shared,
     )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fusenms.config import MAX_CANDIDATES_LIMIT, PostprocessConfig
+from fusenms.contract import ONE_TENSOR, OUTPUT_PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Semantics:
         class_agnostic: whether boxes of different classes suppress each other.
         inclusive: whether a score or IoU equal to its threshold counts as above.
         others: what else it does, a line each. fusenms does none of this.
+        outputs: names of the file's counts, boxes, scores and classes, if these mean what those of a fused file mean; else empty.
     """
 
     operator: str
@@ -31,6 +33,14 @@ class Semantics:
     class_agnostic: bool
     inclusive: bool = False
     others: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def output_preset(self) -> str | None:
+        """The preset that gives the names of the file; None if there is none."""
+        return next(
+            (preset for preset, names in OUTPUT_PRESETS.items() if names == self.outputs and preset != ONE_TENSOR), None
+        )
 
     @property
     def summary(self) -> str:
@@ -54,6 +64,7 @@ class Semantics:
             "max_detections": min(max(rows, 1), MAX_CANDIDATES_LIMIT),
             "multi_label": self.multi_label,
             "class_agnostic": self.class_agnostic,
+            **({"output_preset": self.output_preset} if self.output_preset else {}),
         }
 
     @property
@@ -67,6 +78,8 @@ class Semantics:
         lines = [*self.others]
         if self.inclusive:
             lines.insert(0, "a score or IoU that equals its threshold exactly: fusenms compares strictly")
+        if self.outputs and self.output_preset is None:
+            lines.append(f"the output names {', '.join(self.outputs)}: no output preset has them")
         if self.max_detections is None:
             lines.append(f"any number of rows: at most {MAX_CANDIDATES_LIMIT}")
         return tuple(lines)

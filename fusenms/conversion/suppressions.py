@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from fusenms.conversion.branches import inner_types
 from fusenms.conversion.semantics import Semantics
 from fusenms.errors import SuppressionError
 from fusenms.graph.model import captured
@@ -28,6 +29,12 @@ EFFICIENT = "EfficientNMS_TRT"
 WITH_INDICES = ("EfficientNMSX_TRT", "EfficientIdxNMS_TRT")
 """The same plugin with the numbers of the boxes that it keeps as a fifth output."""
 BATCHED = ("BatchedNMS_TRT", "BatchedNMSDynamic_TRT", "TRTBatchedNMS")
+ORIENTED = {
+    "NMSRotated": "the IoU of polygons",
+    "TRTBatchedRotatedNMS": "the IoU of polygons",
+    "EfficientRotatedNMS_TRT": "the IoU of polygons or the probabilistic one, which depends on the version of the plugin",
+}
+"""Operators for oriented boxes (mmcv, mmdeploy, TensorRT-YOLO), and the overlap by which they suppress."""
 PLUGINS = (EFFICIENT, *WITH_INDICES, *BATCHED)
 TWO_STAGE = ("RoiAlign", "MaxRoiPool", "ROIAlign_TRT", "PyramidROIAlign_TRT", "MMCVRoiAlign", "MMCVMultiLevelRoiAlign")
 """Operators that look at the network's own boxes again."""
@@ -68,18 +75,26 @@ def find_suppression(source: str, model: onnx.ModelProto) -> Found | None:
     """
     nodes = [node for node in model.graph.node if any(word in node.op_type for word in NMS_OPS)]
     if not nodes:
-        if holder := next((node for node in model.graph.node if set(NMS_OPS) & _inner_types(node)), None):
+        if holder := next((node for node in model.graph.node if set(NMS_OPS) & inner_types(node)), None):
             raise SuppressionError(
                 f"{source}: suppresses inside of the subgraphs of its {holder.op_type} node {holder.name!r}; expected a suppression "
-                "outside of subgraphs: such a file cannot be converted"
+                "outside of subgraphs, or in one branch of an If whose other branch gives no rows: such a file cannot be converted. "
+                "Export the model again without its suppression"
             )
         return None
     if pool := next((node for node in model.graph.node if node.op_type in TWO_STAGE), None):
         raise SuppressionError(
             f"{source}: has {len(nodes)} suppressions and a {pool.op_type} node {pool.name!r}, so that it is a detector of two stages, "
-            "whose second one looks at boxes that the first one keeps; expected one stage: such a file cannot be converted"
+            "whose second one looks at boxes that the first one keeps; expected one stage: such a file cannot be converted. Run it as it "
+            "is in ONNX Runtime, or convert a detector of one stage (YOLO, FCOS, RetinaNet, SSD)"
         )
     kinds = sorted({node.op_type for node in nodes})
+    if oriented := next((node for node in nodes if node.op_type in ORIENTED), None):
+        raise SuppressionError(
+            f"{source}: suppresses oriented boxes by {oriented.op_type} (node {oriented.name!r}), whose overlap is "
+            f"{ORIENTED[oriented.op_type]}; expected the probabilistic IoU, as fusenms takes it: other boxes would be kept, so that such a "
+            "file cannot be converted. Export the model without its suppression, and fuse that"
+        )
     if len(kinds) > 1 or kinds[0] not in (STANDARD, *PLUGINS):
         raise SuppressionError(
             f"{source}: suppresses by {', '.join(kinds)} (node {nodes[0].name!r}); expected one of {', '.join((STANDARD, *PLUGINS))}"
@@ -95,12 +110,6 @@ def find_suppression(source: str, model: onnx.ModelProto) -> Found | None:
             "converted"
         )
     return Found(kinds[0], tuple(nodes))
-
-
-def _inner_types(node: onnx.NodeProto) -> set[str]:
-    """Operators in the subgraphs of a node."""
-    inner = [one for attribute in node.attribute for one in attribute.g.node]
-    return {one.op_type for one in inner}.union(*map(_inner_types, inner))
 
 
 def producers_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,16 @@ from fusenms.artifacts.fused import FusedModel
 from fusenms.artifacts.raw import RawModel
 from fusenms.artifacts.report import counted
 from fusenms.config import PostprocessConfig
+from fusenms.conversion.branches import with_suppressions_inlined
 from fusenms.conversion.cut import Around, Cut
 from fusenms.conversion.old_file import rows_of, runnable
+from fusenms.conversion.one_image import with_batch
+from fusenms.conversion.selected import without_selections
 from fusenms.conversion.semantics import Semantics
 from fusenms.conversion.suppressions import (
+    BATCHED,
     ChainContext,
+    Found,
     find_suppression,
     plugin_semantics,
     standard_semantics,
@@ -30,7 +37,7 @@ from fusenms.graph.model import part_before, with_outputs
 from fusenms.graph.session import Session
 from fusenms.heads import Anchors, raw_head, recognize
 from fusenms.heads.probe import are_normalized
-from fusenms.layout import Layout
+from fusenms.layout import Decoded, Layout
 from fusenms.onnx_reading import untrusted
 from fusenms.onnx_reading.files import read_onnx
 from fusenms.reference import Rows, candidates, postprocess
@@ -105,14 +112,18 @@ class RowsCompared:
 
 @dataclass(frozen=True)
 class ThirdParty:
-    """A third-party file, cut before its suppression: the raw model, its layout, what the file did, its rows, and on which images."""
+    """A third-party file, cut before its suppression: the raw model, its layout, what the file did, its rows, and on which images.
+
+    ``meant`` says that the graph itself shows what the head means, whatever rows there are; ``notes``, what it does with images.
+    """
 
     raw: RawModel
     layout: Layout
     semantics: Semantics
     rows: RowsCompared
-    cut: Cut
     images: np.ndarray | None
+    meant: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,10 @@ class Wanted:
         return PostprocessConfig.from_dict((semantics.settings if self.keep_semantics else {}) | self.fields)
 
 
+Attempts = Iterator[tuple[str, Callable[[], ThirdParty]]]
+"""Places where a file may be cut, in words, and what cuts it there."""
+
+
 def take_apart(path: Path, options: LoadOptions, wanted: Wanted) -> ThirdParty:
     """Cut a file before its suppression, with the first cut whose head is recognized and gives the file's own rows.
 
@@ -144,28 +159,57 @@ def take_apart(path: Path, options: LoadOptions, wanted: Wanted) -> ThirdParty:
         SuppressionError: there is no suppression, it cannot be cut out, or the head gives other rows than the file.
         SourceError: the file cannot be read, or does not run.
     """
-    model = read_onnx(path, options.limits)
+    model = with_batch(read_onnx(path, options.limits))
     with untrusted(path, "finding its suppression"):
-        found = find_suppression(path.name, model)
+        flat = with_suppressions_inlined(model)
+        found = find_suppression(path.name, flat)
         if found is None:
             raise SuppressionError(
                 f"{path}: has no suppression; expected one to cut out. Fuse the raw head with: python -m fusenms {path}"
             )
         _refuse_decoding(path, model)
-        whole = _loaded(path, model, options)
-        around = Around(whole, found)
-        cuts = around.cuts()
+        whole = _loaded(path, flat, options)
+    ways: list[Callable[[], Attempts]] = [lambda: _cuts(path, options, wanted, whole, found)]
+    if flat is not model:  # torchvision's batched_nms, whose boxes are x, y, x, y
+        ways.insert(0, lambda: _all_candidates(path, options, wanted, whole, found, model))
     reasons = []
-    for cut in cuts:
-        named = ", ".join(f"{name} {list(around.values[name].shape)}" for name in cut.tensors)
-        try:
-            return _try(path, options, wanted, around, cut)
-        except (HeadError, SourceError) as error:
-            reasons.append(f"{named}: {first_line(error)}")
+    for way in ways:
+        for named, attempt in way():
+            try:
+                return attempt()
+            except (HeadError, SourceError) as error:
+                reasons.append(f"{named}: {first_line(error).removeprefix(f'{path}: ')}")
     listed = "".join(f"\n  {reason}" for reason in reasons) or " no tensor of candidates is before it"
     raise SuppressionError(
         f"{path}: its suppression ({found.operator}) cannot be cut out; expected a known head before it, which gives its rows:{listed}"
     )
+
+
+def _cuts(path: Path, options: LoadOptions, wanted: Wanted, whole: RawModel, found: Found) -> Attempts:
+    """Cut at tensors of the file."""
+    with untrusted(path, "finding its suppression"):
+        around = Around(whole, found)
+        cuts = around.cuts()
+    for cut in cuts:
+        named = ", ".join(f"{name} {list(around.values[name].shape)}" for name in cut.tensors)
+        yield named, partial(_try, path, options, wanted, around, cut)
+
+
+def _all_candidates(
+    path: Path, options: LoadOptions, wanted: Wanted, whole: RawModel, found: Found, model: onnx.ModelProto
+) -> Attempts:
+    """Cut where the file has selected candidates already, without the selection. ``model`` is the file as it runs."""
+    with untrusted(path, "finding its candidates"):
+        dense = without_selections(whole, found)
+    if dense is not None:
+
+        def attempt() -> ThirdParty:
+            raw, old = _loaded(path, dense.model, options), _loaded(path, model, options)
+            raw = replace(raw, pixels=dense.pixels) if raw.pixels is None else raw
+            shown = _shown(path, wanted, raw, dense.layout, dense.semantics, old)
+            return replace(shown, meant=True, notes=dense.notes)
+
+        yield f"all {dense.model.graph.output[0].type.tensor_type.shape.dim[1].dim_value} candidates", attempt
 
 
 def _refuse_decoding(path: Path, model: onnx.ModelProto) -> None:
@@ -190,17 +234,31 @@ def _try(path: Path, options: LoadOptions, wanted: Wanted, around: Around, cut: 
     raw = _loaded(path, part, options)
     layout = recognize(raw, wanted.family, anchors=wanted.anchors)
     semantics = _semantics(around, cut, layout)
+    old = replace(around.raw, model=_runnable(around, semantics))
+    return _shown(path, wanted, raw, layout, semantics, old)
+
+
+def _shown(
+    path: Path, wanted: Wanted, raw: RawModel, layout: Layout, semantics: Semantics, old: RawModel
+) -> ThirdParty:
+    """Compare rows of the file, ``old``, with those of a head.
+
+    Raises:
+        SuppressionError: the head gives other rows.
+    """
     opened = open_batch(raw, layout)
     head = raw_head(opened, layout)
     arrays = _arrays(wanted.images, raw, head.stretch)
     shown = arrays if arrays is not None else np.zeros((0, 3, raw.image.height, raw.image.width), np.float32)
     new = fuse_head(opened, head, wanted.config(semantics), "ort")
-    rows = _compared(around, semantics, new, head.pixels.apply(shown), shown)
+    rows = _compared(old, semantics, new, head.pixels.apply(shown), shown)
     if not rows.agree:
+        read = ", ".join((*semantics.others, semantics.summary))
         raise SuppressionError(
-            f"{path}: read as {layout.family}, but its own settings ({semantics.summary}) give other rows than the file: {rows.summary}"
+            f"{path}: read as {layout.family}, but its own settings give other rows than the file: {rows.before} rows in the file, "
+            f"{rows.expected} by the reference with its settings, {rows.same} the same ({read})"
         )
-    return ThirdParty(raw, layout, semantics, rows, cut, arrays)
+    return ThirdParty(raw, layout, semantics, rows, arrays)
 
 
 def _arrays(images: Images, raw: RawModel, stretch: bool) -> np.ndarray | None:
@@ -225,7 +283,7 @@ def _loaded(path: Path, model: onnx.ModelProto, options: LoadOptions) -> RawMode
 
 def _semantics(around: Around, cut: Cut, layout: Layout) -> Semantics:
     if around.found.is_plugin:
-        return plugin_semantics(around.found)
+        return replace(plugin_semantics(around.found), outputs=_same_outputs(around, layout))
     context = ChainContext(
         rows_of_suppression=around.rows_of_suppression(),
         classes=layout.num_classes,
@@ -237,12 +295,18 @@ def _semantics(around: Around, cut: Cut, layout: Layout) -> Semantics:
     return standard_semantics(around.found, around.values, context)
 
 
-def _compared(
-    around: Around, semantics: Semantics, new: FusedModel, fed: np.ndarray, shown: np.ndarray
-) -> RowsCompared:
-    """Run the file as it is and the network of the new one on images, one by one, and compare rows."""
-    raw, size = around.raw, (around.raw.image.height, around.raw.image.width)
-    old = Session(_runnable(around, semantics), source=raw.source, max_seconds=raw.limits.max_run_seconds)
+def _same_outputs(around: Around, layout: Layout) -> tuple[str, ...]:
+    """Names of the outputs that mean the same as the four of a fused file: those of `EfficientNMS_TRT`, with boxes in pixels."""
+    names = tuple(around.found.nodes[0].output[:4])
+    given = {entry.name for entry in around.model.graph.output}
+    in_pixels = not (isinstance(layout.decode, Decoded) and layout.decode.normalized)
+    return names if around.found.operator not in BATCHED and in_pixels and given.issuperset(names) else ()
+
+
+def _compared(raw: RawModel, semantics: Semantics, new: FusedModel, fed: np.ndarray, shown: np.ndarray) -> RowsCompared:
+    """Run the file ``raw`` as it is and the network of the new one on images, one by one, and compare rows."""
+    size = (raw.image.height, raw.image.width)
+    old = Session(raw.model, source=raw.source, max_seconds=raw.limits.max_run_seconds)
     heads = Session(
         part_before(with_outputs(new.model, new.layout.tensors), new.layout.tensors),
         source=raw.source,
@@ -252,9 +316,7 @@ def _compared(
     for image, given in zip(shown, fed, strict=True):
         found = rows_of(old.run({raw.image.tensor: given[None].repeat(raw.frozen_batch or 1, 0)}, old.outputs))
         if found is None:
-            raise SuppressionError(
-                f"{raw.source}: its outputs {', '.join(e.name for e in around.model.graph.output)} are rows of no known form"
-            )
+            raise SuppressionError(f"{raw.source}: its outputs {', '.join(old.outputs)} are rows of no known form")
         found = _in_pixels(found, size)
         batch = image[None].repeat(new.image.batch or 1, 0)
         head = dict(zip(new.layout.tensors, heads.run({new.image.tensor: batch}, new.layout.tensors), strict=True))

@@ -25,7 +25,7 @@ from fusenms.onnx_reading.structure import type_name
 from fusenms.sources.extra_inputs import fill_extra_inputs
 from fusenms.sources.options import LoadOptions
 
-NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "TRTBatchedNMS")
+NMS_OPS = ("NonMaxSuppression", "EfficientNMS", "BatchedNMS", "NMS_TRT", "NMSRotated", "RotatedNMS", "TRTBatchedNMS")
 DEFAULT_SIZE = 640
 DEFAULT_STRIDE = 32
 MIN_OPSET = 11
@@ -124,12 +124,22 @@ def _refuse_fused(path: Path, model: onnx.ModelProto, metadata: dict[str, str]) 
             f"Run it with: python -m fusenms detect {path} IMAGE, check it with: python -m fusenms verify {path}, "
             f"or fuse it for another backend with: python -m fusenms convert {path}"
         )
-    for node in model.graph.node:
-        if any(word in node.op_type for word in NMS_OPS):
-            raise AlreadyFusedError(
-                f"{path}: already holds a non-maximum suppression ({node.op_type} node {node.name!r}); "
-                f"expected the raw head. Cut it out with: python -m fusenms convert {path}, or export the model again without NMS"
-            )
+    if (node := _suppressing(model.graph)) is not None:
+        raise AlreadyFusedError(
+            f"{path}: already holds a non-maximum suppression ({node.op_type} node {node.name!r}); "
+            f"expected the raw head. Cut it out with: python -m fusenms convert {path}, or export the model again without NMS"
+        )
+
+
+def _suppressing(graph: onnx.GraphProto) -> onnx.NodeProto | None:
+    """The first node that suppresses, in the graph or in one of its subgraphs, as torchvision's `batched_nms` is exported."""
+    todo = [graph]
+    for one in todo:
+        for node in one.node:
+            if any(word in node.op_type for word in NMS_OPS):
+                return node
+            todo += [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    return None
 
 
 def _without_outputs(path: Path, model: onnx.ModelProto, ignored: Sequence[str]) -> onnx.ModelProto:
