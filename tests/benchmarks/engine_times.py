@@ -10,6 +10,7 @@ kernels; what is timed is the engine alone, without copies to and from the host.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import importlib
 import json
@@ -50,6 +51,7 @@ class Timed:
     """An engine of a file, ready to run."""
 
     cache = b""  # of timings, for the next engine
+    graph: Any = None
 
     def __init__(self, trt: Any, cuda: Any, path: Path, batch: int, given: Arrays, args: argparse.Namespace) -> None:
         start = time.perf_counter()
@@ -106,8 +108,20 @@ class Timed:
             self.context.set_tensor_address(name, place)
         print(f"{path.name}, batch {batch}: built in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
+    def captured(self) -> Timed:
+        """The same engine, run as a CUDA graph."""
+        cuda, twin = self.cuda, copy.copy(self)
+        self.run()  # kernels that are loaded when they are first run
+        call(cuda.cudaStreamSynchronize, self.stream)
+        call(cuda.cudaStreamBeginCapture, self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        self.run()
+        twin.graph = call(cuda.cudaGraphInstantiate, call(cuda.cudaStreamEndCapture, self.stream), 0)
+        return twin
+
     def run(self) -> None:
-        if not self.context.execute_async_v3(self.stream):
+        if self.graph is not None:
+            call(self.cuda.cudaGraphLaunch, self.graph, self.stream)
+        elif not self.context.execute_async_v3(self.stream):
             raise SystemExit("an engine does not run")
 
     def microseconds(self) -> float:
@@ -128,22 +142,6 @@ class Timed:
             kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
             call(self.cuda.cudaMemcpy, array.ctypes.data, place, array.nbytes, kind)
         return {name: array for name, (_, array) in self.outputs.items()}
-
-
-class Replayed(Timed):
-    """The same engine, as a CUDA graph."""
-
-    def __init__(self, engine: Timed) -> None:
-        self.__dict__.update(engine.__dict__)
-        cuda = self.cuda
-        super().run()  # kernels that are loaded when they are first run
-        call(cuda.cudaStreamSynchronize, self.stream)
-        call(cuda.cudaStreamBeginCapture, self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-        super().run()
-        self.graph = call(cuda.cudaGraphInstantiate, call(cuda.cudaStreamEndCapture, self.stream), 0)
-
-    def run(self) -> None:
-        call(self.cuda.cudaGraphLaunch, self.graph, self.stream)
 
 
 class InOnnxRuntime:
@@ -227,7 +225,7 @@ def main() -> None:
             else:
                 engines[path.name] = Timed(module, cuda, path, batch, given, args)
                 if args.graph:
-                    engines[f"{path.name} (CUDA graph)"] = Replayed(engines[path.name])
+                    engines[f"{path.name} (CUDA graph)"] = engines[path.name].captured()
         Timed.cache = b""
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
