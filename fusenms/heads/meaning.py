@@ -16,7 +16,8 @@ from fusenms.errors import AmbiguousHeadError, HeadError, LayoutContradictedErro
 from fusenms.heads.accounting import channels_left_over
 from fusenms.heads.anchors_agree import Agreement, compare_anchors
 from fusenms.heads.coarse_scores import coarse_scores
-from fusenms.heads.mirror import SMALLEST, Shown, check_mirror, mirrored
+from fusenms.heads.cuts import Cuts, cut_objects
+from fusenms.heads.mirror import SMALLEST, Look, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, channels_of, sum_to_one
 from fusenms.layout import (
@@ -83,12 +84,20 @@ def check_meaning(
     left = channels_left_over(head.layout, found.before)
     lines = [_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else [])]
     anchors: Agreement | None = None
+    cuts: Cuts | None = None
     seen = Shown("not shown on images: there are none", False)
     if images:
         with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
             seen = check_mirror(found, images, contradict=large, grid=motion.grid)
             if seen.shown and large:
                 anchors = compare_anchors(found.more[::2], head.layout, (raw.image.height, raw.image.width))
+                cuts = cut_objects(Look(found, head.layout, head.pixels), images, found.more[::2])
+    if cuts is not None and cuts.too_small:
+        raise LayoutContradictedError(
+            f"{raw.source}: read as {head.layout.family}, but what is left of {len(cuts.errors)} cut objects ends {-cuts.error:.0%} of its "
+            "size before the cut, so that its boxes are smaller than objects are (half sizes?); give another family, or a layout that says "
+            "so"
+        )
     if anchors is not None and anchors.contradicted:
         raise LayoutContradictedError(
             f"{raw.source}: read as {head.layout.family}, but its anchors see the same objects in sizes that differ by a factor of "
@@ -96,8 +105,7 @@ def check_meaning(
         )
     if images:
         lines.append(seen.line)
-    if anchors is not None:
-        lines.append(str(anchors))
+    lines += [str(one) for one in (anchors, cuts) if one is not None and str(one)]
     if guessed and not seen.shown and _bare(head.layout):
         family, width = head.layout.family, head.layout.boxes.channels
         raise AmbiguousHeadError(

@@ -120,7 +120,7 @@ def check_mirror(
         SourceError: the model does not run.
     """
     raw, head = found.raw, found.head
-    look, pairs = _Look(found, head.layout, head.pixels), _two_by_two(found.more)
+    look, pairs = Look(found, head.layout, head.pixels), _two_by_two(found.more)
     own = look.judge(pairs)
     if contradict and (reason := _contradiction(found, look, images, own, pairs, grid)):
         raise LayoutContradictedError(f"{raw.source}: read as {head.layout.family}, but {reason}")
@@ -134,7 +134,7 @@ def check_mirror(
 
 def _contradiction(
     found: Slide,
-    look: _Look,
+    look: Look,
     images: Sequence[np.ndarray],
     own: Seen,
     pairs: list[tuple[Head, Head]],
@@ -150,7 +150,7 @@ def _contradiction(
         )
     if isinstance(head.layout.decode, Decoded):
         for name, layout in other_readings(head.layout):
-            reading = _Look(found, layout, head.pixels)
+            reading = Look(found, layout, head.pixels)
             other = reading.judge(pairs)
             if other.beats(own) and not reading.imagines(other):
                 return (
@@ -158,7 +158,7 @@ def _contradiction(
                     "says so"
                 )
     if (swapped := _objectness_last(head.layout)) is not None:
-        reading = _Look(found, swapped, head.pixels)
+        reading = Look(found, swapped, head.pixels)
         other = reading.judge(pairs)
         if other.convincing and other.classes >= CLASSES and other.score > own.worth and not reading.imagines(other):
             return (
@@ -189,7 +189,7 @@ def _objectness_last(layout: Layout) -> Layout | None:
     )
 
 
-def _unlike_cells(found: Slide, look: _Look, own: Seen, pairs: list[tuple[Head, Head]], grid: Grid) -> str | None:
+def _unlike_cells(found: Slide, look: Look, own: Seen, pairs: list[tuple[Head, Head]], grid: Grid) -> str | None:
     """How the boxes of cells that see the same in the mirror image contradict the layout, as a clause; None if they do not."""
     cells = compare_cells(pairs, found.head.layout, grid, CONFIG.score_threshold)
     if not cells.unlike or not (cells.symmetric or not look.imagines(own)):
@@ -212,7 +212,7 @@ def _better_pixels(found: Slide, images: Sequence[np.ndarray], own: Seen) -> lis
     ranges.pop(_range(found.head.pixels), None)
     better = {}
     for names in ranges.values():
-        looks = {name: _Look(found, found.head.layout, PIXELS[name]) for name in names}
+        looks = {name: Look(found, found.head.layout, PIXELS[name]) for name in names}
         if looks[names[0]].most(images) <= max(CLEARLY * own.worth, own.worth + MORE):
             continue  # cannot be better, whatever the mirror images show
         for name, look in looks.items():
@@ -232,7 +232,7 @@ def _two_by_two(heads: Sequence[Head]) -> list[tuple[Head, Head]]:
     return list(zip(heads[::2], heads[1::2], strict=True))
 
 
-class _Look:
+class Look:
     """One reading of a head, with some pixels."""
 
     def __init__(self, found: Slide, layout: Layout, pixels: Pixels) -> None:
@@ -245,7 +245,7 @@ class _Look:
 
     def judge(self, pairs: Iterable[tuple[Head, Head]]) -> Seen:
         """What is found in those images where enough is found again in the mirror image; in all of them if there is none."""
-        each = [self._compared(self._rows(plain), self._rows(mirror)[0]) for plain, mirror in pairs]
+        each = [self._compared(self.rows(plain), self.rows(mirror)[0]) for plain, mirror in pairs]
         each = [one for one in each if one[0].worth] or each
         seen = [one for one, _, _ in each]
         offsets = [offset for _, some, _ in each for offset in some]
@@ -279,7 +279,7 @@ class _Look:
         """
         most = MOST_IN_NOISE * seen.found / seen.images
         plain = np.random.default_rng(0).normal(0.45, 0.02, (1, 3, *self._size)).astype(np.float32)
-        return all(len(self._rows(*self.values([image]))[0]) > most for image in (probe_image(*self._size), plain))
+        return all(len(self.rows(*self.values([image]))[0]) > most for image in (probe_image(*self._size), plain))
 
     def most(self, images: Sequence[np.ndarray]) -> float:
         """Sum of the scores in some images, without those that hold so much that it is no objects."""
@@ -287,10 +287,11 @@ class _Look:
         for values in self.values(images):
             scores = candidates(values, 0, self._layout, self._size).scores
             if (scores.max(1) > CONFIG.score_threshold).sum() <= MOST_PASSING:
-                total += float(self._rows(values)[0].scores.sum())
+                total += float(self.rows(values)[0].scores.sum())
         return total
 
-    def _rows(self, values: Head) -> tuple[Rows, np.ndarray]:
+    def rows(self, values: Head) -> tuple[Rows, np.ndarray]:
+        """Rows by the reference, and the numbers of their candidates."""
         expected = postprocess(candidates(values, 0, self._layout, self._size), CONFIG)
         return expected.rows, expected.indices
 
