@@ -17,6 +17,7 @@ from fusenms.heads.accounting import channels_left_over
 from fusenms.heads.anchors_agree import Agreement, compare_anchors
 from fusenms.heads.coarse_scores import coarse_scores
 from fusenms.heads.cuts import Cuts, cut_objects
+from fusenms.heads.keypoints_in_boxes import KeypointsInBoxes, keypoints_in_boxes
 from fusenms.heads.mirror import SMALLEST, Look, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.probe import are_normalized, are_probabilities, channels_of, sum_to_one
@@ -85,18 +86,27 @@ def check_meaning(
     lines = [_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else [])]
     anchors: Agreement | None = None
     cuts: Cuts | None = None
+    points: KeypointsInBoxes | None = None
     seen = Shown("not shown on images: there are none", False)
     if images:
         with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
             seen = check_mirror(found, images, contradict=large, grid=motion.grid)
             if seen.shown and large:
                 anchors = compare_anchors(found.more[::2], head.layout, (raw.image.height, raw.image.width))
-                cuts = cut_objects(Look(found, head.layout, head.pixels), images, found.more[::2])
+                look = Look(found, head.layout, head.pixels)
+                cuts = cut_objects(look, images, found.more[::2])
+                if head.layout.keypoints is not None:
+                    points = keypoints_in_boxes(look, found.more)
     if cuts is not None and cuts.too_small:
         raise LayoutContradictedError(
             f"{raw.source}: read as {head.layout.family}, but what is left of {len(cuts.errors)} cut objects ends {-cuts.error:.0%} of its "
             "size before the cut, so that its boxes are smaller than objects are (half sizes?); give another family, or a layout that says "
             "so"
+        )
+    if points is not None and points.contradicted:
+        raise LayoutContradictedError(
+            f"{raw.source}: read as {head.layout.family}, but {points.part:.0%} of the keypoints of {points.objects} objects lie in their "
+            "boxes, so that they are in another order, in other units or something else; give a layout that says so"
         )
     if anchors is not None and anchors.contradicted:
         raise LayoutContradictedError(
@@ -105,7 +115,7 @@ def check_meaning(
         )
     if images:
         lines.append(seen.line)
-    lines += [str(one) for one in (anchors, cuts) if one is not None and str(one)]
+    lines += [str(one) for one in (anchors, cuts, points) if one is not None and str(one)]
     if guessed and not seen.shown and _bare(head.layout):
         family, width = head.layout.family, head.layout.boxes.channels
         raise AmbiguousHeadError(

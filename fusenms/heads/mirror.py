@@ -22,7 +22,7 @@ from fusenms.heads.mirror_cells import compare_cells, mirror_boxes
 from fusenms.heads.motion import Grid, Slide, grid_of, other_readings
 from fusenms.heads.probe import probe_image
 from fusenms.layout import Decoded, Layout, candidates_per_level
-from fusenms.reference import Rows, candidates, postprocess
+from fusenms.reference import Rows, candidates, keypoints, postprocess
 
 CONFIG = PostprocessConfig(max_detections=100)
 SAME_IOU = 0.5
@@ -289,6 +289,11 @@ class Look:
             if (scores.max(1) > CONFIG.score_threshold).sum() <= MOST_PASSING:
                 total += float(self.rows(values)[0].scores.sum())
         return total
+
+    def keypoints(self, values: Head) -> tuple[Rows, np.ndarray]:
+        """Rows, and the keypoints ``[n, keypoints, 2 or 3]`` of each."""
+        rows, numbers = self.rows(values)
+        return rows, np.asarray(keypoints(values, 0, self._layout, self._size, numbers))
 
     def rows(self, values: Head) -> tuple[Rows, np.ndarray]:
         """Rows by the reference, and the numbers of their candidates."""
