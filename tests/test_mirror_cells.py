@@ -13,6 +13,7 @@ from fusenms import fuse, load, recognize
 from fusenms.errors import LayoutContradictedError
 from fusenms.heads import raw_head
 from fusenms.heads.meaning import check_meaning
+from fusenms.heads.mirror import objectness_last
 from fusenms.heads.mirror_cells import FEWEST, compare_cells
 from fusenms.heads.motion import grid_of
 from fusenms.heads.probe import cell_centers
@@ -244,6 +245,22 @@ def test_low_corners_read_as_centers_are_refused(zoo, tmp_path):
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(LayoutContradictedError, match=r"not with mirrored boxes \(IoU 0\.0"):
         fuse(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("there", "classes", "other"),
+    [
+        (Tap("rows", 2, 4, 5), Tap("rows", 2, 5, 8), (Tap("rows", 2, 7, 8), Tap("rows", 2, 4, 7))),
+        (Tap("rows", 2, 4, 5), Tap("rows", 2, 5, 6), None),
+        (Tap("there", 2, 0, 1), Tap("scores", 2, 0, 3), None),
+        (Tap("rows", 2, 7, 8), Tap("rows", 2, 4, 7), None),
+        (None, Tap("rows", 2, 4, 7), None),
+    ],
+)
+def test_another_place_of_the_objectness(there, classes, other):
+    layout = Layout("test", BOXES, classes, there, Activation.NONE, GridOffsets(STRIDES))
+    found = objectness_last(layout)
+    assert (None if found is None else (found.objectness, found.classes)) == other
 
 
 @pytest.mark.parametrize(

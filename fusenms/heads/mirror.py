@@ -157,7 +157,7 @@ def _contradiction(
                     f"it finds objects again in mirror images only if its boxes are {name}; give another family, or a layout that "
                     "says so"
                 )
-    if (swapped := _objectness_last(head.layout)) is not None:
+    if (swapped := objectness_last(head.layout)) is not None:
         reading = Look(found, swapped, head.pixels)
         other = reading.judge(pairs)
         if other.convincing and other.classes >= CLASSES and other.score > own.worth and not reading.imagines(other):
@@ -178,10 +178,10 @@ def _contradiction(
     return None if grid is None else _unlike_cells(found, look, own, pairs, grid)
 
 
-def _objectness_last(layout: Layout) -> Layout | None:
+def objectness_last(layout: Layout) -> Layout | None:
     """The layout with the last class as the objectness, if the objectness lies before the classes."""
     there, classes = layout.objectness, layout.classes
-    if there is None or there != replace(classes, start=classes.start - 1, stop=classes.start) or classes.channels < 2:
+    if there is None or classes.channels < 2 or (there.tensor, there.stop) != (classes.tensor, classes.start):
         return None
     last = classes.stop - 1
     return replace(
