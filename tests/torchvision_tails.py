@@ -19,7 +19,7 @@ SIZE, INNER = 64, 96
 """Side of the images, and that of those that the network resizes them to."""
 CLASSES = 3
 SCORE, IOU, ROWS, MOST = 0.3, 0.5, 40, 60
-LIBRARY = torch.library.Library("fusenms_tests", "DEF")
+LIBRARY = torch.library.Library("torchvision_tails", "DEF")
 LIBRARY.define("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
 
 
@@ -55,7 +55,7 @@ def _apart(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     if boxes.numel() == 0:
         return torch.empty((0,), dtype=torch.int64, device=boxes.device)
     offsets = labels.to(boxes) * (boxes.max() + torch.tensor(1).to(boxes))
-    return torch.ops.fusenms_tests.nms(boxes + offsets[:, None], scores, 0.5)
+    return torch.ops.torchvision_tails.nms(boxes + offsets[:, None], scores, 0.5)
 
 
 class Network(nn.Module):
@@ -151,6 +151,6 @@ def export(path: Path, *, kind: str = "level", batched: bool = False, most: int 
     shape = (1, 3, SIZE, SIZE) if batched else (3, SIZE, SIZE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        register_custom_op_symbolic("fusenms_tests::nms", _symbolic, 17)
+        register_custom_op_symbolic("torchvision_tails::nms", _symbolic, 17)
         torch.onnx.export(network, (torch.rand(shape),), str(path), opset_version=17, dynamo=False)
     return path
