@@ -56,7 +56,7 @@ def test_error_is_that_of_the_factor(factor, error):
     found = cut(look, image_of(0, 50), image_of(0))
     assert look.runs == MOST == len(found.errors)
     np.testing.assert_allclose(found.errors, error, atol=0.02)
-    assert found.too_small == (factor == 0.5)
+    assert bool(found.contradiction) == (factor == 0.5)
     assert str(found).startswith("sizes shown")
 
 
@@ -76,7 +76,7 @@ def test_both_ends_and_both_axes_are_cut():
 
 def test_boxes_of_whole_objects_contradict_nothing():
     found = cut(White(1.0, whole=True), image_of(0, 50), image_of(0))
-    assert found.error == 1.0 and not found.too_small
+    assert found.error == 1.0 and not found.contradiction
     assert (
         str(found)
         == "sizes assumed: boxes of cut objects reach 100% beyond the cut, as those of whole objects or too large ones"
@@ -86,13 +86,13 @@ def test_boxes_of_whole_objects_contradict_nothing():
 def test_few_objects_are_not_judged():
     look = White(0.5)
     found = cut(look, image_of(0))
-    assert (look.runs, found.judged, found.too_small, str(found)) == (0, False, False, "")
-    assert not Cuts(np.full(FEWEST - 1, -0.5)).too_small
+    assert (look.runs, found.judged, found.contradiction, str(found)) == (0, False, None, "")
+    assert not Cuts(np.full(FEWEST - 1, -0.5)).contradiction
 
 
 def test_most_cuts_must_agree():
-    assert Cuts(np.array([-0.5, -0.5, -0.4, 0.1])).too_small
-    assert not Cuts(np.array([-0.5, -0.5, -0.1, 0.1])).too_small
+    assert Cuts(np.array([-0.5, -0.5, -0.4, 0.1])).contradiction
+    assert not Cuts(np.array([-0.5, -0.5, -0.1, 0.1])).contradiction
 
 
 def halved(zoo, path, factor):

@@ -36,8 +36,14 @@ class Agreement:
     unlike: float
 
     @property
-    def contradicted(self) -> bool:
-        return self.compared >= FEWEST and self.unlike > MOST_UNLIKE
+    def contradiction(self) -> str | None:
+        """What contradicts the layout, as a clause; None if nothing does."""
+        if self.compared < FEWEST or self.unlike <= MOST_UNLIKE:
+            return None
+        return (
+            f"its anchors see the same objects in sizes that differ by a factor of {np.exp(self.unlike):.2g} ({self.compared} "
+            "comparisons); give the anchors that it was trained with"
+        )
 
     def __str__(self) -> str:
         if not self.compared:

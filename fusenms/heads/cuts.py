@@ -47,9 +47,14 @@ class Cuts:
         return float(np.median(self.errors))
 
     @property
-    def too_small(self) -> bool:
-        """Whether most boxes end well before the cut."""
-        return self.judged and self.error < -LIMIT and bool((self.errors < -LIMIT).mean() >= AGREED)
+    def contradiction(self) -> str | None:
+        """If most boxes end well before the cut: this, as a clause."""
+        if not self.judged or self.error >= -LIMIT or (self.errors < -LIMIT).mean() < AGREED:
+            return None
+        return (
+            f"what is left of {len(self.errors)} cut objects ends {-self.error:.0%} of its size before the cut, so that its boxes are "
+            "smaller than objects are (half sizes?); give another family, or a layout that says so"
+        )
 
     def __str__(self) -> str:
         """A line for the user; empty if nothing could be judged."""

@@ -27,8 +27,14 @@ class KeypointsInBoxes:
     part: float
 
     @property
-    def contradicted(self) -> bool:
-        return self.objects >= FEWEST and self.part < LEAST
+    def contradiction(self) -> str | None:
+        """What contradicts the layout, as a clause; None if nothing does."""
+        if self.objects < FEWEST or self.part >= LEAST:
+            return None
+        return (
+            f"{self.part:.0%} of the keypoints of {self.objects} objects lie in their boxes, so that they are in another order, in other "
+            "units or something else; give a layout that says so"
+        )
 
     def __str__(self) -> str:
         """A line for the user; empty if nothing could be judged."""
