@@ -18,6 +18,7 @@ from fusenms.heads.anchors_agree import compare_anchors
 from fusenms.heads.coarse_scores import coarse_scores
 from fusenms.heads.cuts import cut_objects
 from fusenms.heads.keypoints_in_boxes import keypoints_in_boxes
+from fusenms.heads.masks_in_boxes import masks_in_boxes
 from fusenms.heads.mirror import SMALLEST, Look, Shown, check_mirror, mirrored
 from fusenms.heads.motion import Motion, Slide, measure_motion, slide
 from fusenms.heads.values import contradicting_values
@@ -108,6 +109,7 @@ def _look_at_images(
             compare_anchors(upright, layout, size),
             cut_objects(look, images, upright),
             keypoints_in_boxes(look, found.more) if layout.keypoints is not None else None,
+            masks_in_boxes(look, upright) if layout.masks is not None else None,
         ]
     lines = []
     for one in measures:

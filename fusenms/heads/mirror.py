@@ -22,7 +22,7 @@ from fusenms.heads.mirror_cells import compare_cells, mirror_boxes
 from fusenms.heads.motion import Grid, Slide, grid_of, other_readings
 from fusenms.heads.probe import probe_image
 from fusenms.layout import Decoded, Layout, candidates_per_level
-from fusenms.reference import Rows, candidates, keypoints, postprocess
+from fusenms.reference import Rows, candidates, keypoints, mask_coefficients, postprocess
 
 CONFIG = PostprocessConfig(max_detections=100)
 SAME_IOU = 0.5
@@ -294,6 +294,15 @@ class Look:
         """Rows, and the keypoints ``[n, keypoints, 2 or 3]`` of each."""
         rows, numbers = self.rows(values)
         return rows, np.asarray(keypoints(values, 0, self._layout, self._size, numbers))
+
+    def masks(self, values: Head) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Boxes ``[n, 4]`` xyxy in cells of the prototypes, scores ``[n]``, and masks ``[n, h, w]`` that are not cut at the boxes."""
+        assert self._layout.masks is not None
+        rows, numbers = self.rows(values)
+        prototypes = values[self._layout.masks.prototypes][0].astype(np.float64)
+        logits = np.tensordot(mask_coefficients(values, 0, self._layout, numbers), prototypes, 1)
+        cells = np.array(logits.shape[:0:-1]) / self._size[::-1]
+        return rows.boxes * np.tile(cells, 2), rows.scores, logits > 0
 
     def rows(self, values: Head) -> tuple[Rows, np.ndarray]:
         """Rows by the reference, and the numbers of their candidates."""
