@@ -11,7 +11,7 @@ import third_party
 import torch
 from conftest import SHAPES
 from onnx import TensorProto, helper, numpy_helper
-from raw_heads import LAYOUTS
+from raw_heads import LAYOUTS, raw_model
 from third_party import CLASSES, SIZE, Detr, LevelsApart, YoloNas, Yolov8, write
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from fusenms.heads.coarse_scores import coarse_scores
 from fusenms.heads.meaning import check_meaning
 from fusenms.heads.motion import measure_motion, other_readings, slide
 from fusenms.layout import Activation, AnchorBoxes, BoxFormat, Decoded, Distances, GridOffsets, Layout, Tap
+from fusenms.runtime.example_images import example_images
 
 
 def meaning(raw, layout):
@@ -683,3 +684,21 @@ def test_inspect_says_that_nothing_can_be_detected(tmp_path, capsys):
     path = rounded(tmp_path / "m.onnx", 2.5)
     assert main(["inspect", str(path)]) == 0
     assert "nothing can be detected any more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "assumed"),
+    [
+        ("masks", {"masks"}),
+        ("keypoints", {"keypoints"}),
+        ("masks_and_keypoints", {"masks", "keypoints"}),
+        ("oriented", {"angle"}),
+        ("distances", set()),
+    ],
+)
+def test_what_no_object_shows_is_said_to_be_assumed(name, assumed, count):
+    raw = raw_model(LAYOUTS[name](5))
+    lines = check_meaning(raw, raw_head(raw, raw.layout), [example_images(raw.image.height, raw.image.width)] * count)
+    said = {line.split(" assumed: ")[0] for line in lines if " assumed: " in line}
+    assert said - {"geometry"} == assumed

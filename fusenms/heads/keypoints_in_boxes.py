@@ -37,9 +37,9 @@ class KeypointsInBoxes:
         )
 
     def __str__(self) -> str:
-        """A line for the user; empty if nothing could be judged."""
+        """A line for the user."""
         if self.objects < FEWEST:
-            return ""
+            return "keypoints assumed: too few objects show them"
         return f"keypoints shown: {self.part:.0%} of those of {self.objects} objects lie in their boxes"
 
 

@@ -53,9 +53,9 @@ class MasksInBoxes:
         )
 
     def __str__(self) -> str:
-        """A line for the user; empty if nothing could be judged."""
+        """A line for the user."""
         if not self.judged:
-            return ""
+            return "masks assumed: too few objects show them"
         shown = "shown" if self.contrast > CLEARLY else "assumed"
         return (
             f"masks {shown}: those of {len(self.inside)} objects fill {np.median(self.inside):.0%} of their boxes, and "

@@ -7,6 +7,7 @@ agree on a wrong one too. What is checked here needs no objects in an image and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -32,6 +33,14 @@ from fusenms.layout import (
     candidates_per_level,
 )
 from fusenms.onnx_reading import untrusted
+
+
+class Measure(Protocol):
+    """A measure of what is found on images. `str` gives a line for the user, empty if nothing could be judged."""
+
+    @property
+    def contradiction(self) -> str | None:
+        """What contradicts the layout, as a clause; None if nothing does."""
 
 
 def check_meaning(
@@ -69,10 +78,8 @@ def check_meaning(
         )
     left = channels_left_over(head.layout, found.before)
     lines = [_geometry(motion), _pixels(raw, head), *([f"left over: {left}"] if left else [])]
-    seen = Shown("not shown on images: there are none", False)
-    if images:
-        seen, measured = _look_at_images(raw, found, images, motion)
-        lines += [seen.line, *measured]
+    seen, measured = _look_at_images(raw, found, images, motion)
+    lines += [*([seen.line] if images else []), *measured]
     if guessed and not seen.shown and _bare(head.layout):
         family, width = head.layout.family, head.layout.boxes.channels
         raise AmbiguousHeadError(
@@ -99,19 +106,19 @@ def _look_at_images(
         SourceError: the model does not run.
     """
     layout, size = found.head.layout, (raw.image.height, raw.image.width)
-    large = min(size) >= SMALLEST
+    seen, large = Shown("not shown on images: there are none", False), min(size) >= SMALLEST
+    measures: list[Measure | None] = []
     with untrusted(raw.source, "checking its layout", trusted=raw.layout is not None):
-        seen = check_mirror(found, images, contradict=large, grid=motion.grid)
-        if not seen.shown or not large:
-            return seen, []
-        look, upright = Look(found, layout, found.head.pixels), found.more[::2]
-        measures = [
-            compare_anchors(upright, layout, size),
-            cut_objects(look, images, upright),
-            keypoints_in_boxes(look, found.more) if layout.keypoints is not None else None,
-            masks_in_boxes(look, upright) if layout.masks is not None else None,
-        ]
-    lines = []
+        if images:
+            seen = check_mirror(found, images, contradict=large, grid=motion.grid)
+        look, judged = Look(found, layout, found.head.pixels), found.more if seen.shown and large else []
+        if judged:
+            measures += [compare_anchors(judged[::2], layout, size), cut_objects(look, images, judged[::2])]
+        if layout.keypoints is not None:
+            measures.append(keypoints_in_boxes(look, judged))
+        if layout.masks is not None:
+            measures.append(masks_in_boxes(look, judged[::2]))
+    lines = ["angle assumed: in radians, from x to y"] if layout.angle is not None else []
     for one in measures:
         if one is not None and one.contradiction:
             raise LayoutContradictedError(f"{raw.source}: read as {layout.family}, but {one.contradiction}")
