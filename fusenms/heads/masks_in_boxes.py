@@ -19,7 +19,7 @@ LEAST_CELLS = 8
 """Cells of the prototypes that a box must have on each side."""
 AROUND = 0.25
 """Of the box's sides, how wide the band around it is."""
-FEWEST = 4
+FEWEST = 5
 LEAST, CLEARLY = 0.15, 0.45
 """Part of the box that is filled, less that of the band, in the median: less than the first contradicts, more than the second shows.
 Measured on four segmenters: 0.50 to 0.66 on images of their objects; coefficients in another order or negated, prototypes turned, flipped
