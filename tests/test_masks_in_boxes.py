@@ -57,8 +57,12 @@ def test_parts_of_the_box_and_of_the_band(mask, inside, beside, contradicted):
         (Look(BOX, box=(8, 8, 15, 24)), FEWEST),
         (Look(BOX, box=(-9, -9, 40, 40)), FEWEST),  # no band
         (Look(BOX, box=(40, 40, 60, 60)), FEWEST),  # outside
+        (Look(BOX, box=(8, 8, np.inf, 24)), FEWEST),
+        (Look(BOX, box=(np.nan, 8, 24, 24)), FEWEST),
+        (Look(BOX, box=(-1e300, -1e300, 1e300, 1e300)), FEWEST),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_few_or_small_objects_are_not_judged(look, images):
     found = masks_in_boxes(look, [{}] * images)
     assert not found.contradiction and str(found) == "masks assumed: too few objects show them"

@@ -80,7 +80,9 @@ def masks_in_boxes(look: Look, heads: Iterable[Head]) -> MasksInBoxes:
 
 
 def _parts(box: np.ndarray, mask: np.ndarray) -> tuple[float, float] | None:
-    """Which part of a box (xyxy in cells) and of the band around it is in a mask ``[h, w]``; None if it is too small or has no band."""
+    """Which part of a box (xyxy in cells) and of the band around it is in a mask ``[h, w]``; None if it is too small, or has no band."""
+    if not np.isfinite(box).all():
+        return None
     low, high = np.ceil(box[:2]), np.ceil(box[2:])
     band = np.ceil(AROUND * (high - low))
     within, around = _cut(mask, low, high), _cut(mask, low - band, high + band)
@@ -91,5 +93,6 @@ def _parts(box: np.ndarray, mask: np.ndarray) -> tuple[float, float] | None:
 
 def _cut(mask: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """The cells from ``low`` to ``high`` (x, y) that are in the image."""
-    (x1, y1), (x2, y2) = np.clip(low, 0, None).astype(int), np.clip(high, 0, None).astype(int)
+    size = mask.shape[::-1]
+    (x1, y1), (x2, y2) = np.clip(low, 0, size).astype(int), np.clip(high, 0, size).astype(int)
     return mask[y1:y2, x1:x2]

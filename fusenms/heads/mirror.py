@@ -300,7 +300,8 @@ class Look:
         assert self._layout.masks is not None
         rows, numbers = self.rows(values)
         prototypes = values[self._layout.masks.prototypes][0].astype(np.float64)
-        logits = np.tensordot(mask_coefficients(values, 0, self._layout, numbers), prototypes, 1)
+        with np.errstate(all="ignore"):  # a file may hold any number
+            logits = np.tensordot(mask_coefficients(values, 0, self._layout, numbers), prototypes, 1)
         cells = np.array(logits.shape[:0:-1]) / self._size[::-1]
         return rows.boxes * np.tile(cells, 2), rows.scores, logits > 0
 
